@@ -1,0 +1,62 @@
+# make demo     set up .venv, convert the shipped model to Q4_K_M and prove it
+# make test     set up .venv, run the tests
+# make check    lint, types, tests        make bench    measurements against the incumbents
+# make install  the development environment alone
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+# On Linux, PyPI's torch brings several GB of CUDA; TORCH_ARGS="--index-url <PyTorch's CPU wheel index>" avoids that.
+TORCH_ARGS ?=
+PYTEST_ARGS ?= -n 2
+OUT := demo-out
+
+.PHONY: demo test install check lint bench clean kernels
+
+demo: install
+	@mkdir -p $(OUT)
+	$(BIN)/lconvert hf-to-gguf examples/demo_model --q4_k_m -o $(OUT)/demo-Q4_K_M.gguf --force --no-validate
+	$(BIN)/lconvert inspect $(OUT)/demo-Q4_K_M.gguf
+	$(BIN)/lconvert validate examples/demo_model $(OUT)/demo-Q4_K_M.gguf --require llamacpp --report $(OUT)/report.json
+	@echo "the proof is in $(OUT)/report.json, the manifest in $(OUT)/demo-Q4_K_M.gguf.manifest.json"
+
+# Every oracle is installed by `install`, so a test that skips for want of one fails here.
+test: install
+	LCONVERT_REQUIRE_ORACLES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install lint
+	$(MAKE) --no-print-directory test
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/end_to_end.py
+
+install: $(VENV)/.installed
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) -c constraints.txt torch
+	touch $@
+
+# llama.cpp's converter is in llama-cpp-python's source distribution; the byte-equality tests run it.
+$(VENV)/share/llama.cpp: $(VENV)/.python
+	mkdir -p $(VENV)/share/sdist
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -c constraints.txt \
+	  --dest $(VENV)/share/sdist llama-cpp-python
+	tar -xzf $(VENV)/share/sdist/llama_cpp_python-*.tar.gz -C $(VENV)/share/sdist
+	mv $(VENV)/share/sdist/llama_cpp_python-*/vendor/llama.cpp $@
+	rm -rf $(VENV)/share/sdist
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.h kernels/CMakeLists.txt) | $(VENV)/share/llama.cpp
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build $(OUT) .mypy_cache .ruff_cache .pytest_cache .hypothesis

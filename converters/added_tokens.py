@@ -1,0 +1,78 @@
+"""Added tokens of a tokenizer.json that llama.cpp would match elsewhere, found by their flags and texts.
+
+`tokenizers` finds added tokens leftmost first, the longest of those that begin at one place, in two rounds: the ones
+with normalized=false in the text itself, then the others in the normalized text. llama.cpp goes through all of them
+from the longest to the shortest and cuts each out wherever it finds it (llama-vocab.cpp, tokenizer_st_partition). It
+knows no flags, except that a model named phi-3 strips whitespace after special tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .llamacpp_tokens import NameRule
+
+
+def differences(added: Sequence[Mapping[str, Any]], rule: NameRule, normalizer: str) -> list[str]:
+    """Sentences that begin with `tokens differ`, one per cause.
+
+    normalizer: what the normalizer does to the text of an added token ("" if nothing).
+    """
+    causes = (
+        ("strip the whitespace before them (lstrip)", [t for t in added if t.get("lstrip")]),
+        (
+            "strip the whitespace after them (rstrip)",
+            [t for t in added if t.get("rstrip")] if rule != "phi-3" else [],
+        ),
+        ("match whole words only (single_word)", [t for t in added if t.get("single_word")]),
+    )
+    out = [
+        f"tokens differ: {_names(tokens)} {what}; llama.cpp matches the bare text" for what, tokens in causes if tokens
+    ]
+    changed = [t for t in added if t.get("normalized")] if normalizer else []
+    if changed:
+        out.append(
+            f"tokens differ: {_names(changed)} match after normalization ({normalizer}); llama.cpp matches the text as "
+            "it came"
+        )
+    if pair := _overlap([t["content"] for t in added]):
+        out.append(
+            f"tokens differ: where the added tokens {pair[0]!r} and {pair[1]!r} overlap, llama.cpp takes the longer, "
+            "the source the one that begins first"
+        )
+    if pair := _inner(added):
+        out.append(
+            f"tokens differ: the added token {pair[0]!r} is found inside {pair[1]!r} by the source, which looks for "
+            "normalized tokens last; llama.cpp takes the longer"
+        )
+    return out
+
+
+def _overlap(texts: Sequence[str]) -> tuple[str, str] | None:
+    """(a, b) where a text that ends a begins b, which is no shorter: then the order of the search matters.
+
+    Runs of one character do not count: where the longer does not fit at one place, it does not fit later.
+    """
+    begins: dict[str, str] = {}
+    for text in sorted(texts, key=len):
+        if len(set(text)) > 1:
+            begins |= {text[:cut]: text for cut in range(1, len(text))}
+    for text in texts:
+        for cut in range(1, len(text)):
+            other = begins.get(text[cut:])
+            if other is not None and other != text and len(other) >= len(text):
+                return text, other
+    return None
+
+
+def _inner(added: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    plain = [t["content"] for t in added if not t.get("normalized")]
+    late = [t["content"] for t in added if t.get("normalized")]
+    return next(((p, n) for n in late for p in plain if p in n), None)
+
+
+def _names(tokens: Sequence[Mapping[str, Any]]) -> str:
+    texts = [repr(t["content"]) for t in tokens[:5]]
+    more = f" and {len(tokens) - 5} more" if len(tokens) > 5 else ""
+    return ("the added token " if len(tokens) == 1 else "the added tokens ") + ", ".join(texts) + more

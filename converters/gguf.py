@@ -1,0 +1,317 @@
+"""GGUF (llama.cpp) as a target and a source: `plan` lowers a Model, `read` raises a file to one.
+
+Types follow llama-quantize's mixtures exactly (gguf_mixture); bytes of dense weights are those of
+ggml's own quantizers; a QTensor whose grid a block type holds is repacked without rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lconvert import kernels
+from lconvert.archs import find
+from lconvert.archs.common import Arch
+from lconvert.errors import InputError, OptionError, UnsupportedError
+from lconvert.formats import gguf
+from lconvert.ir import Decoder, Model, QTensor, Tensor, as_f32, concat_rows
+from lconvert.kernels.blocks import BLOCKS
+from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
+
+from . import gguf_carry, gguf_keys, gguf_mixture, gguf_names, tokenizer_gguf
+from .gguf_mixture import Options as MixtureOptions
+from .gguf_names import Stored
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: Every row of this many is dequantized again to measure the error of a rounding.
+_MEASURE_EVERY = 16
+_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to lower to GGUF. `types` are the rules for tensor types; imatrix maps GGUF tensor names to weights."""
+
+    types: MixtureOptions
+    imatrix: Mapping[str, NDArray[np.float32]] | None = None
+    split_max_size: int | None = None
+    allow_requantize: bool = False
+    allow_loss: tuple[str, ...] = ()
+    name: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """The options as plain data, for the manifest."""
+        t = self.types
+        out = {k: v for k, v in vars(t).items() if v not in (None, False, ()) and k != "imatrix"}
+        if t.imatrix is not None:
+            out["imatrix"] = f"{len(t.imatrix)} tensors"
+        out |= {"split_max_size": self.split_max_size} if self.split_max_size else {}
+        out |= {"allow_requantize": True} if self.allow_requantize else {}
+        out |= {"allow_loss": list(self.allow_loss)} if self.allow_loss else {}
+        return out
+
+
+# --- lowering --------------------------------------------------------------------------------------------
+
+
+def _dense_producer(
+    stored: Stored, parts: Sequence[Tensor], type_: str, weights: NDArray[np.float32] | None
+) -> Callable[[int, int], Slab]:
+    """Rows start..stop of a stored tensor: read, shift or permute, quantize, measure a sample of rows."""
+    turned = [gguf_names.interleave(p, stored.head_dim) if stored.head_dim else p for p in parts]
+    whole = concat_rows(tuple(turned))
+    dtype, cols, vector = whole.dtype, stored.cols, len(whole.shape) == 1
+    per_matrix = stored.shape[-2] if len(stored.shape) == 3 else stored.rows
+
+    def produce(start: int, stop: int) -> Slab:
+        import numpy as np
+
+        x = whole.load().reshape(1, cols) if vector else whole.read(start, stop).reshape(stop - start, cols)
+        kind: str = dtype
+        if stored.shift:
+            x, kind = as_f32(x, dtype) + np.float32(stored.shift), "F32"
+        out = np.empty((x.shape[0], BLOCKS[type_].row_bytes(cols)), np.uint8)
+        at = 0
+        while at < x.shape[0]:  # each expert has its own importance weights
+            matrix = (start + at) // per_matrix
+            end = min(x.shape[0], (matrix + 1) * per_matrix - start)
+            w = None if weights is None else weights[matrix if weights.shape[0] > 1 else 0]
+            try:
+                kernels.quantize(type_, x[at:end], kind, w, out=out[at:end])
+            except InputError as e:
+                raise InputError(f"{whole.origin}: {e} (rows counted from {start + at})") from None
+            at = end
+        if type_ in ("F32", kind):
+            return Slab(out)
+        sample = slice(0, None, _MEASURE_EVERY)
+        exact = as_f32(x[sample], kind).astype(np.float64)
+        error = kernels.dequantize(type_, np.ascontiguousarray(out[sample]), cols) - exact
+        return Slab(out, float(np.vdot(error, error)), float(np.vdot(exact, exact)))
+
+    return produce
+
+
+_WIDER = {("F16", "F32"), ("BF16", "F32")}
+_FLOATS = ("F32", "F16", "BF16")
+
+
+def _verdict(data: Sequence[Tensor | QTensor], target: str, shifted: bool, requantize: bool) -> Verdict:
+    """What storing these as `target` does to their values; exact carrying of QTensors is decided before."""
+    if any(isinstance(x, QTensor) for x in data):
+        if target == "F32":
+            return Verdict("widened", "dequantized")
+        if target in _FLOATS:
+            return Verdict("rounded", f"dequantized, then F32 to {target}")
+        if requantize:
+            return Verdict("requantized", f"dequantized and rounded again to {target}")
+        return Verdict(
+            "refused",
+            f"is quantized already, and {target} cannot hold its values exactly; --allow-requantize rounds them "
+            "again, COPY keeps the source's type",
+        )
+    source = data[0].dtype if isinstance(data[0], Tensor) else "F32"
+    if source == target or (shifted and target == "F32"):
+        return Verdict("exact")
+    if (source, target) in _WIDER:
+        return Verdict("widened")
+    if target in _FLOATS:
+        return Verdict("rounded", f"{source} to {target}")
+    return Verdict("quantized")
+
+
+def _item(stored: Stored, model: Model, choice: gguf_mixture.Choice, options: Options) -> list[Item]:
+    """The plan item of one stored tensor with its verdict, and its global scale as a tensor where it has one."""
+    data = [model.entries[r].data for r in stored.roles]
+    type_ = choice.type
+    weights = (options.imatrix or {}).get(stored.name)
+    if weights is not None and weights.shape[-1] != stored.cols:
+        raise OptionError(f"imatrix: {stored.name} has {weights.shape[-1]} columns, the tensor {stored.cols}")
+    item = Item(
+        name=stored.name,
+        type=type_,
+        shape=stored.shape,
+        offset=0,
+        rows=stored.rows,
+        row_bytes=BLOCKS[type_].row_bytes(stored.cols),
+        source_row_bytes=stored.cols * 4,
+        sources=tuple(model.entries[r].name for r in stored.roles),
+        verdict=Verdict("exact"),
+        produce=lambda a, b: Slab(b""),
+        rule=choice.reason,
+    )
+    carried = gguf_carry.lower(stored, data, type_)
+    if carried is not None:
+        verdict, packed, scales = carried
+        out = [replace(item, verdict=verdict, produce=lambda a, b: Slab(packed.read(a, b)))]
+        if any(s != 1.0 for s in scales):
+            out.append(_scale_item(stored, scales))
+        return out
+    parts = [gguf_carry.dense(x) for x in data]
+    produce = _dense_producer(stored, parts, type_, weights)
+    verdict = _verdict(data, type_, bool(stored.shift), options.allow_requantize)
+    return [replace(item, verdict=verdict, produce=produce)]
+
+
+def _scale_item(stored: Stored, scales: tuple[float, ...]) -> Item:
+    """NVFP4's per-tensor scale, one per expert (llama.cpp multiplies the product by it)."""
+    import numpy as np
+
+    if len(stored.shape) == 2 and len(set(scales)) > 1:
+        raise UnsupportedError(f"{stored.name}: its fused parts have different global scales {scales}")
+    values = scales if len(stored.shape) == 3 else scales[:1]
+    array = np.array(values, np.float32)
+    data = array.tobytes()
+    name = stored.name.removesuffix(".weight") + ".scale"
+    verdict = Verdict("exact")
+    return Item(
+        name, "F32", array.shape, 0, 1, len(data), len(data), stored.roles, verdict, lambda a, b: Slab(data)
+    )
+
+
+def _generated(d: Decoder) -> list[Item]:
+    """Rope factors: computed from the traits, stored as F32."""
+    items = []
+    for name, array in gguf_keys.rope_tensors(d).items():
+        data = array.tobytes()
+
+        def produce(start: int, stop: int, data: bytes = data) -> Slab:
+            return Slab(data)
+
+        items.append(
+            Item(
+                name,
+                "F32",
+                array.shape,
+                0,
+                1,
+                len(data),
+                len(data),
+                ("traits",),
+                Verdict("exact"),
+                produce,
+                "generated",
+            )
+        )
+    return items
+
+
+def hyper(arch: Arch, model: Model) -> gguf_mixture.Hyper:
+    """What llama-quantize's rules look at."""
+    d = model.arch
+    a = d.default.attention
+    experts = getattr(d.default.mlp, "experts", 0)
+    return gguf_mixture.Hyper(arch.gguf.arch, d.layers, a.heads, a.kv_heads, experts)
+
+
+def _general(arch: Arch, model: Model, options: Options) -> dict[str, gguf.Value]:
+    name = options.name or model.name
+    if name and "phi-3" in name.lower() and arch.gguf.arch != "phi3":
+        # llama.cpp turns off a tokenizer cleanup for any model whose name contains it (llama-vocab.cpp).
+        raise OptionError(
+            f"general.name {name!r} contains 'phi-3', which changes llama.cpp's tokenizer; pass --name"
+        )
+    out = {
+        "general.architecture": gguf.string(arch.gguf.arch),
+        "general.type": gguf.string("model"),
+    }
+    if name:
+        out["general.name"] = gguf.string(name)
+    return out
+
+
+def _losses(arch: Arch, d: Decoder, allowed: tuple[str, ...]) -> tuple[Verdict, ...]:
+    out = []
+    for loss in arch.gguf.losses(d):
+        reason = f"{loss.name}: {loss.reason}"
+        if loss.limit is not None:
+            reason += f"; exact up to a context of {loss.limit}"
+        elif loss.name not in allowed:
+            out.append(Verdict("refused", f"{reason}; --allow-trait-loss {loss.name} converts all the same"))
+            continue
+        out.append(Verdict("rounded", reason))
+    return tuple(out)
+
+
+def plan(model: Model, out_name: str, options: Options) -> Plan:
+    """What the GGUF of this model will be: types, offsets, sizes and verdicts; reads headers only.
+
+    Raises OptionError for rules that cannot be met (an imatrix that a type needs) and UnsupportedError for a
+    tokenizer or trait that llama.cpp does not have.
+    """
+    d = model.arch
+    arch = find(d.family)
+    stored = {s.name: s for s in gguf_names.layout(arch, d)}
+    generated = _generated(d)
+    listing = [gguf_mixture.TensorInfo(s.name, s.shape, _storage(s, model)) for s in stored.values()]
+    listing += [gguf_mixture.TensorInfo(i.name, i.shape, "F32") for i in generated]
+    choices = gguf_mixture.choose_types(listing, hyper(arch, model), options.types)
+    made = [i for name, s in stored.items() for i in _item(s, model, choices[name], options)]
+    items = {i.name: i for i in (*made, *generated)}
+    ordered = [items[name] for name in gguf_mixture.tensor_order(list(items))]
+
+    metadata = _general(arch, model, options)
+    metadata |= gguf_keys.metadata(arch, d)
+    notes: tuple[str, ...] = ()
+    if model.tokenizer is not None:
+        keys, tokenizer_notes = tokenizer_gguf.to_gguf(model.tokenizer, d.vocab, d.family)
+        metadata |= keys
+        notes = tuple(tokenizer_notes)
+    else:
+        metadata["tokenizer.ggml.model"] = gguf.string("no_vocab")
+        notes = ("the source has no tokenizer: the file holds none, and llama.cpp can only be fed token ids",)
+    metadata["general.quantization_version"] = gguf.u32(2)
+    number = gguf_mixture.FTYPES[options.types.ftype].number
+    if number is not None:
+        metadata["general.file_type"] = gguf.u32(number)
+
+    files = tuple(_files(out_name, metadata, ordered, options.split_max_size))
+    return Plan(
+        target="gguf",
+        files=files,
+        sources=sources(model),
+        options=options.summary(),
+        losses=_losses(arch, d, options.allow_loss),
+        notes=(*model.report, *notes),
+    )
+
+
+def _storage(s: Stored, model: Model) -> str:
+    """Type of the tensor in an unquantized GGUF: vectors and what upstream's converter keeps in F32."""
+    if len(s.shape) == 1 or s.name.endswith(("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")):
+        return "F32"
+    data = model.entries[s.roles[0]].data
+    return data.dtype if isinstance(data, Tensor) else gguf_carry.exact_type(data) or "F32"
+
+
+def _files(
+    out_name: str, metadata: Mapping[str, gguf.Value], items: Sequence[Item], limit: int | None
+) -> list[FilePlan]:
+    """One file, or shards of at most `limit` bytes of tensor data."""
+    groups: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        padded = -(-item.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if limit is not None and groups[-1] and size + padded > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += padded
+    out = []
+    for n, group in enumerate(groups):
+        name, keys = out_name, dict(metadata)
+        if len(groups) > 1:
+            name = f"{out_name.removesuffix('.gguf')}-{n + 1:05}-of-{len(groups):05}.gguf"
+            split = {
+                "split.no": gguf.u16(n),
+                "split.count": gguf.u16(len(groups)),
+                "split.tensors.count": gguf.i32(len(items)),
+            }
+            keys = (keys if n == 0 else {}) | split
+        head, offsets, total = gguf.header(keys, [(i.name, i.type, i.shape) for i in group], _ALIGNMENT)
+        placed = tuple(replace(i, offset=at) for i, at in zip(group, offsets, strict=True))
+        out.append(FilePlan(name, head, placed, total))
+    return out

@@ -1,0 +1,178 @@
+"""Carrying QTensors into GGUF block types without rounding, or saying why not.
+
+`exact_type` names the block type that holds a QTensor's codes and scales; `lower` makes the producer and the
+verdict for a chosen type. Codes and side values are compared before they are multiplied. Repacking commutes with
+row order, so rotary permutation and fusion act on packed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lconvert.formats.gguf_blocks import native_type, packer
+from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid
+from lconvert.kernels.blocks import BLOCKS
+from lconvert.kernels.qtensor import dequantize
+from lconvert.plan import Verdict
+
+from .gguf_names import Stored, interleave
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A QTensor in the structure of block type `type`; `global_scale` is stored beside it (NVFP4)."""
+
+    type: str
+    tensor: QTensor
+    verdict: Verdict
+    global_scale: float = 1.0
+
+
+def _f16_exact(x: NDArray[np.float32]) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(x.astype(np.float16).astype(np.float32), x))
+
+
+def _side(t: Tensor) -> NDArray[np.float32]:
+    x = t.load()
+    return x.astype(np.float32) if t.dtype[0] in "IU" else as_f32(x, t.dtype)
+
+
+def _repeated(side: NDArray[Any], times: int, like: QTensor) -> Tensor:
+    """A per-group side tensor as one value per 32 columns."""
+    wide = np.repeat(side, times, axis=1)
+    return Tensor(wide.shape, "F16", lambda a, b: wide[a:b], like.origin, like.files)
+
+
+def _recoded(q: QTensor, type_: str, shift: NDArray[np.float32] | None) -> Tensor:
+    """The codes minus their zero points, in the width of the block type."""
+    group = q.block[1] if q.block[1] != -1 else q.shape[1]
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        codes = q.codes.read(start, stop).astype(np.int16)
+        if shift is not None:
+            rows = shift[start:stop] if shift.shape[0] > 1 else shift
+            codes = codes - np.repeat(rows, group, axis=1)[:, : q.shape[1]].astype(np.int16)
+        return codes.astype(np.int8)
+
+    return Tensor(q.shape, "I8", read, q.codes.origin, q.codes.files)
+
+
+#: Symmetric block types of 32, narrowest first: (type, smallest code, largest code, bits).
+_SYMMETRIC = (("Q4_0", -8, 7, 4), ("Q5_0", -16, 15, 5), ("Q8_0", -128, 127, 8))
+
+
+def _portable(q: QTensor) -> Carried | None:
+    """Integer codes with one plain scale per group along the input dimension."""
+    g = q.grid
+    plain = q.g_idx is None and q.mask is None and not q.outliers and q.low_rank is None and q.offset is None
+    if g.kind != "int" or g.bits > 8 or not plain or len(q.shape) != 2 or not isinstance(q.scale, Tensor):
+        return None
+    rows, cols = q.shape
+    group = cols if q.block[1] == -1 else q.block[1]
+    if q.block[0] not in (1, -1) or group % 32 or cols % group:
+        return None
+    scale = _side(q.scale)
+    if not _f16_exact(scale):
+        return None
+    scale = np.broadcast_to(scale, (rows, cols // group))
+    zero = None if q.zero is None else _side(q.zero)
+    if zero is not None and not np.array_equal(zero, np.rint(zero)):
+        return None
+    low, high = (-(1 << (g.bits - 1)), (1 << (g.bits - 1)) - 1) if g.signed else (0, (1 << g.bits) - 1)
+    least = low - (0 if zero is None else int(zero.max()))
+    most = high - (0 if zero is None else int(zero.min()))
+    times = group // 32
+    half = scale.astype(np.float16)
+
+    def carried(type_: str, bits: int, codes: Tensor, offset: Tensor | None, signed: bool) -> Carried:
+        same = bits == g.bits and times == 1
+        grid = int_grid(bits, signed)
+        tensor = QTensor(q.shape, codes, grid, (1, 32), _repeated(half, times, q), offset=offset)
+        return Carried(type_, tensor, Verdict("exact" if same else "widened"))
+
+    if least >= -8 and most <= 7:
+        return carried("Q4_0", 4, _recoded(q, "Q4_0", zero), None, True)
+    if zero is not None and not g.signed and g.bits <= 4:
+        minimum = (scale * zero).astype(np.float32)  # a product of two short numbers: exact in fp32
+        if _f16_exact(minimum):
+            wide = _repeated(np.broadcast_to(minimum, scale.shape).astype(np.float16), times, q)
+            return carried("Q4_1", 4, q.codes, wide, False)
+    for type_, lowest, highest, bits in _SYMMETRIC:
+        if least >= lowest and most <= highest:
+            return carried(type_, bits, _recoded(q, type_, zero), None, True)
+    return None
+
+
+def _nvfp4(q: QTensor) -> Carried | None:
+    """NVFP4 with a global scale: the scale goes into a tensor of its own beside the blocks."""
+    s = q.scale
+    if not isinstance(s, QTensor) or s.block != (-1, -1) or s.grid not in (E4M3, UE4M3):
+        return None
+    if not isinstance(s.scale, Tensor) or q.block != (1, 16) or q.zero is not None or q.offset is not None:
+        return None
+    codes = s.codes.load()
+    if (codes & 0x80).any():
+        return None  # GGUF's sub-scales have no sign
+    unsigned = replace(q, scale=replace(s, grid=UE4M3))
+    if native_type(unsigned) != "NVFP4":
+        return None
+    return Carried("NVFP4", unsigned, Verdict("exact"), float(_side(s.scale).reshape(-1)[0]))
+
+
+def carry(q: QTensor) -> Carried | None:
+    """How GGUF holds exactly these numbers, or None."""
+    if (found := _nvfp4(q)) is not None:
+        return found
+    if (type_ := native_type(q)) is not None and _scales_fit(q):
+        return Carried(type_, q, Verdict("exact"))
+    return _portable(q)
+
+
+def _scales_fit(q: QTensor) -> bool:
+    """Plain scales that are not F16 in the source must be representable in it."""
+    sides = [s.scale if isinstance(s, QTensor) else s for s in (q.scale, q.offset) if s is not None]
+    return all(
+        isinstance(s, Tensor) and (s.dtype == "F16" or s.shape == (1, 1) or _f16_exact(_side(s)))
+        for s in sides
+    )
+
+
+def exact_type(q: QTensor) -> str | None:
+    found = carry(q)
+    return found.type if found else None
+
+
+def dense(data: Tensor | QTensor) -> Tensor:
+    """Any entry as fp32 rows."""
+    if isinstance(data, Tensor):
+        return data
+    q = data
+    return Tensor(q.shape, "F32", lambda a, b: dequantize(q, a, b), q.origin, q.files)
+
+
+def lower(
+    stored: Stored, data: Sequence[Tensor | QTensor], type_: str
+) -> tuple[Verdict, Tensor, tuple[float, ...]] | None:
+    """Packed rows of a stored tensor whose parts are all carried exactly as `type_`, or None.
+
+    Returns the verdict, the packed rows as a U8 Tensor, and the global scale of every part.
+    """
+    parts, verdicts, scales = [], [], []
+    for q in data:
+        found = carry(q) if isinstance(q, QTensor) else None
+        if found is None or found.type != type_:
+            return None
+        pack = packer(type_, found.tensor)
+        row_bytes = BLOCKS[type_].row_bytes(q.shape[1])
+        packed = Tensor((q.shape[0], row_bytes), "U8", pack, q.origin, q.files)
+        parts.append(interleave(packed, stored.head_dim) if stored.head_dim else packed)
+        verdicts.append(found.verdict)
+        scales.append(found.global_scale)
+    worst = next((v for v in verdicts if v.kind != "exact"), verdicts[0])
+    return worst, concat_rows(tuple(parts)), tuple(scales)

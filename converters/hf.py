@@ -1,0 +1,300 @@
+"""Hugging Face folders as a source and a target: config.json + safetensors <-> the canonical Model.
+
+Reading costs the headers. No code of the checkpoint is ever run, and pickle files are refused. Coverage is
+proved: every tensor and every config key is consumed or listed by name as inert; anything left is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lconvert import kernels
+from lconvert.archs import find
+from lconvert.archs.common import Bind, Keys, binds
+from lconvert.errors import InputError, MissingPackageError, UnsupportedError
+from lconvert.formats import safetensors
+from lconvert.forward import hf_tensor
+from lconvert.ir import DTYPE_SIZE, NUMPY_DTYPE, Entry, Model, Tensor, take_rows
+from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
+from lconvert.spec import check
+
+from .tokenizer_hf import read_tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MAX_JSON = 256 << 20
+_FLOATS = ("F32", "F16", "BF16")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from an untrusted file."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise InputError(f"{path}: {path.stat().st_size} bytes is too large for a JSON file")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: file not found") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not readable as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def resolve(source: str) -> Path:
+    """A local path, or a hub name downloaded (weights, config, tokenizer only) through huggingface_hub."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"{source}: no such file or folder")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingPackageError(
+            f"{source}: not a local path; to download it from the Hugging Face hub: pip install 'lconvert[hf]'"
+        ) from None
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except Exception as e:  # noqa: BLE001 - the hub client raises dozens of types; the reason is in the text
+        raise InputError(f"{source}: not a local path, and not to be had from the hub ({e})") from None
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index}: no weight_map")
+        names = sorted({str(v) for v in weight_map.values()})
+        for name in names:
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise InputError(f"{index}: names a file outside the folder: {name!r}")
+            if not (folder / name).exists():
+                raise InputError(f"{folder}: shard {name} is missing (the index names {len(names)} shards)")
+        return [folder / name for name in names]
+    if single.exists():
+        return [single]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise InputError(f"{folder}: several safetensors files but no model.safetensors.index.json")
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise UnsupportedError(
+            f"{folder}: {pickles[0]} is a pickle file, which can run code when it is opened; convert it to safetensors "
+            "first (in transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(OUT))"
+        )
+    raise InputError(f"{folder}: no safetensors file found")
+
+
+def _tensors(folder: Path) -> dict[str, tuple[safetensors.SafetensorsFile, safetensors.TensorInfo]]:
+    out: dict[str, tuple[safetensors.SafetensorsFile, safetensors.TensorInfo]] = {}
+    for path in _shards(folder):
+        file = safetensors.read_header(path)
+        for name, info in file.tensors.items():
+            if name in out:
+                raise InputError(f"{path}: tensor {name} is also in {out[name][0].path.name}")
+            out[name] = (file, info)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = read_json(index)["weight_map"]
+        missing = sorted(set(listed) - set(out))
+        if missing:
+            raise InputError(
+                f"{folder}: the index lists {missing[0]} but no shard holds it ({len(missing)} missing)"
+            )
+    return out
+
+
+def _load(
+    bind: Bind, file: safetensors.SafetensorsFile, info: safetensors.TensorInfo
+) -> Iterator[tuple[str, Tensor]]:
+    """The canonical tensors inside one source tensor."""
+    if tuple(info.shape) != bind.shape:
+        raise InputError(
+            f"{file.path}: tensor {bind.hf} has shape {tuple(info.shape)}, the configuration implies {bind.shape}"
+        )
+    if info.dtype not in _FLOATS:
+        raise UnsupportedError(
+            f"{file.path}: tensor {bind.hf} is stored as {info.dtype}; only {', '.join(_FLOATS)} checkpoints "
+            "can be read so far"
+        )
+    whole = safetensors.transposed(file, bind.hf) if bind.transpose else safetensors.tensor(file, bind.hf)
+    for role, ranges in bind.parts:
+        yield role, take_rows(whole, ranges)
+
+
+def read(source: str | Path) -> Model:
+    """A Hugging Face folder (or hub name) as a Model; see the module docstring for what is guaranteed."""
+    folder = resolve(str(source))
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise UnsupportedError(
+            f"{folder}: already quantized ({method}); such checkpoints cannot be read so far"
+        )
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"{folder / 'config.json'}: the required key 'model_type' is missing")
+    arch = find(model_type)
+    keys = Keys(config, str(folder / "config.json"))
+    decoder = arch.traits(keys)
+    inert = keys.finish()
+    # Only the class with a language-model head is the function that is converted and proved.
+    classes = config.get("architectures") or [arch.hf_class]
+    if arch.hf_class not in classes:
+        raise UnsupportedError(f"{folder / 'config.json'}: architectures {classes}, expected {arch.hf_class}")
+
+    tensors = _tensors(folder)
+    entries: dict[str, Entry] = {}
+    report = [f"inert config keys: {', '.join(inert)}"] if inert else []
+    for bind in binds(arch.names, decoder):
+        found = tensors.pop(bind.hf, None)
+        if found is None:
+            raise InputError(f"{folder}: tensor {bind.hf} {bind.shape} is missing")
+        for role, tensor in _load(bind, *found):
+            entries[role] = Entry(role, tensor, provenance=(f"{found[0].path.name}:{bind.hf}",))
+    left = sorted(tensors)
+    if decoder.tied and "lm_head.weight" in tensors:
+        _same_as_embedding(folder, tensors["lm_head.weight"], entries["embed"])
+        left.remove("lm_head.weight")
+        report.append("inert tensor: lm_head.weight (tied, equal to the embedding)")
+    for pattern in arch.inert_tensors:
+        hit = [n for n in left if re.fullmatch(pattern, n)]
+        report += [f"inert tensor: {n}" for n in hit]
+        left = [n for n in left if n not in hit]
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        raise UnsupportedError(
+            f"{folder}: unknown tensor {', '.join(left[:5])}{more}; lconvert does not guess what it does"
+        )
+
+    generation = folder / "generation_config.json"
+    return check(
+        Model(
+            arch=decoder,
+            config=config,
+            entries=entries,
+            tokenizer=read_tokenizer(folder),
+            generation=read_json(generation) if generation.exists() else {},
+            name=folder.resolve().name,
+            source=str(folder),
+            report=tuple(report),
+        )
+    )
+
+
+def _same_as_embedding(
+    folder: Path, head: tuple[safetensors.SafetensorsFile, safetensors.TensorInfo], embed: Entry
+) -> None:
+    """A head that is stored although the config ties it must not differ, or one of the two is wrong."""
+    file, info = head
+    stored, assumed = safetensors.tensor(file, info.name), embed.data
+    same = stored.shape == assumed.shape and isinstance(assumed, Tensor) and stored.dtype == assumed.dtype
+    step = 4096
+    for start in range(0, stored.rows if same else 0, step):
+        stop = min(start + step, stored.rows)
+        if not (stored.read(start, stop) == assumed.read(start, stop)).all():  # type: ignore[union-attr]
+            same = False
+            break
+    if not same:
+        raise InputError(
+            f"{folder}: lm_head.weight differs from the embedding although tie_word_embeddings is true; transformers "
+            "would drop it. Set tie_word_embeddings to false if the head is meant"
+        )
+
+
+# --- the other direction ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """One tensor of a Hugging Face folder: `load()` gives the whole array in the storage type of `dtype`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    load: Callable[[], NDArray[Any]]
+    verdict: Verdict
+    sources: tuple[str, ...]
+
+
+def to_hf(model: Model, dtype: str | None = None) -> Iterator[HfTensor]:
+    """Every Hugging Face tensor of a model: the inverse of reading.
+
+    dtype: storage type of all tensors; None keeps a dense tensor's own and stores dequantized ones as F32.
+    """
+    arch = find(model.arch.family)
+    for bind in binds(arch.names, model.arch):
+        parts = [model.entries[role].data for role, _ in bind.parts]
+        own = {p.dtype if isinstance(p, Tensor) else "F32" for p in parts}
+        stored = dtype or (own.pop() if len(own) == 1 else "F32")
+        wide = stored == "F32" or all(isinstance(p, Tensor) and p.dtype == stored for p in parts)
+        if wide:
+            exact = all(isinstance(p, Tensor) and p.dtype == stored for p in parts)
+            verdict = Verdict("exact") if exact else Verdict("widened", "dequantized")
+        else:
+            verdict = Verdict("rounded", f"to {stored}")
+        roles = tuple(role for role, _ in bind.parts)
+        yield HfTensor(bind.hf, stored, bind.shape, partial(_stored, model, bind, stored), verdict, roles)
+
+
+def _stored(model: Model, bind: Bind, dtype: str) -> NDArray[Any]:
+    """A Hugging Face tensor in its storage type."""
+    x = hf_tensor(model, bind)
+    if dtype == "F32":
+        return x
+    flat = kernels.quantize(dtype, x.reshape(x.shape[0], -1))
+    out: NDArray[Any] = flat.view(NUMPY_DTYPE[dtype]).reshape(x.shape)
+    return out
+
+
+def plan(model: Model, dtype: str | None = None) -> Plan:
+    """A Hugging Face folder (config, weights, tokenizer) that transformers loads. Execute it into the folder."""
+    tensors = list(to_hf(model, dtype))
+    head, offsets = safetensors.header_bytes([(t.name, t.dtype, t.shape) for t in tensors], {"format": "pt"})
+    items = []
+    for t, at in zip(tensors, offsets, strict=True):
+        size = DTYPE_SIZE[t.dtype]
+        for d in t.shape:
+            size *= d
+
+        def produce(start: int, stop: int, t: HfTensor = t) -> Slab:
+            return Slab(t.load())
+
+        items.append(Item(t.name, t.dtype, t.shape, at, 1, size, size, t.sources, t.verdict, produce))
+    items.sort(key=lambda i: i.offset)
+    end = items[-1].offset + items[-1].nbytes
+    kinds = {t.dtype for t in tensors}
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    config = dict(model.config) | {"dtype": names[kinds.pop()] if len(kinds) == 1 else "float32"}
+    config.pop("torch_dtype", None)
+    files = [("config.json", config)]
+    if model.generation:
+        files.append(("generation_config.json", dict(model.generation)))
+    if model.tokenizer is not None:
+        files.append(("tokenizer.json", dict(model.tokenizer.json)))
+        files.append(("tokenizer_config.json", dict(model.tokenizer.config)))
+    plans = [_text_file(name, json.dumps(data, indent=1, ensure_ascii=False) + "\n") for name, data in files]
+    if model.tokenizer is not None and model.tokenizer.chat_template:
+        plans.append(_text_file("chat_template.jinja", model.tokenizer.chat_template))
+    plans.insert(1, FilePlan("model.safetensors", head, tuple(items), end))
+    return Plan("hf", tuple(plans), sources(model), {"dtype": dtype}, notes=model.report)
+
+
+def _text_file(name: str, text: str) -> FilePlan:
+    data = text.encode()
+    return FilePlan(name, data, (), len(data))

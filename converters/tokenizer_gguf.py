@@ -1,0 +1,418 @@
+"""ir.Tokenizer -> the tokenizer.* keys of a GGUF file.
+
+Keys, order and values are those of llama.cpp's own converter, except where that would make llama.cpp tokenize other
+than the source's tokenizer.json (each such place says so in a note):
+
+- an added token is control exactly if it is special; the converter also takes what looks special (`<|...|>`)
+- scores of a SentencePiece vocabulary come from the merges, not from a placeholder
+- add_bos_token and add_eos_token are written wherever llama.cpp would assume something else
+- named chat templates are in the order of their names
+
+Notes that begin with `tokens differ` are texts or settings for which llama.cpp's ids are not the source's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import ascii_letters, digits
+from typing import Any
+
+import numpy as np
+
+from lconvert.errors import InputError
+from lconvert.formats.gguf_values import Value, array, boolean, string, u32
+from lconvert.ir import Tokenizer
+
+from . import added_tokens, llamacpp_tokens, tokenizer_vocab
+from .llamacpp_tokens import NameRule
+from .sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from .tokenizer_hf import special_ids
+
+#: Roles with a key of their own, in the order of the file.
+KEYS: Mapping[str, str] = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",  # sic
+    "pad": "padding_token_id",
+    "mask": "mask_token_id",
+}
+
+#: Rendered and parsed always, because llama.cpp's chat parsers read them (conversion/gemma.py, Gemma4Model).
+_VISIBLE: Mapping[str, frozenset[str]] = {
+    "gemma4": frozenset({
+        "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
+    }),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Whether the source puts bos before and eos after a text, and what it adds beyond that."""
+
+    bos: bool
+    eos: bool
+    prefix: tuple[str, ...] = ()
+    suffix: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The keys, what there is to say about them, and what general.name must contain or avoid."""
+
+    keys: dict[str, Value]
+    notes: tuple[str, ...]
+    name_rule: NameRule
+    framing: Framing
+
+
+def to_gguf(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> tuple[dict[str, Value], tuple[str, ...]]:
+    """The tokenizer.* keys for an embedding of `vocab_size` rows, and notes.
+
+    InputError: more tokens than rows. UnsupportedError: llama.cpp has no such tokenizer; prints its structure.
+    """
+    lowered = lower(tokenizer, vocab_size, model_type)
+    return lowered.keys, lowered.notes
+
+
+def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
+    """`to_gguf` with what the rest of the file must respect."""
+    data = tokenizer.json
+    algorithm = tokenizer_vocab.choose(data, model_type)
+    added = {t["content"]: t for t in data.get("added_tokens") or []}
+    texts, types, pads = _table(tokenizer, algorithm, vocab_size, model_type)
+    notes = list(algorithm.notes)
+    if pads:
+        notes.append(f"{pads} embedding rows without a token are named [PAD<id>] and never produced by the tokenizer")
+
+    special = {r: ids[0] for r, ids in tokenizer.special.items() if ids and ids[0] < vocab_size}
+    lost = sorted(r for r, ids in tokenizer.special.items() if ids and ids[0] >= vocab_size)
+    notes += [f"the {r} token has id {tokenizer.special[r][0]}, beyond the {vocab_size} rows: left out" for r in lost]
+    framing, said = _framing(tokenizer)
+    notes += said
+    _end_tokens(tokenizer, framing, special, texts, notes)
+
+    rule = llamacpp_tokens.name_rule(
+        frozenset(t for t, token in added.items() if token.get("rstrip")),
+        frozenset(texts),
+        frozenset(t for t, k in zip(texts, types, strict=True) if k in (CONTROL, USER_DEFINED, UNKNOWN)),
+    )
+    notes += added_tokens.differences(list(added.values()), rule, algorithm.normalizer)
+    notes += llamacpp_tokens.by_text(texts, types, {t: bool(token.get("special")) for t, token in added.items()})
+    notes += _looks_special(added)
+    notes += _eog_notes(tokenizer, special, texts, algorithm.model)
+    notes += _not_loaded(tokenizer, added)
+
+    keys = {"tokenizer.ggml.model": string(algorithm.model)}
+    if algorithm.pre:
+        keys["tokenizer.ggml.pre"] = string(algorithm.pre)
+    keys["tokenizer.ggml.tokens"] = array("str", texts)
+    if algorithm.scores is not None:
+        keys["tokenizer.ggml.scores"] = array("f32", _scores(tokenizer, algorithm.scores, texts, types))
+    keys["tokenizer.ggml.token_type"] = array("i32", np.asarray(types, np.int32))
+    if algorithm.remove_extra_whitespaces is not None:
+        keys["tokenizer.ggml.remove_extra_whitespaces"] = boolean(algorithm.remove_extra_whitespaces)
+    if algorithm.charsmap is not None:
+        keys["tokenizer.ggml.precompiled_charsmap"] = array("u8", np.frombuffer(algorithm.charsmap, np.uint8))
+    if algorithm.merges is not None:
+        keys["tokenizer.ggml.merges"] = array("str", algorithm.merges)
+    for role, name in KEYS.items():
+        if role in special:
+            keys[f"tokenizer.ggml.{name}"] = u32(special[role])
+    keys |= _flags(tokenizer, algorithm, framing, special, notes)
+    if algorithm.space_prefix is not None:
+        keys["tokenizer.ggml.add_space_prefix"] = boolean(algorithm.space_prefix)
+    keys |= _templates(tokenizer)
+    return Lowered(keys, tuple(dict.fromkeys(notes)), rule, framing)
+
+
+# --- the vocabulary --------------------------------------------------------------------------------------
+
+
+def _table(
+    tokenizer: Tokenizer, algorithm: tokenizer_vocab.Algorithm, rows: int, model_type: str
+) -> tuple[list[str], list[int], int]:
+    """Text and type of every row, and how many rows have no token."""
+    data = tokenizer.json
+    vocab = data["model"]["vocab"]
+    if isinstance(vocab, list):
+        vocab = {text: i for i, (text, _) in enumerate(vocab)}
+    added = {t["id"]: t for t in data.get("added_tokens") or []}
+    by_id = {i: text for text, i in vocab.items()} | {i: t["content"] for i, t in added.items()}
+    if by_id and max(by_id) >= rows:
+        over = sorted(i for i in by_id if i >= rows)
+        raise InputError(
+            f"tokenizer.json has {len(over)} tokens beyond the {rows} rows of the embedding, the first is "
+            f"{by_id[over[0]]!r} with id {over[0]}; the tokenizer belongs to another model, or the embedding was not resized"
+        )
+    unknown = _unknown(tokenizer, algorithm)
+    visible = _VISIBLE.get(model_type.removesuffix("_text"), frozenset())
+    texts: list[str] = []
+    types: list[int] = []
+    for i in range(rows):
+        text = by_id.get(i)
+        if text is None:
+            texts.append(_pad(i, vocab, added))
+            types.append(UNUSED)
+            continue
+        if text == f"[PAD{i}]" and i not in added and algorithm.model == "t5":
+            kind = UNUSED  # a unigram vocabulary is a list without holes
+        else:
+            kind = _type(text, added.get(i), vocab, algorithm, unknown)
+        if kind == USER_DEFINED and added[i].get("normalized") and algorithm.normalizer:
+            text = text.replace(SPACE, " ")  # matched in normalized text, which llama.cpp never sees
+        texts.append(text)
+        types.append(USER_DEFINED if text in visible else kind)
+    if len(set(texts)) != len(texts):
+        twice = next(t for t in texts if texts.count(t) > 1)
+        raise InputError(f"two tokens would have the text {twice!r}, which llama.cpp refuses")
+    return texts, types, types.count(UNUSED)
+
+
+def _pad(i: int, vocab: Mapping[str, int], added: Mapping[int, Any]) -> str:
+    text = f"[PAD{i}]"
+    taken = {t["content"] for t in added.values()} if text not in vocab else vocab
+    while text in taken:
+        text += "_"
+    return text
+
+
+def _unknown(tokenizer: Tokenizer, algorithm: tokenizer_vocab.Algorithm) -> str | None:
+    """The text of the unknown token where llama.cpp's algorithm has one (its own type UNKNOWN)."""
+    model = tokenizer.json["model"]
+    if algorithm.model == "t5":
+        return str(model["vocab"][model["unk_id"]][0])
+    listed = tokenizer.config.get("added_tokens_decoder")
+    return model.get("unk_token") if algorithm.model == "llama" and not listed else None
+
+
+def _type(
+    text: str, token: Mapping[str, Any] | None, vocab: Mapping[str, int], a: tokenizer_vocab.Algorithm, unknown: str | None
+) -> int:
+    if text == unknown:
+        return UNKNOWN
+    if token is None:
+        return BYTE if a.model != "gpt2" and tokenizer_vocab.is_byte(text) else _raw_byte(text, a)
+    if token.get("special"):
+        return CONTROL
+    # An added token that holds the space character is matched in the raw text, where there is none: what makes it
+    # out of spaces are the merges of the vocabulary.
+    if SPACE in text and a.normalizer and not token.get("normalized") and text in vocab:
+        return NORMAL
+    return USER_DEFINED
+
+
+def _raw_byte(text: str, a: tokenizer_vocab.Algorithm) -> int:
+    return BYTE if a.pre == "sarvam-moe" and tokenizer_vocab.is_byte(text) else NORMAL
+
+
+def _scores(tokenizer: Tokenizer, scores: Mapping[str, float], texts: list[str], types: list[int]) -> Any:
+    """Scores by row: the algorithm's, -1000 for tokens that tokenizer_config.json adds, -10000 for rows without."""
+    listed = tokenizer.config.get("added_tokens_decoder")
+    config = {int(i) for i in listed if str(i).isdecimal()} if isinstance(listed, Mapping) else set()
+    out = np.zeros(len(texts), np.float32)
+    base = tokenizer.json["model"]["vocab"]
+    for i, (text, kind) in enumerate(zip(texts, types, strict=True)):
+        if kind == UNUSED:
+            out[i] = -10000.0
+        elif kind != NORMAL and (i in config or text not in scores) and isinstance(base, dict):
+            out[i] = -1000.0
+        elif kind in (CONTROL, UNKNOWN) and isinstance(base, dict) and i < len(base):
+            out[i] = max(scores[text], -1000.0) if scores[text] == -1000.0 else 0.0
+        else:
+            out[i] = scores.get(text, -1000.0)
+    return out
+
+
+# --- special tokens --------------------------------------------------------------------------------------
+
+
+def _framing(tokenizer: Tokenizer) -> tuple[Framing, list[str]]:
+    """What the post_processor adds; without one, tokenizer_config.json's flags count, as in llama.cpp's converter."""
+    data, config = tokenizer.json, tokenizer.config
+    prefix, suffix, found = _processor(data.get("post_processor"))
+    if not found:
+        asked = {r: config.get(f"add_{r}_token") is True for r in ("bos", "eos")}
+        notes = [
+            f"tokens differ: tokenizer_config.json asks for {r}, so llama.cpp adds it; tokenizer.json alone does not"
+            for r, on in asked.items()
+            if on
+        ]
+        return Framing(asked["bos"], asked["eos"]), notes
+    names = {i: t for t, i in _ids(tokenizer).items()}
+    bos = names.get(tokenizer.special.get("bos", tokenizer.special.get("cls", (-1,)))[0])
+    notes = []
+    if prefix and prefix != (bos,):
+        notes.append(
+            f"tokens differ: the source begins every text with {' '.join(prefix)}; llama.cpp can only begin it with the bos "
+            f"token ({bos})"
+        )
+    if len(suffix) > 1:
+        notes.append(f"tokens differ: the source ends every text with {' '.join(suffix)}; llama.cpp can only add one token")
+    for role, on in (("bos", bool(prefix)), ("eos", bool(suffix))):
+        if config.get(f"add_{role}_token") is (not on):
+            notes.append(
+                f"tokenizer_config.json says add_{role}_token={not on}, tokenizer.json's post_processor the opposite, "
+                "which counts"
+            )
+    return Framing(prefix == (bos,), len(suffix) == 1, prefix, suffix), notes
+
+
+def _processor(processor: Mapping[str, Any] | None) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """The special tokens before and after a single text, and whether the post_processor decides it at all."""
+    if processor is None:
+        return (), (), False
+    kind = processor.get("type")
+    if kind == "Sequence":
+        parts = [_processor(p) for p in processor.get("processors") or []]
+        return (
+            tuple(t for p in reversed(parts) for t in p[0]),
+            tuple(t for p in parts for t in p[1]),
+            any(p[2] for p in parts),
+        )
+    if kind == "TemplateProcessing":
+        return _template(processor)
+    if kind in ("RobertaProcessing", "BertProcessing"):
+        cls, sep = (processor.get(n) or ("",) for n in ("cls", "sep"))
+        return (str(cls[0]),), (str(sep[0]),), True
+    return (), (), kind == "ByteLevel"
+
+
+def _template(processor: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    single = processor.get("single") or []
+    marks = [p.get("SpecialToken", {}).get("id") if isinstance(p, Mapping) else None for p in single]
+    if None not in marks:
+        raise InputError("tokenizer.json: the post_processor's template `single` has no place for the text")
+    place = marks.index(None)
+    table = processor.get("special_tokens") or {}
+
+    def expand(names: list[Any]) -> tuple[str, ...]:
+        return tuple(str(t) for n in names for t in (table.get(n) or {}).get("tokens") or [n])
+
+    return expand(marks[:place]), expand(marks[place + 1 :]), True
+
+
+def _ids(tokenizer: Tokenizer) -> dict[str, int]:
+    vocab = tokenizer.json["model"]["vocab"]
+    pairs = vocab.items() if isinstance(vocab, Mapping) else ((text, i) for i, (text, _) in enumerate(vocab))
+    return dict(pairs) | {t["content"]: t["id"] for t in tokenizer.json.get("added_tokens") or []}
+
+
+def _end_tokens(
+    tokenizer: Tokenizer, framing: Framing, special: dict[str, int], texts: list[str], notes: list[str]
+) -> None:
+    """Fills special's eos, eot and eom so that llama.cpp adds the right token and stops at all that end a text."""
+    ends = [i for i in tokenizer.special.get("eos", ()) if i < len(texts)]
+    for role in ("eot", "eom"):
+        ends += [i for i in tokenizer.special.get(role, ()) if i < len(texts)]
+    if len(framing.suffix) == 1 and (added := _ids(tokenizer).get(framing.suffix[0])) is not None:
+        if special.get("eos", added) != added:
+            notes.append(
+                f"eos is {framing.suffix[0]!r}, which the source adds after a text; its own eos "
+                f"{texts[special['eos']]!r} still ends a text"
+            )
+        special["eos"] = added
+    known = llamacpp_tokens.ends(frozenset(texts))
+    left = [i for i in dict.fromkeys(ends) if texts[i] not in known and i != special.get("eos")]
+    taken = {special[r] for r in ("eot", "eom") if r in special}
+    left = [i for i in left if i not in taken]
+    for role in ("eom", "eot"):
+        named = llamacpp_tokens.END_OF_MESSAGE if role == "eom" else llamacpp_tokens.END_OF_TURN
+        if left and role not in special and not any(t in named for t in texts):
+            special[role] = left.pop(0)
+    if left:
+        notes.append(
+            "llama.cpp does not stop at " + ", ".join(repr(texts[i]) for i in left) + ", which the source's configuration "
+            "says end a text: it has no more keys for such tokens"
+        )
+
+
+def _flags(
+    tokenizer: Tokenizer, a: tokenizer_vocab.Algorithm, framing: Framing, special: Mapping[str, int], notes: list[str]
+) -> dict[str, Value]:
+    """add_bos_token and add_eos_token: where the source says something, or llama.cpp would assume otherwise."""
+    out: dict[str, Value] = {}
+    processor = tokenizer.json.get("post_processor")
+    byte_level = "ByteLevel" in str(_kinds(processor))
+    for role, on, default in (("bos", framing.bos, a.add_bos), ("eos", framing.eos, a.add_eos)):
+        said = on or byte_level or isinstance(tokenizer.config.get(f"add_{role}_token"), bool)
+        if on and role not in special and role not in llamacpp_tokens.DEFAULT_IDS[a.model]:
+            raise InputError(f"the source adds a {role} token to every text, but no file says which token that is")
+        if said or on != default:
+            out[f"tokenizer.ggml.add_{role}_token"] = boolean(on)
+        if on != default and not said:
+            notes.append(f"add_{role}_token={str(on).lower()} is written because llama.cpp would assume the opposite")
+    if a.model == "gemma4" and not framing.bos:
+        notes.append("tokens differ: llama.cpp adds bos to every text of a gemma4 tokenizer, the source does not")
+    return out
+
+
+def _kinds(processor: Mapping[str, Any] | None) -> list[str]:
+    if processor is None:
+        return []
+    parts = processor.get("processors") or []
+    return [str(processor.get("type")), *(k for p in parts for k in _kinds(p))]
+
+
+# --- notes -----------------------------------------------------------------------------------------------
+
+
+def _looks_special(added: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    texts = [
+        t
+        for t, token in added.items()
+        if not token.get("special") and any(t.startswith(a) and t.endswith(b) for a, b in marks)
+    ]
+    if not texts:
+        return []
+    return [
+        f"{len(texts)} added tokens that look special but are not, as {texts[0]!r}, are user-defined (llama.cpp's "
+        "converter makes them control tokens): they are parsed and rendered always, as in the source"
+    ]
+
+
+def _eog_notes(tokenizer: Tokenizer, special: Mapping[str, int], texts: list[str], model: str) -> list[str]:
+    out = []
+    wanted = set(tokenizer.special.get("eos", ()))
+    ends = llamacpp_tokens.ends(frozenset(texts))
+    also = [t for i, t in enumerate(texts) if t in ends and i not in wanted]
+    if also:
+        out.append(f"llama.cpp also stops at {', '.join(map(repr, also))}, because of the text")
+    for role, i in llamacpp_tokens.DEFAULT_IDS[model].items():
+        if role in ("bos", "eos") and role not in special and i < len(texts):
+            out.append(f"the source has no {role} token; llama.cpp takes token {i}, {texts[i]!r}")
+    return out
+
+
+def _not_loaded(tokenizer: Tokenizer, added: Mapping[str, Any]) -> list[str]:
+    """Added tokens of tokenizer_config.json that tokenizer.json, the reference, does not have."""
+    listed = tokenizer.config.get("added_tokens_decoder")
+    entries = listed.values() if isinstance(listed, Mapping) else ()
+    texts = [e["content"] for e in entries if isinstance(e, Mapping) and isinstance(e.get("content"), str)]
+    missing = [t for t in texts if t not in added]
+    if not missing:
+        return []
+    return [f"tokenizer_config.json adds {missing[0]!r} and {len(missing) - 1} others that tokenizer.json does not have"]
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, Value]:
+    """The chat templates; names keep letters and digits only, as llama.cpp's converter has them."""
+    named: dict[str, str] = {}
+    for name in sorted(tokenizer.extra_templates):
+        plain = "".join(c if c in ascii_letters + digits else "_" for c in name)
+        if plain in named:
+            raise InputError(f"two chat templates would be named {plain!r} in the file")
+        named[plain] = tokenizer.extra_templates[name]
+    out = {f"tokenizer.chat_template.{name}": string(text) for name, text in named.items()}
+    if named:
+        out["tokenizer.chat_templates"] = array("str", list(named))
+    if tokenizer.chat_template is not None:
+        out["tokenizer.chat_template"] = string(tokenizer.chat_template)
+    return out
+
+
+__all__ = ["Framing", "Lowered", "lower", "special_ids", "to_gguf"]

@@ -1,0 +1,249 @@
+"""Quantise to the GGUF storage types and back: ggml's bytes exactly, on every machine.
+
+`quantize` gives what `ggml_quantize_chunk` gives on x86-64 (ggml/src/ggml.c of llama.cpp), `dequantize` what ggml's
+`dequantize_row_*` gives. The compiled module `_native` holds one table of kernels per instruction set; a type or a
+machine without them is served by `lconvert.kernels.reference`, slower and with the same bytes. The environment
+variable LCONVERT_ISA forces one of `isas()`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lconvert.errors import InputError, OptionError
+from lconvert.kernels.blocks import BLOCKS, BlockType
+from lconvert.kernels.reference import FAMILY, NEEDS_WEIGHTS, family
+
+__all__ = [
+    "BLOCKS",
+    "SlowKernelsWarning",
+    "dequantize",
+    "isa",
+    "isas",
+    "native_available",
+    "pack",
+    "quantize",
+    "unpack",
+]
+
+# Magnitude bits from which on a value cannot be stored: infinities and NaN, and for the narrow floats what would
+# round to infinity.
+_LIMITS = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
+_NOT_FINITE = 0x7F800000
+_SOURCES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_REFERENCE_CHUNK = 1 << 18  # values that the NumPy reference handles at a time
+
+
+class SlowKernelsWarning(RuntimeWarning):
+    """The compiled kernels are missing, NumPy does the work."""
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    try:
+        from lconvert.kernels import _native
+    except ImportError as error:
+        warnings.warn(
+            f"lconvert: compiled kernels not found ({error}); quantising with NumPy, 10 to 100 times slower, "
+            "same bytes. Reinstall where a C++17 compiler is available.",
+            SlowKernelsWarning,
+            stacklevel=3,
+        )
+        return None
+    return _native
+
+
+@cache
+def _compiled_types(isa: str) -> frozenset[int]:
+    native = _compiled()
+    return frozenset(native.types(isa)) if native and isa != "reference" else frozenset()
+
+
+def native_available() -> bool:
+    """Whether the compiled module is installed."""
+    return _compiled() is not None
+
+
+def isas() -> tuple[str, ...]:
+    """Instruction sets that run here, the fastest first; "reference" (NumPy) is always last."""
+    native = _compiled()
+    return (*reversed(native.isas()), "reference") if native else ("reference",)
+
+
+def isa() -> str:
+    """The instruction set in use: $LCONVERT_ISA or the fastest. OptionError if it cannot run here."""
+    return _checked_isa(os.environ.get("LCONVERT_ISA") or isas()[0])
+
+
+def _checked_isa(name: str) -> str:
+    if name not in isas():
+        raise OptionError(f"instruction set {name!r} cannot run here; available: {', '.join(isas())}")
+    return name
+
+
+def _block_type(type: str) -> BlockType:
+    if type not in FAMILY:
+        raise OptionError(f"no kernel for type {type!r}; known: {', '.join(FAMILY)}")
+    return BLOCKS[type]
+
+
+def _checked_cols(block: BlockType, cols: int) -> None:
+    if cols % block.elems:
+        raise OptionError(
+            f"{block.name} stores blocks of {block.elems} values; rows of {cols} do not divide evenly"
+        )
+
+
+def _rows_of(block: BlockType, blocks: NDArray[np.uint8], cols: int | None = None) -> NDArray[np.uint8]:
+    """`blocks` as a checked contiguous (rows, row_bytes) array."""
+    if blocks.dtype != np.uint8 or blocks.ndim != 2 or blocks.shape[1] % block.nbytes:
+        raise InputError(
+            f"{block.name} blocks must be uint8 (rows, k * {block.nbytes}), got {blocks.dtype} {blocks.shape}"
+        )
+    if cols is not None and block.row_bytes(cols) != blocks.shape[1]:
+        raise InputError(
+            f"{block.name} rows of {cols} values take {block.row_bytes(cols)} bytes, got {blocks.shape[1]}"
+        )
+    return np.ascontiguousarray(blocks)
+
+
+def quantize(
+    type: str,
+    x: NDArray[Any],
+    dtype: str = "F32",
+    weights: NDArray[np.float32] | None = None,
+    isa: str | None = None,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The rows of `x` (rows, cols) as blocks, uint8 (rows, row_bytes).
+
+    `dtype` says what x holds: "F32" (float32), "F16" (float16) or "BF16" (its bits as uint16). `weights` (cols,) is
+    the importance of each column, as ggml's imatrix; types that know no importance ignore it, those of
+    `reference.NEEDS_WEIGHTS` demand it. For F16 and BF16 the
+    result is a cast, round to nearest even.
+
+    Raises InputError at the first NaN, infinity or value beyond F16/BF16, naming row and column, and OptionError if
+    cols is not a multiple of the block length or needed weights are missing. Releases the GIL; threads may call it on disjoint rows.
+    """
+    block = _block_type(type)
+    if dtype not in _SOURCES or x.dtype != _SOURCES[dtype] or x.ndim != 2:
+        raise OptionError(f"x must be 2-dimensional {_SOURCES.get(dtype, dtype)}, got {x.dtype} {x.shape}")
+    rows, cols = x.shape
+    _checked_cols(block, cols)
+    if weights is None and type in NEEDS_WEIGHTS:
+        raise OptionError(f"{type} needs an importance matrix: its search has no meaning without one")
+    if weights is not None:
+        if weights.shape != (cols,):
+            raise OptionError(f"weights must have one value per column ({cols}), got shape {weights.shape}")
+        weights = np.ascontiguousarray(weights, np.float32)
+        if not np.isfinite(weights).all():
+            raise InputError(f"importance weight of column {np.isfinite(weights).argmin()} is not finite")
+    if out is None:
+        out = np.empty((rows, block.row_bytes(cols)), np.uint8)
+    elif out.shape != (rows, block.row_bytes(cols)) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise OptionError(f"out must be contiguous uint8 {(rows, block.row_bytes(cols))}")
+
+    use = isa_in_use(isa)
+    x = np.ascontiguousarray(x)
+    limit = _LIMITS.get(type, _NOT_FINITE)
+    native = _compiled()
+    if native and block.ggml_id in _compiled_types(use):
+        bad = int(native.quantize(use, block.ggml_id, x, weights, limit, out))
+    else:
+        bad = _quantize_reference(type, x, dtype, weights, limit, out)
+    if bad >= 0:
+        row, col = divmod(bad, cols)
+        value = float(widen(x[row, col : col + 1], dtype)[0])
+        reason = "is not finite" if not np.isfinite(value) else f"is too large for {type}"
+        raise InputError(
+            f"value {value:g} at row {row}, column {col} {reason}; it cannot be stored as {type}"
+        )
+    return out
+
+
+def isa_in_use(name: str | None) -> str:
+    """`name` if it can run here, or the default."""
+    return isa() if name is None else _checked_isa(name)
+
+
+def widen(x: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """`x` of source dtype "F32", "F16" or "BF16" (uint16 bits) as float32, exactly."""
+    if dtype == "BF16":
+        return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return x.astype(np.float32)
+
+
+def _quantize_reference(
+    type: str,
+    x: NDArray[Any],
+    dtype: str,
+    weights: NDArray[np.float32] | None,
+    limit: int,
+    out: NDArray[np.uint8],
+) -> int:
+    """Fills `out`; -1 or the flat index of the first value whose magnitude bits reach `limit`."""
+    rows, cols = x.shape
+    step = max(1, _REFERENCE_CHUNK // max(cols, 1))
+    spec = family(type).QUANTIZE[type]
+    for row in range(0, rows, step):
+        values = np.ascontiguousarray(widen(x[row : row + step], dtype))
+        bad = (values.view(np.uint32) & np.uint32(0x7FFFFFFF)) >= limit
+        if bad.any():
+            first: int = row * cols + int(bad.argmax())
+            return first
+        out[row : row + step] = spec(values, weights)
+    return -1
+
+
+def dequantize(
+    type: str,
+    blocks: NDArray[np.uint8],
+    cols: int,
+    isa: str | None = None,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """The values of `blocks` uint8 (rows, row_bytes), float32 (rows, cols), bit for bit those of ggml.
+
+    Raises InputError if the bytes are no whole rows of `cols` values.
+    """
+    block = _block_type(type)
+    _checked_cols(block, cols)
+    blocks = _rows_of(block, blocks, cols)
+    shape = (blocks.shape[0], cols)
+    if out is None:
+        out = np.empty(shape, np.float32)
+    elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise OptionError(f"out must be contiguous float32 {shape}")
+    use = isa_in_use(isa)
+    native = _compiled()
+    if native and block.ggml_id in _compiled_types(use):
+        native.dequantize(use, block.ggml_id, blocks, out)
+        return out
+    step = max(1, _REFERENCE_CHUNK // max(cols, 1))
+    for row in range(0, shape[0], step):
+        out[row : row + step] = family(type).DEQUANTIZE[type](blocks[row : row + step], cols)
+    return out
+
+
+def unpack(type: str, blocks: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """The integers and scales inside `blocks` uint8 (rows, row_bytes); `pack` is the inverse.
+
+    Parts: "codes" (rows, cols); "scale", and where the type has them "offset", "super_scale", "super_offset". Their
+    meaning per type is in the family's reference module.
+    """
+    parts: dict[str, NDArray[Any]] = family(type).UNPACK[type](_rows_of(_block_type(type), blocks))
+    return parts
+
+
+def pack(type: str, parts: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
+    """Blocks uint8 (rows, row_bytes) of the given parts; codes and scales must be in range."""
+    _block_type(type)
+    blocks: NDArray[np.uint8] = family(type).PACK[type](parts)
+    return blocks

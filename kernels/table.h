@@ -1,0 +1,31 @@
+// What a translation unit of one instruction set exports: a table of function pointers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace lconvert {
+
+// One storage type. `x` is (nrows, ncols) contiguous and finite, `weights` is (ncols) or null, `dst` takes
+// nrows rows of ncols / elems blocks.
+struct Kernel {
+    int type;  // ggml id
+    void (*quantize)(const float* x, int64_t nrows, int64_t ncols, const float* weights, uint8_t* dst);
+    void (*dequantize)(const uint8_t* src, int64_t ncols, float* dst);
+};
+
+struct Isa {
+    const Kernel* kernels;
+    size_t count;
+    void (*widen_f16)(const uint16_t* src, int64_t n, float* dst);
+    void (*widen_bf16)(const uint16_t* src, int64_t n, float* dst);
+    // True if every |x[i]|, taken as an unsigned integer, is below `limit`.
+    bool (*all_below)(const float* x, int64_t n, uint32_t limit);
+};
+
+// Null where the target architecture lacks the instruction set.
+const Isa* isa_baseline();
+const Isa* isa_avx2();
+const Isa* isa_avx512();
+const Isa* isa_neon();
+
+}  // namespace lconvert

@@ -1,0 +1,474 @@
+"""What architecture files are made of: config keys that must be consumed, name templates, target quirks.
+
+An architecture file is an `Arch`: two functions (config -> traits, traits -> config), a table of tensor names
+and, for each target, what is peculiar there, as data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lconvert.errors import InputError, UnsupportedError
+from lconvert.ir import Decoder, Moe, Rope
+from lconvert.spec import roles
+
+# --- config keys -----------------------------------------------------------------------------------------
+
+#: Keys of any config.json that do not change the function at inference.
+INERT = frozenset(
+    [
+        "_name_or_path",
+        "_attn_implementation",
+        "architectures",
+        "attention_dropout",
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attention_probs_dropout_prob",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "residual_dropout",
+        "embedding_dropout",
+        "classifier_dropout",
+        "dropout",
+        "ffn_dropout",
+        "resid_dropout",
+        "attention_dropout_prob",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "initializer_range",
+        "use_cache",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "return_dict",
+        "use_return_dict",
+        "torchscript",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "finetuning_task",
+        "task_specific_params",
+        "prefix",
+        "chunk_size_feed_forward",
+        "tokenizer_class",
+        "unsloth_version",
+        "unsloth_fixed",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "gradient_checkpointing",
+        "name_or_path",
+        "use_flash_attn",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "pruned_heads",
+        "tf_legacy_loss",
+        "use_bfloat16",
+        "mlp_dropout",
+        "is_decoder",
+        "cross_attention_hidden_size",
+    ]
+)
+
+_MISSING: Any = object()
+
+
+class Keys:
+    """A config being consumed. Every key must be read or be known inert; `finish` refuses what is left.
+
+    `used_inert` names the inert keys that were present, for the report.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
+        self._config = config
+        self._seen: set[str] = set()
+        self.where = where
+
+    def has(self, name: str) -> bool:
+        """Present with a value; the key is not consumed."""
+        return self._config.get(name) is not None
+
+    def get(self, name: str, default: Any = _MISSING) -> Any:
+        self._seen.add(name)
+        value = self._config.get(name)
+        if value is None:
+            if default is _MISSING:
+                raise InputError(f"{self.where}: the required key {name!r} is missing")
+            return default
+        return value
+
+    def _number(self, name: str, default: Any) -> Any:
+        value = self.get(name, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"{self.where}: {name} is {value!r}, expected a number")
+        return value
+
+    def int(self, name: str, default: Any = _MISSING) -> int:
+        value = self._number(name, default)
+        if value is not default and (value != int(value) or abs(value) > 2**31):
+            raise InputError(f"{self.where}: {name} is {value!r}, expected a 32-bit integer")
+        return value if value is None else int(value)
+
+    def size(self, name: str, default: Any = _MISSING) -> Any:
+        """A positive integer (a dimension or a count)."""
+        value = self.int(name, default)
+        if value is not None and value <= 0:
+            raise InputError(f"{self.where}: {name} is {value}, expected a positive integer")
+        return value
+
+    def window(self, name: str, absent: Any) -> Any:
+        """A sliding window; null means none, while an absent key takes the class default `absent`."""
+        return self.size(name, None) if name in self._config else absent
+
+    def float(self, name: str, default: Any = _MISSING) -> Any:
+        value = self._number(name, default)
+        return value if value is None else float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise InputError(f"{self.where}: {name} is {value!r}, expected true or false")
+        return value
+
+    def must(self, name: str, *allowed: Any, default: Any = _MISSING) -> Any:
+        """A key whose other values would change the function in a way that is not implemented."""
+        value = self.get(name, allowed[0] if default is _MISSING else default)
+        if value not in allowed:
+            options = " or ".join(repr(a) for a in allowed)
+            raise UnsupportedError(f"{self.where}: {name} = {value!r} is not supported, only {options}")
+        return value
+
+    def inert(self, *names: str) -> None:
+        """Keys that this architecture has and that do not change the function at inference."""
+        self._seen.update(names)
+
+    def finish(self) -> tuple[str, ...]:
+        """Names of the inert keys that were present; an unknown key is an error."""
+        left = [
+            k for k, v in self._config.items() if k not in self._seen and k not in INERT and v is not None
+        ]
+        if left:
+            raise UnsupportedError(
+                f"{self.where}: unknown key {', '.join(map(repr, sorted(left)))}; it may change what the model "
+                "computes, so lconvert does not guess"
+            )
+        return tuple(sorted(k for k in self._config if k in INERT and k not in self._seen))
+
+
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2",
+}  # fmt: skip
+
+
+def activation(keys: Keys, *names: str) -> str:
+    """Canonical activation under the first of `names` that is present."""
+    present = [n for n in names if keys.has(n)] or [names[0]]
+    keys.inert(*names)
+    value = keys.get(present[0])
+    if value not in ACTIVATIONS:
+        raise UnsupportedError(f"{keys.where}: {present[0]} = {value!r} is an unknown activation")
+    return ACTIVATIONS[value]
+
+
+def hf_activation(name: str) -> str:
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)
+
+
+def rope_parameters(keys: Keys, layer_type: str | None = None) -> dict[str, Any]:
+    """rope_type, rope_theta and the rest, from transformers 5's `rope_parameters` or from the older
+    `rope_theta` + `rope_scaling`. `layer_type` picks one of transformers 5's per-layer-type dicts."""
+    nested = keys.get("rope_parameters", None)
+    scaling = keys.get("rope_scaling", None)
+    theta = keys.float("rope_theta", None)
+    partial = keys.float("partial_rotary_factor", None)
+    for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        if value is not None and not isinstance(value, dict):
+            raise InputError(f"{keys.where}: {name} is {value!r}, expected an object")
+    rope: dict[str, Any] = dict(scaling or {})
+    if nested is not None:
+        rope = dict(nested.get(layer_type, nested) if layer_type else nested)
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind or "default")
+    if theta is not None:
+        rope.setdefault("rope_theta", theta)
+    if partial is not None:
+        rope.setdefault("partial_rotary_factor", partial)
+    return rope
+
+
+def parse_rope(
+    keys: Keys,
+    rope: Mapping[str, Any],
+    head_dim: int,
+    *,
+    context: int,
+    layout: Literal["half", "interleaved"] = "half",
+    theta: float = 10000.0,
+    allowed: tuple[str, ...] = ("default", "linear", "yarn", "llama3"),
+) -> Rope:
+    """A Rope from `rope_parameters`; unknown types and unknown keys are errors."""
+    r = Keys(rope, f"{keys.where}: rope_parameters")
+    kind = r.get("rope_type")
+    if kind == "su":
+        kind = "longrope"
+    if kind not in allowed:
+        raise UnsupportedError(f"{keys.where}: rope_type {kind!r} is not supported for this architecture")
+    dim = int(head_dim * r.float("partial_rotary_factor", 1.0))
+    out = Rope(theta=r.float("rope_theta", theta), dim=dim, layout=layout)
+    original = r.size("original_max_position_embeddings", keys.get("original_max_position_embeddings", None))
+    match kind:
+        case "linear":
+            out = dataclasses.replace(out, scaling="linear", factor=r.float("factor"))
+        case "llama3":
+            out = dataclasses.replace(
+                out,
+                scaling="llama3",
+                factor=r.float("factor"),
+                low_freq_factor=r.float("low_freq_factor"),
+                high_freq_factor=r.float("high_freq_factor"),
+                original_context=original or context,
+            )
+        case "yarn":
+            r.must("truncate", True)
+            out = dataclasses.replace(
+                out,
+                scaling="yarn",
+                factor=r.float("factor"),
+                original_context=original or context,
+                beta_fast=r.float("beta_fast", 32.0),
+                beta_slow=r.float("beta_slow", 1.0),
+                attention_factor=r.float("attention_factor", None),
+                mscale=r.float("mscale", 0.0),
+                mscale_all_dim=r.float("mscale_all_dim", 0.0),
+            )
+        case "longrope":
+            factors = {}
+            for name in ("short_factor", "long_factor"):
+                value = r.get(name)
+                ok = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+                if not ok or len(value) != dim // 2:
+                    raise InputError(f"{r.where}: {name} must be a list of {dim // 2} numbers")
+                factors[name] = tuple(float(v) for v in value)
+            base = original or context
+            out = dataclasses.replace(
+                out,
+                scaling="longrope",
+                factor=r.float("factor", context / base),
+                original_context=base,
+                attention_factor=r.float("attention_factor", None),
+                short_factors=factors["short_factor"],
+                long_factors=factors["long_factor"],
+            )
+    r.finish()
+    return out
+
+
+def hf_rope(rope: Rope, head_dim: int, context: int) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5 for a Rope: the inverse of parse_rope."""
+    out: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.scaling}
+    if rope.dim != head_dim:
+        out["partial_rotary_factor"] = rope.dim / head_dim
+    match rope.scaling:
+        case "none":
+            out["rope_type"] = "default"
+        case "linear":
+            out["factor"] = rope.factor
+        case "llama3":
+            out |= {"factor": rope.factor, "low_freq_factor": rope.low_freq_factor}
+            out["high_freq_factor"] = rope.high_freq_factor
+        case "yarn":
+            out |= {"factor": rope.factor, "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+            out |= {"mscale": rope.mscale} if rope.mscale else {}
+            out |= {"mscale_all_dim": rope.mscale_all_dim} if rope.mscale_all_dim else {}
+        case "longrope":
+            out |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+            out["factor"] = rope.factor
+    if rope.original_context:
+        out["original_max_position_embeddings"] = rope.original_context
+    if rope.attention_factor is not None:
+        out["attention_factor"] = rope.attention_factor
+    return out
+
+
+# --- tensor names ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Name:
+    """One tensor of the source and the canonical roles that its rows hold.
+
+    `hf` and `roles` may contain {i} (layer) and {e} (expert). `layout` of a fused tensor: stacked = one part
+    after the other; grouped = per key-value group: its query heads, then its key head, then its value head.
+    `transpose`: stored as (in, out). A bias is found by replacing .weight with .bias.
+    """
+
+    hf: str
+    roles: tuple[str, ...]
+    layout: Literal["stacked", "grouped"] = "stacked"
+    transpose: bool = False
+
+
+def name(
+    hf: str, *canonical: str, layout: Literal["stacked", "grouped"] = "stacked", transpose: bool = False
+) -> Name:
+    return Name(hf, canonical, layout, transpose)
+
+
+@dataclass(frozen=True)
+class Bind:
+    """A concrete source tensor: which of its rows are which role. `ranges` are (start, stop) row ranges."""
+
+    hf: str
+    parts: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+    shape: tuple[int, ...]
+    transpose: bool = False
+
+
+def _ranges(
+    shapes: Mapping[str, tuple[int, ...]], parts: tuple[str, ...], layout: str, groups: int
+) -> list[tuple[str, tuple[tuple[int, int], ...]]]:
+    """Rows of a fused tensor that belong to each part."""
+    rows = [shapes[p][0] for p in parts]
+    repeat = groups if layout == "grouped" else 1
+    out: dict[str, list[tuple[int, int]]] = {p: [] for p in parts}
+    at = 0
+    for _ in range(repeat):
+        for part, n in zip(parts, rows, strict=True):
+            out[part].append((at, at + n // repeat))
+            at += n // repeat
+    return [(p, tuple(r)) for p, r in out.items()]
+
+
+def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
+    """Every source tensor that a decoder with these traits consists of, weights and biases."""
+    shapes = roles(d)
+
+    def one(n: Name, hf: str, parts: tuple[str, ...], groups: int) -> Iterator[Bind]:
+        for hf_name, suffix in ((hf, ""), (hf.removesuffix(".weight") + ".bias", ".bias")):
+            found = tuple(p + suffix for p in parts if p + suffix in shapes)
+            if not found:
+                continue
+            total = (sum(shapes[p][0] for p in found), *shapes[found[0]][1:])
+            transposed = n.transpose and not suffix
+            rows = tuple(_ranges(shapes, found, n.layout, groups))
+            yield Bind(hf_name, rows, total[::-1] if transposed else total, transposed)
+
+    for n in names:
+        if "{i}" not in n.hf:
+            yield from one(n, n.hf, n.roles, 1)
+            continue
+        for i, layer in d.each():
+            experts = range(layer.mlp.experts) if isinstance(layer.mlp, Moe) else range(0)
+            for e in experts if "{e}" in n.hf else range(1):
+                parts = tuple(r.format(i=i, e=e) for r in n.roles)
+                yield from one(n, n.hf.format(i=i, e=e), parts, layer.attention.kv_heads)
+
+
+# --- targets ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A trait that a target's graph ignores or hard-codes: a model-level verdict.
+
+    `limit`: the context up to which the artifact is exact all the same; None if there is none.
+    `link`: the consumer's source line that says so.
+    """
+
+    name: str
+    reason: str
+    limit: int | None = None
+    link: str = ""
+
+
+def _no_keys(d: Decoder) -> dict[str, Any]:
+    return {}
+
+
+def _no_losses(d: Decoder) -> tuple[Loss, ...]:
+    return ()
+
+
+def _same(d: Decoder) -> Decoder:
+    return d
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """llama.cpp's view of an architecture.
+
+    arch: general.architecture. permute: q and k rows go from the half to the interleaved rotary layout.
+    norm_shift: added to stored norm weights (Gemma's +1). names: canonical role template -> GGUF name template where
+    it differs from the default; fused: GGUF name -> canonical roles whose rows it stacks.
+    keys: extra metadata without the "<arch>." prefix, as {key: (kind, value)}; None removes a default key.
+    losses: what its graph cannot do. restore: the traits that are hard-coded in its graph, put back when a GGUF is
+    read; it gets a Decoder made from keys and tensors alone (pre-norm, SiLU, half rotary layout where not stored).
+    moe: the architecture file that stands for GGUFs of this name that have experts.
+    """
+
+    arch: str
+    permute: bool = False
+    norm_shift: float = 0.0
+    names: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    keys: Callable[[Decoder], Mapping[str, tuple[str, Any] | None]] = _no_keys
+    losses: Callable[[Decoder], tuple[Loss, ...]] = _no_losses
+    restore: Callable[[Decoder], Decoder] = _same
+    moe: bool = False
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture: config and names both ways, and the targets' quirks."""
+
+    model_type: str
+    hf_class: str
+    traits: Callable[[Keys], Decoder]
+    config: Callable[[Decoder], dict[str, Any]]
+    names: tuple[Name, ...]
+    gguf: Gguf
+    traits_offset: float = 0.0  # norm offset of the Hugging Face class
+    inert_tensors: tuple[str, ...] = ()  # regular expressions of source tensors that are derived or unused

@@ -1,0 +1,149 @@
+"""What the verbs share: tables, progress, sizes. Output goes through rich only when a person is reading."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lconvert.errors import OptionError, OutputError
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Worker threads [default: CPUs this process may use]."
+)
+
+
+def parse_size(text: str | None) -> int | None:
+    """'4G', '500M', '1000000' as bytes (decimal multiples, as llama.cpp's splitter)."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)([KMG]?)B?", text.strip().upper())
+    if not found or not int(found[1]):
+        raise OptionError(f"size {text!r}: expected a number of bytes with K, M or G, such as 4G")
+    return int(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]]
+
+
+def fail_fast_output(out: Path, force: bool) -> None:
+    """The checks on the target that need no work first."""
+    if out.exists() and not force:
+        raise OutputError(f"{out}: exists; --force replaces it")
+
+
+def human(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()
+) -> None:
+    """A table on stdout: rich for a terminal, tab-separated lines for a pipe."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        t = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+        for i, c in enumerate(columns):
+            t.add_column(c, justify="right" if i in right else "left", overflow="fold")
+        for row in rows:
+            t.add_row(*(str(x).replace("[", "\\[") for x in row))
+        Console().print(t)
+        return
+    widths = [max(len(str(x)) for x in col) for col in zip(columns, *rows, strict=True)]
+    if title:
+        click.echo(title)
+    for row in (columns, *rows):
+        cells = [
+            str(x).rjust(w) if i in right else str(x).ljust(w)
+            for i, (x, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None] | None]:
+    """A progress bar on stderr, silent when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n, name: bar.advance(task, n)
+
+
+def print_plan(plan: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(plan.to_json(), indent=1))
+        return
+    for file in plan.files:
+        rows = [
+            (i.name, "x".join(map(str, i.shape)), i.type, human(i.nbytes), str(i.verdict), i.rule)
+            for i in file.items
+        ]
+        table(
+            f"{file.name}  {human(file.size)}",
+            ("tensor", "shape", "type", "size", "verdict", "rule"),
+            rows,
+            right=(3,),
+        )
+    _notes(plan)
+
+
+def _notes(plan: Any) -> None:
+    for verdict in plan.losses:
+        click.echo(f"model: {verdict.kind}: {verdict.reason}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+
+
+def print_result(result: Any) -> None:
+    """What was written, by type, with the measured error of the roundings."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for i in result.plan.items():
+        groups.setdefault((i.type, i.verdict.kind), []).append(i)
+    rows = []
+    for (type_, kind), items in sorted(groups.items()):
+        errors = [i.verdict.error for i in items if i.verdict.error is not None]
+        error = f"{min(errors):.2e} .. {max(errors):.2e}" if errors else ""
+        rows.append((type_, kind, len(items), human(sum(i.nbytes for i in items)), error))
+    for path in result.paths:
+        entry = result.manifest["files"][path.name]
+        click.echo(f"wrote {path}  {human(entry['size'])}  sha256 {entry['sha256']}")
+    table("", ("type", "verdict", "tensors", "size", "relative error"), rows, right=(2, 3))
+    _notes(result.plan)
+
+
+def print_report(report: Any) -> None:
+    """The proof as a table, and what was not proven."""
+    words = {True: "pass", False: "FAIL", None: ""}
+    rows = [(c.tier, c.name, c.value, c.gate, words[c.passed]) for c in report.checks]
+    table(
+        f"{report.candidate} against {report.reference}",
+        ("tier", "check", "measured", "gate", "result"),
+        rows,
+    )
+    for line in report.not_proven:
+        click.echo(f"not proven: {line}")
+    for line in report.notes:
+        click.echo(f"note: {line}")
+    click.echo("PASS" if report.passed else "FAIL")

@@ -1,0 +1,168 @@
+"""`lconvert inspect`: what a model folder or file holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lconvert.cli.common import human, table
+
+if TYPE_CHECKING:
+    from lconvert.ir import Model, QTensor, Tensor
+
+
+@click.command("inspect")
+@click.argument("path")
+@click.option("--tensors/--no-tensors", default=True, help="List every tensor [default: yes].")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def command(path: str, tensors: bool, as_json: bool) -> int:
+    """Show PATH (a Hugging Face folder, a GGUF file, an .lcir folder): traits, tensors, types, tokenizer, metadata.
+
+    \b
+    Examples:
+      lconvert inspect ./my-model
+      lconvert inspect model-Q4_K_M.gguf --no-tensors
+      lconvert inspect model.gguf --json | jq .totals
+    """
+    import lconvert
+
+    model = lconvert.read(path)
+    found = describe(model, path)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return 0
+    click.echo(f"{path}: {model.name}\n")
+    table("Architecture", ("trait", "value"), _trait_rows(model))
+    if tensors:
+        click.echo()
+        rows = [
+            (
+                t["name"],
+                "x".join(map(str, t["shape"])),
+                t["type"],
+                f"{t['bits_per_weight']:.4g}",
+                human(t["bytes"]),
+            )
+            for t in found["tensors"]
+        ]
+        table("Tensors", ("role", "shape", "type", "bits/weight", "size"), rows, right=(3, 4))
+    click.echo()
+    rows = [(n, t["tensors"], t["weights"], human(t["bytes"])) for n, t in found["totals"].items()]
+    table("Totals", ("type", "tensors", "weights", "size"), rows, right=(1, 2, 3))
+    if found["tokenizer"]:
+        click.echo()
+        table("Tokenizer", ("", ""), [(k, str(v)) for k, v in found["tokenizer"].items()])
+    if found["metadata"]:
+        click.echo()
+        table("Metadata", ("key", "value"), list(found["metadata"].items()))
+    for line in found["report"]:
+        click.echo(f"note: {line}")
+    return 0
+
+
+def _bits(data: Tensor | QTensor) -> float:
+    """Stored bits of one weight, its share of the scales included."""
+    from lconvert.ir import DTYPE_SIZE, QTensor
+
+    if not isinstance(data, QTensor):
+        return 8.0 * DTYPE_SIZE[data.dtype]
+    total = data.grid.bits * data.size
+    for side in (data.scale, data.zero, data.offset):
+        if side is not None:
+            total += int(_bits(side) * side.size)
+    return total / max(data.size, 1)
+
+
+def _kind(data: Tensor | QTensor) -> str:
+    from lconvert.formats.gguf_blocks import native_type
+    from lconvert.ir import QTensor
+
+    if not isinstance(data, QTensor):
+        return data.dtype
+    group = "row" if data.block[-1] == -1 else data.block[-1]
+    sign = "" if data.grid.signed or data.grid.kind != "int" else "u"
+    return native_type(data) or f"{sign}{data.grid.kind}{data.grid.bits} g{group}"
+
+
+def _trait_rows(model: Model) -> list[tuple[str, str]]:
+    d = model.arch
+    rows = [
+        (f.name, getattr(d, f.name)) for f in dataclasses.fields(d) if f.name not in ("default", "overrides")
+    ]
+    layer = d.default
+    rows.append(("block", layer.block))
+    for part in (layer.attention, layer.mlp):
+        kind = type(part).__name__.lower()
+        rows += [(f"{kind}.{f.name}", getattr(part, f.name)) for f in dataclasses.fields(part)]
+    shown = [(k, "" if v is None else str(v)) for k, v in rows]
+    if d.overrides:
+        shown.append(("layers that differ", ", ".join(map(str, sorted(d.overrides)))))
+    return shown
+
+
+def _tokenizer(model: Model) -> dict[str, Any]:
+    t = model.tokenizer
+    if t is None:
+        return {}
+    kind = t.json.get("model", {})
+    return {
+        "model": kind.get("type", ""),
+        "vocabulary": len(kind.get("vocab", ())),
+        "merges": len(kind.get("merges", ())),
+        "added tokens": len(t.json.get("added_tokens", ())),
+        "chat template": bool(t.chat_template),
+        **{k: list(v) for k, v in t.special.items()},
+    }
+
+
+def _metadata(path: str) -> dict[str, str]:
+    """The keys of a GGUF file; long values are cut."""
+    if not path.endswith(".gguf"):
+        return {}
+    from lconvert.formats import gguf
+
+    out = {}
+    for key, value in gguf.read(path).metadata.items():
+        data: Any = value.data
+        if value.kind == "array":
+            out[key] = f"[{len(data)} x {value.item}]"
+        else:
+            text = str(data).replace("\n", "\\n")
+            out[key] = text if len(text) <= 80 else text[:77] + "..."
+    return out
+
+
+def describe(model: Model, path: str) -> dict[str, Any]:
+    """Everything the command shows, as plain data."""
+    tensors = []
+    totals: dict[str, dict[str, float]] = {}
+    for entry in model.entries.values():
+        bits = _bits(entry.data)
+        size = int(bits * entry.data.size / 8)
+        kind = _kind(entry.data)
+        row = {
+            "name": entry.name,
+            "shape": list(entry.shape),
+            "type": kind,
+            "bits_per_weight": bits,
+            "bytes": size,
+        }
+        tensors.append(row)
+        total = totals.setdefault(kind, {"tensors": 0, "weights": 0, "bytes": 0})
+        total["tensors"] += 1
+        total["weights"] += entry.data.size
+        total["bytes"] += size
+    return {
+        "path": path,
+        "name": model.name,
+        "arch": dataclasses.asdict(model.arch),
+        "parameters": sum(e.data.size for e in model.entries.values()),
+        "tensors": tensors,
+        "totals": totals,
+        "tokenizer": _tokenizer(model),
+        "metadata": _metadata(path),
+        "report": list(model.report),
+    }

@@ -1,0 +1,176 @@
+"""Runs the transformers model with weights out of a Model, one decoder layer at a time.
+
+The model is built with empty (meta) parameters; each layer's weights are dequantized when the layer runs and
+dropped after it, so memory is one layer plus activations. Calibration, layer-by-layer comparison and the
+dequantized reference use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .archs import find
+from .archs.common import binds
+from .errors import MissingPackageError, UnsupportedError
+from .ir import Model
+from .kernels.qtensor import values
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise MissingPackageError(f"{e.name} is not installed: pip install 'lconvert[hf]'") from None
+    return torch, transformers
+
+
+@contextmanager
+def _parameters_on_meta(torch: Any) -> Iterator[None]:
+    """Modules built inside have meta parameters but real buffers (rotary tables and the like)."""
+    original: Callable[..., None] = torch.nn.Module.register_parameter
+
+    def register(module: Any, name: str, parameter: Any) -> None:
+        original(module, name, parameter)
+        if parameter is not None:
+            empty = torch.empty_like(parameter, device="meta")
+            module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+
+    torch.nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = original
+
+
+def hf_tensor(model: Model, bind: Any) -> NDArray[np.float32]:
+    """One Hugging Face tensor in fp32, put together from the canonical entries of `model`.
+
+    Norms that hold the effective weight (offset 0) where the Hugging Face class adds one lose it again here.
+    """
+    import numpy as np
+
+    target = find(model.arch.family).traits_offset
+    out = np.empty((sum(b - a for _, r in bind.parts for a, b in r), *_tail(bind)), np.float32)
+    for role, ranges in bind.parts:
+        part = values(model.entries[role].data)
+        if "norm" in role and model.arch.norm_offset != target:
+            part = part + np.float32(model.arch.norm_offset) - np.float32(target)
+        at = 0
+        for a, b in ranges:
+            out[a:b] = part[at : at + b - a]
+            at += b - a
+    return np.ascontiguousarray(out.T) if bind.transpose else out
+
+
+def _tail(bind: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = bind.shape[::-1] if bind.transpose else bind.shape
+    return shape[1:]
+
+
+class Forward:
+    """A transformers model whose weights come out of `model` while it runs.
+
+    >>> Forward(model).logits([1, 2, 3]).shape       # doctest: +SKIP
+    (3, 32000)
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._torch, transformers = _packages()
+        arch = find(model.arch.family)
+        config = dict(model.config) or arch.config(model.arch)
+        kind = config["model_type"]
+        hf_config = transformers.CONFIG_MAPPING[kind].from_dict(config)
+        hf_config._attn_implementation = "eager"
+        module = getattr(transformers, arch.hf_class)
+        with _parameters_on_meta(self._torch), self._torch.no_grad():
+            self.module = module(hf_config).eval()
+        self._model = model
+        self._binds = {b.hf: b for b in binds(arch.names, model.arch)}
+        self.layers = self._find_layers(model.arch.layers)
+        self._attach()
+
+    def _find_layers(self, count: int) -> list[Any]:
+        for part in self.module.modules():
+            if isinstance(part, self._torch.nn.ModuleList) and len(part) == count:
+                return list(part)
+        raise UnsupportedError(
+            f"{type(self.module).__name__}: its list of {count} decoder layers was not found"
+        )
+
+    def _fill(self, prefix: str, part: Any) -> None:
+        """Real weights for the meta parameters under `part`."""
+        for name, parameter in list(part.named_parameters(recurse=True)):
+            if not parameter.is_meta:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            data = self._load(prefix + name, tuple(parameter.shape))
+            target = part.get_submodule(owner) if owner else part
+            target._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
+
+    def _load(self, full: str, shape: tuple[int, ...]) -> Any:
+        if full in self._binds:
+            return self._torch.from_numpy(hf_tensor(self._model, self._binds[full]))
+        return self._stacked(full, shape)
+
+    def _stacked(self, full: str, shape: tuple[int, ...]) -> Any:
+        """Experts that transformers holds as one tensor (expert, out, in) and stores one by one."""
+        import numpy as np
+
+        layer = full.split(".layers.", 1)[-1].split(".", 1)[0]
+        roles = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+        for ending, kinds in roles.items():
+            if full.endswith(ending):
+                parts = [
+                    np.concatenate(
+                        [
+                            values(self._model.entries[f"layers.{layer}.moe.experts.{e}.{k}"].data)
+                            for k in kinds
+                        ]
+                    )
+                    for e in range(shape[0])
+                ]
+                return self._torch.from_numpy(np.stack(parts))
+        if full.endswith((".mlp.gate.weight", ".moe.gate.weight", ".router.weight")):
+            return self._torch.from_numpy(values(self._model.entries[f"layers.{layer}.moe.router"].data))
+        raise UnsupportedError(f"{full}: no canonical entry for this parameter")
+
+    def _attach(self) -> None:
+        inside = {id(p) for layer in self.layers for p in layer.parameters()}
+        tied = self._model.arch.tied
+        for name, parameter in list(self.module.named_parameters()):
+            if id(parameter) in inside or (tied and name == "lm_head.weight"):
+                continue
+            owner, _, leaf = name.rpartition(".")
+            target = self.module.get_submodule(owner)
+            data = self._load(name, tuple(parameter.shape))
+            target._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
+        if tied:
+            head, embed = self.module.get_output_embeddings(), self.module.get_input_embeddings()
+            head.weight = embed.weight
+        names = {id(m): n for n, m in self.module.named_modules()}
+        for layer in self.layers:
+            prefix = names[id(layer)] + "."
+            layer.register_forward_pre_hook(lambda m, args, p=prefix: self._fill(p, m))
+            layer.register_forward_hook(lambda m, args, out: self._drop(m))
+
+    def _drop(self, layer: Any) -> None:
+        for part in layer.modules():
+            for name, parameter in list(part._parameters.items()):
+                if parameter is not None:
+                    empty = self._torch.empty_like(parameter, device="meta")
+                    part._parameters[name] = self._torch.nn.Parameter(empty, requires_grad=False)
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        """fp32 logits (len(ids), vocab)."""
+        import numpy as np
+
+        with self._torch.no_grad():
+            out = self.module(self._torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+        return np.ascontiguousarray(out)

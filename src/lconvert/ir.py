@@ -1,0 +1,452 @@
+"""The canonical model: what a checkpoint means, independent of every file format.
+
+A `Model` is an architecture (canonical traits), a verbatim config, a tokenizer kept as data, and named
+entries. An `Entry` holds a dense `Tensor` or a `QTensor`. Both are lazy and immutable: creating a Model
+costs its headers, a pass returns a new Model that shares what it did not touch.
+
+A QTensor means exact real numbers, per block:
+
+    w = (grid(codes) - zero) * scale - offset
+
+with scale and offset possibly QTensors themselves (K-quants, NVFP4, double quantization). Its canonical
+fp32 evaluation takes the scale first, innermost level first, each product one fp32 rounding; then
+(grid - zero) * scale; then - offset.
+
+Everything here is ignorant of formats: no packing, no file layouts, no target names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # numpy is imported by whoever reads data, never by `lconvert --help`
+    import numpy as np
+    from numpy.typing import NDArray
+
+Dtype = Literal["F32", "F16", "BF16", "F64", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "BOOL"]
+
+#: Bytes per element. BF16 data travels as its uint16 bit pattern.
+DTYPE_SIZE: Mapping[str, int] = {
+    "F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+NUMPY_DTYPE: Mapping[str, str] = {
+    "F64": "<f8", "I64": "<i8", "F32": "<f4", "I32": "<i4", "U32": "<u4", "F16": "<f2", "BF16": "<u2",
+    "I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+
+
+# --- tensors ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A lazy dense array of `shape`, stored as `dtype`; weights are (out, in).
+
+    `read(start, stop)` returns rows start..stop of axis 0 as a C-contiguous array of NUMPY_DTYPE[dtype]
+    (BF16: its uint16 bits). It may be called from several threads and must not keep what it returns.
+    `origin` says where the bytes come from, for messages; `files` are the files behind it, each with the state in
+    which its header was read: (path, (size, mtime in ns, inode)).
+    """
+
+    shape: tuple[int, ...]
+    dtype: Dtype
+    read: Callable[[int, int], NDArray[Any]] = field(repr=False, compare=False)
+    origin: str = ""
+    files: tuple[tuple[str, tuple[int, int, int]], ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+    @property
+    def rows(self) -> int:
+        """Length of axis 0; a scalar counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+    def load(self) -> NDArray[Any]:
+        """The whole array in its storage dtype."""
+        return self.read(0, self.rows).reshape(self.shape)
+
+
+def dense(array: NDArray[Any], dtype: Dtype | None = None, origin: str = "") -> Tensor:
+    """A Tensor over an array in memory. `dtype` is needed only for BF16 held as uint16."""
+    import numpy as np
+
+    names = {np.dtype(v): k for k, v in NUMPY_DTYPE.items() if k != "BF16"}
+    name = dtype or names[array.dtype]
+    if np.dtype(NUMPY_DTYPE[name]) != array.dtype:
+        raise ValueError(f"array of {array.dtype} cannot be held as {name}")
+    fixed: NDArray[Any] = np.ascontiguousarray(array)
+    fixed.setflags(write=False)
+    flat = fixed if fixed.ndim else fixed.reshape(1)
+    return Tensor(array.shape, name, lambda a, b: flat[a:b], origin)
+
+
+def as_f32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Values of a storage array as float32 (exact for F16 and BF16; rounds F64)."""
+    import numpy as np
+
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def take_rows(t: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    """The rows of `t` in `ranges` (start, stop), one after another: a view, nothing is read."""
+    import numpy as np
+
+    if len(ranges) == 1 and ranges[0] == (0, t.rows):
+        return t
+    starts = [0]
+    for a, b in ranges:
+        starts.append(starts[-1] + b - a)
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        parts = []
+        for (a, _), lo, hi in zip(ranges, starts, starts[1:], strict=False):
+            first, last = max(start, lo), min(stop, hi)
+            if first < last:
+                parts.append(t.read(a + first - lo, a + last - lo))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else t.read(0, 0)
+
+    return replace(t, shape=(starts[-1], *t.shape[1:]), read=read)
+
+
+def concat_rows(parts: tuple[Tensor, ...]) -> Tensor:
+    """Tensors of one dtype and equal trailing shape stacked along axis 0: a view."""
+    import numpy as np
+
+    if len(parts) == 1:
+        return parts[0]
+    ends = [0]
+    for p in parts:
+        if p.dtype != parts[0].dtype or p.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(
+                f"cannot stack {p.origin} {p.dtype}{p.shape} on {parts[0].dtype}{parts[0].shape}"
+            )
+        ends.append(ends[-1] + p.rows)
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        out = [
+            p.read(max(start, lo) - lo, min(stop, hi) - lo)
+            for p, lo, hi in zip(parts, ends, ends[1:], strict=False)
+            if max(start, lo) < min(stop, hi)
+        ]
+        if len(out) == 1:
+            return out[0]
+        return np.concatenate(out) if out else parts[0].read(0, 0)
+
+    origin = " + ".join(p.origin for p in parts)
+    files = tuple(dict.fromkeys(f for p in parts for f in p.files))
+    return Tensor((ends[-1], *parts[0].shape[1:]), parts[0].dtype, read, origin, files)
+
+
+class _Last(threading.local):
+    """The last slab of parts that this thread computed: one slot, whatever the number of tensors."""
+
+    key: tuple[Any, int, int] | None = None
+    parts: dict[str, Any]
+
+
+_LAST = _Last()
+
+
+def parts(
+    compute: Callable[[int, int], dict[str, NDArray[Any]]],
+) -> Callable[[str], Callable[[int, int], Any]]:
+    """Readers for arrays that are computed together, such as the codes and scales of one slab of rows.
+
+    `parts(compute)("codes")` is a `read` for a Tensor. Codes and scales are read one after another for the same
+    rows, so each thread keeps its last slab.
+    """
+
+    def reader(name: str) -> Callable[[int, int], Any]:
+        def read(start: int, stop: int) -> Any:
+            key = (compute, start, stop)
+            if _LAST.key != key:
+                found = compute(start, stop)
+                _LAST.key, _LAST.parts = key, found
+            return _LAST.parts[name]
+
+        return read
+
+    return reader
+
+
+# --- quantized tensors -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a code means.
+
+    int: codes are the integers themselves, `bits` wide, `signed` or not.
+    float: codes are bit patterns of a small float with `exponent` and `mantissa` bits (E2M1, E4M3, E8M0).
+    codebook: codes index `values`.
+    """
+
+    kind: Literal["int", "float", "codebook"]
+    bits: int
+    signed: bool = False
+    exponent: int = 0
+    mantissa: int = 0
+    values: tuple[float, ...] = ()
+
+
+def int_grid(bits: int, signed: bool) -> Grid:
+    return Grid("int", bits, signed)
+
+
+E2M1 = Grid("float", 4, True, exponent=2, mantissa=1)
+E4M3 = Grid("float", 8, True, exponent=4, mantissa=3)
+UE4M3 = Grid("float", 7, False, exponent=4, mantissa=3)
+E8M0 = Grid("float", 8, False, exponent=8, mantissa=0)
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes on a grid with block-wise scales; see the module docstring for the meaning.
+
+    codes: one array element per weight, unpacked, in logical order, shape = `shape`.
+    block: one entry per axis; -1 is the whole axis. (1, 32) is a group of 32 along the input dimension.
+    scale, zero, offset: one value per block, shape = number of blocks along each axis. `scale` multiplies.
+    A global (per-tensor) scale is the innermost scale with block (-1, -1).
+    g_idx: block number of every input column, for act-order checkpoints. mask: kept weights (bool).
+    outliers: sparse exact values. low_rank: (A, B) with B @ A added after dequantization.
+    """
+
+    shape: tuple[int, ...]
+    codes: Tensor
+    grid: Grid
+    block: tuple[int, ...]
+    scale: Tensor | QTensor
+    zero: Tensor | None = None
+    offset: Tensor | QTensor | None = None
+    g_idx: Tensor | None = None
+    mask: Tensor | None = None
+    outliers: Mapping[str, Tensor] | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.codes.size
+
+    @property
+    def origin(self) -> str:
+        return self.codes.origin
+
+    @property
+    def files(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        sides = (self.codes, self.scale, self.zero, self.offset, self.g_idx)
+        return tuple(dict.fromkeys(f for t in sides if t is not None for f in t.files))
+
+
+@dataclass(frozen=True)
+class ActSpec:
+    """How activations entering a weight are quantized."""
+
+    grid: Grid
+    per: Literal["tensor", "token", "group", "head"]
+    dynamic: bool
+    group: int | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """How the key and value caches are quantized."""
+
+    k: ActSpec
+    v: ActSpec
+    residual_window: int = 0
+    sinks: int = 0
+    pre_rope: bool = False
+
+
+@dataclass(frozen=True)
+class Transform:
+    """An equivalence transform. Not `folded`: it is part of the function and belongs to its entry."""
+
+    kind: Literal["scale", "rotate", "permute", "shift"]
+    where: str
+    param: Tensor | None = None
+    folded: bool = True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One canonical tensor. `provenance` lists, in order, what was done to it."""
+
+    name: str
+    data: Tensor | QTensor
+    activation: ActSpec | None = None
+    transform: Transform | None = None
+    provenance: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+
+# --- architecture traits ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding. `dim` dimensions of each head turn; `layout` says which pairs:
+    half = (i, i + dim/2) as in Llama's HF code, interleaved = (2i, 2i + 1) as in GPT-J and Cohere."""
+
+    theta: float
+    dim: int
+    layout: Literal["half", "interleaved"] = "half"
+    scaling: Literal["none", "linear", "yarn", "longrope", "llama3"] = "none"
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 0.0  # llama3
+    high_freq_factor: float = 0.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn, longrope; None: the formula's own
+    mscale: float = 0.0  # yarn (DeepSeek)
+    mscale_all_dim: float = 0.0  # yarn (DeepSeek)
+    truncate: bool = True  # yarn: correction range rounded to whole dimensions
+    short_factors: tuple[float, ...] = ()  # longrope, one per pair
+    long_factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """`scale` multiplies q.k; `window` counts the visible positions including the current one."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    window: int | None = None
+    softcap: float | None = None
+    qk_norm: Literal["none", "head", "per_head", "full"] = "none"  # head: one vector for all heads
+    qkv_bias: bool = False
+    o_bias: bool = False
+    clip_qkv: float | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """gated: act(gate x) * up x; plain: act(up x)."""
+
+    kind: Literal["gated", "plain"]
+    activation: str  # silu, gelu (exact erf), gelu_tanh, relu, relu2
+    hidden: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Routed experts; each expert is a gated MLP. `normalize` divides the chosen weights by their sum."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    activation: str
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. `block` places the norms:
+
+    pre: x += attn(n1(x)); x += mlp(n2(x))                 post: x += n1(attn(x)); x += n2(mlp(x))
+    sandwich: x += n1b(attn(n1(x))); x += n2b(mlp(n2(x)))  parallel: x += attn(n1(x)) + mlp(n2(x))
+    parallel_shared: x += attn(n1(x)) + mlp(n1(x))
+    """
+
+    attention: Attention
+    mlp: Mlp | Moe
+    block: Literal["pre", "post", "sandwich", "parallel", "parallel_shared"] = "pre"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder-only transformer: `default` for every layer, `overrides` where one differs."""
+
+    family: str  # the architecture file's model_type
+    hidden: int
+    layers: int
+    vocab: int
+    context: int
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    default: Layer
+    overrides: Mapping[int, Layer] = field(default_factory=dict)
+    norm_offset: float = 0.0  # the function multiplies by (stored weight + offset)
+    norm_bias: bool = False
+    tied: bool = False
+    head_bias: bool = False
+    learned_positions: int = 0
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0  # multiplies the logits
+    final_softcap: float | None = None
+
+    def layer(self, i: int) -> Layer:
+        return self.overrides.get(i, self.default)
+
+    def each(self) -> Iterator[tuple[int, Layer]]:
+        return ((i, self.layer(i)) for i in range(self.layers))
+
+
+# --- tokenizer and model ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as data, verbatim: nothing is interpreted before a target asks.
+
+    json: tokenizer.json; config: tokenizer_config.json (both parsed); chat_template: the Jinja source;
+    special: ids by role (bos, eos, pad, unk, eot ...) resolved from the config files, eos may name several.
+    """
+
+    json: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    extra_templates: Mapping[str, str] = field(default_factory=dict)
+    special: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The whole model. `report` collects what readers and passes have to say (inert keys, rebuilt files)."""
+
+    arch: Decoder
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    tokenizer: Tokenizer | None = None
+    transforms: tuple[Transform, ...] = ()
+    kv: KVSpec | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    source: str = ""
+    report: tuple[str, ...] = ()
+
+    def with_entries(self, new: Mapping[str, Entry], note: str = "") -> Model:
+        """This model with some entries replaced."""
+        report = (*self.report, note) if note else self.report
+        return replace(self, entries={**self.entries, **new}, report=report)

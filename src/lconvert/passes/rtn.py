@@ -1,0 +1,202 @@
+"""Round to nearest: every weight on its own, on any grid, without calibration.
+
+Two families of grids. Block types of GGUF (Q4_K, IQ4_NL, MXFP4 ...) use ggml's own scale searches, so the result is
+what llama-quantize writes. Portable integer grids (int2 .. int8, uint2 .. uint8) choose one scale per group:
+
+    symmetric   s = max|x| / (2^(b-1) - 1)            code = clamp(rint(x / s), -2^(b-1), 2^(b-1) - 1)
+    asymmetric  s = (max - min) / (2^b - 1), z = rint(-min / s), min <= 0 <= max
+
+search "mse" tries s, 0.99 s .. 0.5 s and keeps the smallest squared error. Chosen scales are rounded to 8 significant
+bits first (7 for asymmetric ones), which makes them exact in fp16 and bf16 runtimes and keeps z * s exact in fp16.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lconvert.errors import InputError, OptionError
+from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, int_grid, parts
+from lconvert.spec import check
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
+
+
+@dataclass(frozen=True)
+class Options:
+    """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), or a GGUF block type. group: values per scale along the
+    input dimension, -1 for a whole row; block types bring their own. targets, ignore: regular expressions on
+    canonical names; a weight is rounded if it matches `targets` and not `ignore`."""
+
+    grid: str = "int4"
+    group: int = 128
+    search: Literal["minmax", "mse"] = "minmax"
+    targets: str = r".*\.(q|k|v|o|gate|up|down)"
+    ignore: str = ""
+
+    def __post_init__(self) -> None:
+        if self.search not in ("minmax", "mse"):
+            raise OptionError(f"rtn: search {self.search!r}; choose minmax or mse")
+        if self.group != -1 and self.group < 1:
+            raise OptionError(f"rtn: group {self.group}; expected a positive number, or -1 for a whole row")
+        if not re.fullmatch(r"u?int[2-8]", self.grid):
+            from lconvert.formats.gguf_blocks import SCHEMES
+
+            if self.grid.upper() not in SCHEMES:
+                raise OptionError(
+                    f"rtn: grid {self.grid!r}; choose int2..int8, uint2..uint8 or {', '.join(SCHEMES)}"
+                )
+        for pattern in (self.targets, self.ignore):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise OptionError(f"rtn: {pattern!r} is not a regular expression ({e})") from None
+
+
+def run(model: Model, options: Options) -> Model:
+    """The model with every matching dense matrix as a QTensor; nothing is computed before it is read."""
+    new: dict[str, Entry] = {}
+    for name, entry in model.entries.items():
+        wanted = re.fullmatch(options.targets, name) and not (
+            options.ignore and re.fullmatch(options.ignore, name)
+        )
+        if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) != 2:
+            continue
+        note = f"rtn {options.grid} group {options.group} {options.search}"
+        new[name] = replace(entry, data=quantized(entry.data, options), provenance=(*entry.provenance, note))
+    if not new:
+        raise OptionError(f"rtn: no dense matrix matches targets {options.targets!r}")
+    return check(model.with_entries(new, f"rtn: {len(new)} tensors to {options.grid}"))
+
+
+def quantized(t: Tensor, options: Options) -> QTensor:
+    """A dense (out, in) matrix on the grid of `options`, lazily."""
+    if re.fullmatch(r"u?int[2-8]", options.grid):
+        return _portable(t, options)
+    return _block_type(t, options.grid.upper())
+
+
+def _block_type(t: Tensor, type_: str) -> QTensor:
+    from lconvert import kernels
+    from lconvert.formats.gguf_blocks import raised
+
+    block = kernels.BLOCKS[type_]
+    if t.shape[1] % block.elems:
+        raise OptionError(
+            f"{t.origin}: rows of {t.shape[1]} values do not divide into {type_}'s blocks of {block.elems}"
+        )
+
+    def read(start: int, stop: int) -> Any:
+        return kernels.quantize(type_, t.read(start, stop), t.dtype)
+
+    return raised(type_, Tensor((t.rows, block.row_bytes(t.shape[1])), "U8", read, t.origin, t.files))
+
+
+def short_scale(s: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Scales rounded to so many significant bits, to nearest, ties to even; 0 stays 0."""
+    import numpy as np
+
+    mantissa, exponent = np.frexp(s)
+    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits).astype(np.float32)
+
+
+def _portable(t: Tensor, options: Options) -> QTensor:
+    import numpy as np
+
+    signed = options.grid.startswith("int")
+    bits = int(options.grid[-1])
+    rows, cols = t.shape
+    group = cols if options.group == -1 else options.group
+    if cols % group:
+        raise OptionError(f"{t.origin}: rows of {cols} values do not divide into groups of {group}")
+    count = cols // group
+
+    def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:
+        x = as_f32(t.read(start, stop), t.dtype).reshape(stop - start, count, group)
+        if not np.isfinite(x).all():
+            raise InputError(f"{t.origin}: holds NaN or infinite values in rows {start}..{stop}")
+        codes, scale, zero = (_symmetric if signed else _asymmetric)(x, bits, options.search)
+        if (scale > 65504).any():
+            raise InputError(f"{t.origin}: a scale beyond fp16 in rows {start}..{stop}")
+        out: dict[str, NDArray[Any]] = {"codes": codes.reshape(stop - start, cols)}
+        out["scale"] = scale[..., 0].astype(np.float16)
+        if zero is not None:
+            out["zero"] = zero[..., 0].astype(np.uint8)
+        return out
+
+    reader = parts(compute)
+    codes = Tensor(t.shape, "I8" if signed else "U8", reader("codes"), t.origin, t.files)
+    scale = Tensor((rows, count), "F16", reader("scale"), t.origin, t.files)
+    zero = None if signed else Tensor((rows, count), "U8", reader("zero"), t.origin, t.files)
+    return QTensor(t.shape, codes, int_grid(bits, signed), (1, group), scale, zero)
+
+
+def _best(
+    x: NDArray[np.float32], scale: NDArray[np.float32], search: str, significant: int, trial: Any
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any] | None]:
+    """`trial(scale) -> codes, zero` at the scale, or at the shrunken scale with the least squared error."""
+    import numpy as np
+
+    first = storable(short_scale(scale, significant))
+    codes, zero = trial(first)
+    if search == "minmax":
+        return codes, first, zero
+
+    def loss(codes: NDArray[Any], zero: Any, s: NDArray[np.float32]) -> NDArray[np.float64]:
+        w = (codes.astype(np.float32) - (0 if zero is None else zero)) * s
+        return ((w - x).astype(np.float64) ** 2).sum(-1, keepdims=True)
+
+    best, chosen = loss(codes, zero, first), first
+    for step in range(1, _SHRINK):
+        s = storable(short_scale(scale * np.float32(1 - step / 100), significant))
+        c, z = trial(s)
+        error = loss(c, z, s)
+        better = error < best
+        best, chosen = np.where(better, error, best), np.where(better, s, chosen)
+        codes = np.where(better, c, codes)
+        zero = None if zero is None else np.where(better, z, zero)
+    return codes, chosen, zero
+
+
+def storable(s: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scales below fp16's smallest normal number become 0: subnormal fp16 would round them."""
+    import numpy as np
+
+    return np.where(s < np.float32(2.0**-14), np.float32(0), s)
+
+
+def _divided(x: NDArray[np.float32], s: NDArray[np.float32]) -> NDArray[np.float32]:
+    import numpy as np
+
+    return np.rint(np.divide(x, s, out=np.zeros_like(x), where=s > 0))
+
+
+def _symmetric(x: NDArray[np.float32], bits: int, search: str) -> Any:
+    import numpy as np
+
+    top = (1 << (bits - 1)) - 1
+
+    def trial(s: NDArray[np.float32]) -> tuple[NDArray[Any], None]:
+        return np.clip(_divided(x, s), -top - 1, top).astype(np.int8), None
+
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(top)
+    return _best(x, scale, search, 8, trial)
+
+
+def _asymmetric(x: NDArray[np.float32], bits: int, search: str) -> Any:
+    import numpy as np
+
+    top = (1 << bits) - 1
+    low = np.minimum(x.min(-1, keepdims=True), np.float32(0))
+    high = np.maximum(x.max(-1, keepdims=True), np.float32(0))
+
+    def trial(s: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        zero = np.clip(_divided(-low, s), 0, top)
+        return np.clip(_divided(x, s) + zero, 0, top).astype(np.uint8), zero
+
+    return _best(x, (high - low) / np.float32(top), search, 7, trial)

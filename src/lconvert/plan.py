@@ -1,0 +1,481 @@
+"""A Plan says what is written where, from what, and with which verdict; `execute` carries it out.
+
+A plan is made from headers and side tensors only: every output tensor's type, offset and size is fixed
+before any byte is written. Execution streams row slabs through a thread pool: slabs are produced in parallel
+and written and hashed in file order, so memory is bounded by the slabs in flight and the bytes do not depend on
+the number of threads. Output goes to a temporary name, is synced, and is renamed at the end; a killed run leaves
+nothing under the final name and `resume` continues it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from . import __version__
+from .errors import InputError, OutputError, UnsupportedError
+from .ir import Model
+
+Kind = Literal["exact", "widened", "quantized", "rounded", "requantized", "refused"]
+
+#: Bytes of source data per slab. Large enough to amortise a task, small enough that a few per thread stay cheap.
+SLAB_BYTES = 8 << 20
+#: A journal entry at most this often, so that its sync does not throttle the stream.
+CHECKPOINT_BYTES = 256 << 20
+CHECKPOINT_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happens to values on the way. `error` is the relative RMS error, None until measured."""
+
+    kind: Kind
+    reason: str = ""
+    error: float | None = None
+
+    def __str__(self) -> str:
+        if self.kind in ("exact", "widened"):
+            return self.kind
+        if self.kind == "refused":
+            return f"refused ({self.reason})"
+        return f"{self.kind}({'?' if self.error is None else format(self.error, '.2e')})"
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Bytes of some rows of an output tensor, with the squared error and the squared norm of what was measured."""
+
+    data: Any  # a C-contiguous buffer
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the artifact. `produce(start, stop)` returns the Slab of these rows, from any thread."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    rows: int
+    row_bytes: int
+    source_row_bytes: int
+    sources: tuple[str, ...]
+    verdict: Verdict
+    produce: Callable[[int, int], Slab] = field(repr=False, compare=False)
+    rule: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file: its header bytes, then the items at their offsets with zeros between, `size` bytes in all."""
+
+    name: str
+    head: bytes = field(repr=False)
+    items: tuple[Item, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that is read, with what identifies its state: size, mtime in ns, inode."""
+
+    path: str
+    stamp: tuple[int, int, int]
+
+
+def sources(model: Model) -> tuple[Source, ...]:
+    """The files behind a model, in the state in which their headers were read."""
+    seen: dict[str, Source] = {}
+    for entry in model.entries.values():
+        for path, state in entry.data.files:
+            seen.setdefault(path, Source(path, state))
+    return tuple(seen.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be written. `losses` are the model-level verdicts."""
+
+    target: str
+    files: tuple[FilePlan, ...]
+    sources: tuple[Source, ...]
+    options: Mapping[str, Any]
+    losses: tuple[Verdict, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return sum(f.size for f in self.files)
+
+    def items(self) -> Iterator[Item]:
+        for f in self.files:
+            yield from f.items
+
+    def fingerprint(self) -> str:
+        """Equal for two plans that write the same bytes from the same files."""
+        h = hashlib.sha256()
+        for f in self.files:
+            h.update(f"{f.name} {f.size} ".encode() + hashlib.sha256(f.head).digest())
+            for i in f.items:
+                h.update(f"{i.name} {i.type} {i.shape} {i.offset} {i.sources}".encode())
+        h.update(repr([(s.path, s.stamp) for s in self.sources]).encode())
+        h.update(json.dumps(self.options, sort_keys=True, default=str).encode() + __version__.encode())
+        return h.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, for `--dry-run --json` and the manifest."""
+        return {
+            "target": self.target,
+            "size": self.size,
+            "options": dict(self.options),
+            "losses": [asdict(v) for v in self.losses],
+            "notes": list(self.notes),
+            "files": [
+                {
+                    "name": f.name,
+                    "size": f.size,
+                    "tensors": [
+                        {
+                            "name": i.name,
+                            "type": i.type,
+                            "shape": list(i.shape),
+                            "offset": i.offset,
+                            "bytes": i.nbytes,
+                            "sources": list(i.sources),
+                            "rule": i.rule,
+                            "verdict": {k: v for k, v in asdict(i.verdict).items() if v not in (None, "")},
+                        }
+                        for i in f.items
+                    ],
+                }
+                for f in self.files
+            ],
+        }
+
+
+Progress = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What execution wrote: final paths, the plan with measured verdicts, and the manifest."""
+
+    paths: tuple[Path, ...]
+    plan: Plan
+    manifest: Mapping[str, Any]
+
+
+# --- execution -------------------------------------------------------------------------------------------
+
+
+def manifest_path(out: Path) -> Path:
+    return out.with_name(out.name + ".manifest.json")
+
+
+def stamp(path: str | Path) -> tuple[int, int, int]:
+    s = os.stat(path)
+    return (s.st_size, s.st_mtime_ns, s.st_ino)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Operating-system failures as one clear error."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{path}: the disk is full; free some space and run again with --resume"
+            ) from None
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise OutputError(f"{path}: no permission to write there ({e.strerror})") from None
+        raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from None
+
+
+class _Journal:
+    """How far a run came, beside the partial file: {fingerprint, file index, bytes that are safely on disk}."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+
+    def read(self) -> dict[str, int]:
+        """File name -> finished bytes; empty if there is no journal or it belongs to another plan."""
+        try:
+            state = json.loads(self.path.read_text())
+            if state["fingerprint"] == self.fingerprint:
+                return {str(k): int(v) for k, v in state["done"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        return {}
+
+    def write(self, done: Mapping[str, int]) -> None:
+        temporary = self.path.with_name(self.path.name + ".new")
+        temporary.write_text(json.dumps({"fingerprint": self.fingerprint, "done": dict(done)}))
+        os.replace(temporary, self.path)
+
+
+def _tasks(file: FilePlan, done: int) -> Iterator[tuple[Item, int, int]]:
+    """(item, start row, stop row) in file order, from the first row that is not finished."""
+    for item in file.items:
+        step = max(1, SLAB_BYTES // max(1, item.source_row_bytes))
+        first = max(0, done - item.offset) // item.row_bytes if item.row_bytes else 0
+        for start in range(min(first, item.rows), item.rows, step):
+            yield item, start, min(start + step, item.rows)
+
+
+class _SourceHashes(threading.Thread):
+    """sha256 of every source file, computed beside the conversion (hashlib releases the GIL)."""
+
+    def __init__(self, sources: tuple[Source, ...]) -> None:
+        super().__init__(daemon=True, name="source-hashes")
+        self.sources, self.hashes, self.stop = sources, dict[str, str](), threading.Event()
+
+    def run(self) -> None:
+        buffer = bytearray(1 << 20)
+        for source in self.sources:
+            h = hashlib.sha256()
+            try:
+                with open(source.path, "rb", buffering=0) as f:
+                    while (n := f.readinto(buffer)) and not self.stop.is_set():
+                        h.update(memoryview(buffer)[:n])
+            except OSError:
+                return  # the comparison of stamps reports it
+            self.hashes[source.path] = h.hexdigest()
+
+
+def _check_unchanged(plan: Plan) -> None:
+    for source in plan.sources:
+        try:
+            now = stamp(source.path)
+        except OSError as e:
+            raise InputError(f"{source.path}: vanished during the conversion ({e.strerror})") from None
+        if now != source.stamp:
+            raise InputError(f"{source.path}: changed during the conversion; nothing was written, run again")
+
+
+def _stream(
+    file: FilePlan,
+    fd: int,
+    done: int,
+    pool: ThreadPoolExecutor,
+    threads: int,
+    checkpoint: Callable[[int], None],
+    progress: Progress,
+) -> tuple[str, dict[str, list[float]]]:
+    """Write one file from byte `done` on; returns its sha256 and the error sums by tensor."""
+    digest = hashlib.sha256()
+    errors: dict[str, list[float]] = {}
+    at = 0
+    while at < done:  # what an earlier run left is part of the hash
+        chunk = os.pread(fd, min(1 << 22, done - at), at)
+        if not chunk:
+            raise OutputError(
+                f"{file.name}: the partial file is shorter than its journal says; run without --resume"
+            )
+        digest.update(chunk)
+        at += len(chunk)
+    if done:
+        progress(done, file.name)
+
+    def put(data: Any) -> None:
+        nonlocal at
+        view = memoryview(data).cast("B")
+        start = at
+        while len(view):
+            n = os.pwrite(fd, view, at)
+            digest.update(view[:n])
+            view, at = view[n:], at + n
+        progress(at - start, file.name)
+
+    if at < len(file.head):
+        put(memoryview(file.head)[at:])
+    window: deque[tuple[Item, int, Future[Slab]]] = deque()
+    tasks = _tasks(file, at)
+    last_bytes, last_time = at, time.monotonic()
+    try:
+        while True:
+            while len(window) < threads + 2 and (task := next(tasks, None)) is not None:
+                item, start, stop = task
+                window.append((item, start, pool.submit(item.produce, start, stop)))
+            if not window:
+                break
+            item, start, future = window.popleft()
+            slab = future.result()
+            position = item.offset + start * item.row_bytes
+            if at < position:
+                put(bytes(position - at))
+            view = memoryview(slab.data).cast("B")
+            put(view[at - position :])
+            if slab.squared_norm or slab.squared_error:
+                sums = errors.setdefault(item.name, [0.0, 0.0])
+                sums[0] += slab.squared_error
+                sums[1] += slab.squared_norm
+            if at - last_bytes >= CHECKPOINT_BYTES or time.monotonic() - last_time >= CHECKPOINT_SECONDS:
+                checkpoint(at)
+                last_bytes, last_time = at, time.monotonic()
+    except BaseException:
+        for _, _, future in window:
+            future.cancel()
+        raise
+    if at < file.size:
+        put(bytes(file.size - at))
+    return digest.hexdigest(), errors
+
+
+def _measured(plan: Plan, errors: Mapping[str, list[float]]) -> Plan:
+    """The plan with the errors that execution measured."""
+
+    def measured(item: Item) -> Item:
+        if item.verdict.kind in ("exact", "widened") or item.name not in errors:
+            return item
+        squared_error, squared_norm = errors[item.name]
+        relative = (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+        return replace(item, verdict=replace(item.verdict, error=relative))
+
+    return replace(plan, files=tuple(replace(f, items=tuple(map(measured, f.items))) for f in plan.files))
+
+
+def _cpus() -> int:
+    """CPUs this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def refusals(plan: Plan) -> list[str]:
+    """Why this plan cannot be executed as it stands; empty when it can."""
+    out = [f"{i.name}: {i.verdict.reason}" for i in plan.items() if i.verdict.kind == "refused"]
+    return out + [v.reason for v in plan.losses if v.kind == "refused"]
+
+
+def execute(
+    plan: Plan,
+    folder: Path,
+    *,
+    threads: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write the plan's files into `folder`.
+
+    threads: workers (default: the CPUs this process may use). force: replace existing files. resume: continue a
+    killed run of the same plan; bytes are the same either way. progress(bytes, file) is called as bytes arrive.
+    Raises OutputError (target exists, disk full, no permission), InputError (NaN, a changed source) and leaves nothing
+    under a final name unless all of it is complete.
+    """
+    if refused := refusals(plan):
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        raise UnsupportedError("; ".join(refused[:3]) + more)
+    threads = threads or _cpus()
+    tell = progress or (lambda n, name: None)
+    final = [folder / f.name for f in plan.files]
+    sources = {os.path.realpath(s.path) for s in plan.sources}
+    for path in final:
+        if os.path.realpath(path) in sources:
+            raise OutputError(f"{path}: is also the source; choose another output name")
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder")
+        if path.exists() and not force:
+            raise OutputError(f"{path}: exists; --force replaces it")
+    partial = [p.with_name(p.name + ".partial") for p in final]
+    journal = _Journal(final[0].with_name(final[0].name + ".partial.json"), plan.fingerprint())
+    hasher = _SourceHashes(plan.sources)
+    hashes: list[str] = []
+    errors: dict[str, list[float]] = {}
+    keep = False
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = os.statvfs(folder)
+        _check_unchanged(plan)
+        done = journal.read() if resume else {}
+        needed = plan.size - sum(done.values())
+        if free.f_bavail * free.f_frsize < needed:
+            raise OutputError(
+                f"{folder}: {needed / 1e6:.0f} MB are needed, {free.f_bavail * free.f_frsize / 1e6:.0f} MB are free"
+            )
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="slab")
+    try:
+        hasher.start()
+        for file, path in zip(plan.files, partial, strict=True):
+            with _explained(path):
+                start = done.get(file.name, 0) if path.exists() else 0
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if start else os.O_TRUNC), 0o644)
+                try:
+                    os.ftruncate(fd, start)
+
+                    def checkpoint(at: int, fd: int = fd, name: str = file.name) -> None:
+                        os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+                        done[name] = at
+                        journal.write(done)
+
+                    sha, sums = _stream(file, fd, start, pool, threads, checkpoint, tell)
+                    os.fsync(fd)
+                    done[file.name] = file.size
+                    if len(plan.files) > 1:
+                        journal.write(done)
+                finally:
+                    os.close(fd)
+                hashes.append(sha)
+                errors |= sums
+        hasher.join()
+        _check_unchanged(plan)
+        finished = _measured(plan, errors)
+        manifest = {
+            "schema": "lconvert.manifest/1",
+            "lconvert": __version__,
+            "files": {f.name: {"sha256": h, "size": f.size} for f, h in zip(plan.files, hashes, strict=True)},
+            "sources": {
+                s.path: {"sha256": hasher.hashes.get(s.path), "size": s.stamp[0]} for s in plan.sources
+            },
+            "plan": finished.to_json(),
+        }
+        with _explained(folder):
+            beside = manifest_path(final[0])
+            temporary = beside.with_name(beside.name + ".partial")
+            temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+            # The first file goes last: while it is missing, a sharded artifact does not load.
+            for source, target in reversed(list(zip(partial, final, strict=True))):
+                os.replace(source, target)
+            os.replace(temporary, beside)
+            _sync_folder(folder)
+    except KeyboardInterrupt:
+        keep = True
+        raise
+    except OutputError:
+        keep = bool(done)
+        raise
+    finally:
+        hasher.stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        if not keep:
+            for path in (*partial, journal.path):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+    return Result(tuple(final), finished, manifest)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames durable; not every file system can, and then there is nothing to do."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

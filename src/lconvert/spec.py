@@ -1,0 +1,156 @@
+"""What a legal Model is. `check(model)` runs after reading and after every pass and names what is illegal.
+
+`roles` derives every canonical name and its shape from the traits alone, so readers, writers and this check
+share one definition of what an architecture consists of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from .errors import SpecError
+from .ir import Decoder, Layer, Model, Moe, QTensor, Tensor
+
+#: Norms of a decoder layer by block kind, in the order in which they act.
+NORMS: Mapping[str, tuple[str, ...]] = {
+    "pre": ("attn_norm", "mlp_norm"),
+    "post": ("attn_post_norm", "mlp_post_norm"),
+    "sandwich": ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"),
+    "parallel": ("attn_norm", "mlp_norm"),
+    "parallel_shared": ("attn_norm",),
+}
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+def _layer_roles(d: Decoder, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    a, h = layer.attention, d.hidden
+    for norm in NORMS[layer.block]:
+        yield norm, (h,)
+        if d.norm_bias:
+            yield norm + ".bias", (h,)
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    for name, rows, cols, bias in (
+        ("attn.q", q, h, a.qkv_bias),
+        ("attn.k", kv, h, a.qkv_bias),
+        ("attn.v", kv, h, a.qkv_bias),
+        ("attn.o", h, q, a.o_bias),
+    ):
+        yield name, (rows, cols)
+        if bias:
+            yield name + ".bias", (rows,)
+    for side, heads in (("q", a.heads), ("k", a.kv_heads)):
+        if a.qk_norm != "none":
+            shapes = {"head": (a.head_dim,), "per_head": (heads, a.head_dim), "full": (heads * a.head_dim,)}
+            yield f"attn.{side}_norm", shapes[a.qk_norm]
+    m = layer.mlp
+    if isinstance(m, Moe):
+        yield "moe.router", (m.experts, h)
+        for e in range(m.experts):
+            yield f"moe.experts.{e}.gate", (m.hidden, h)
+            yield f"moe.experts.{e}.up", (m.hidden, h)
+            yield f"moe.experts.{e}.down", (h, m.hidden)
+        return
+    parts = (("mlp.gate", m.hidden, h), ("mlp.up", m.hidden, h), ("mlp.down", h, m.hidden))
+    for name, rows, cols in parts if m.kind == "gated" else parts[1:]:
+        yield name, (rows, cols)
+        if m.bias:
+            yield name + ".bias", (rows,)
+
+
+def roles(d: Decoder) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every entry that a decoder with these traits has."""
+    out: dict[str, tuple[int, ...]] = {"embed": (d.vocab, d.hidden)}
+    if d.learned_positions:
+        out["pos_embed"] = (d.learned_positions, d.hidden)
+    for i, layer in d.each():
+        out.update((f"layers.{i}.{name}", shape) for name, shape in _layer_roles(d, layer))
+    out["norm"] = (d.hidden,)
+    if d.norm_bias:
+        out["norm.bias"] = (d.hidden,)
+    if not d.tied:
+        out["head"] = (d.vocab, d.hidden)
+    if d.head_bias:
+        out["head.bias"] = (d.vocab,)
+    return out
+
+
+def blocks(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
+    """Number of blocks along each axis; the last block of an axis may be short."""
+    return tuple(1 if b == -1 else -(-n // b) for n, b in zip(shape, block, strict=True))
+
+
+def _check_quantized(name: str, q: QTensor) -> Iterator[str]:
+    if q.codes.shape != q.shape:
+        yield f"{name}: codes have shape {q.codes.shape}, the tensor {q.shape}"
+    if len(q.block) != len(q.shape) or any(b == 0 or b < -1 for b in q.block):
+        yield f"{name}: block {q.block} does not describe a tensor of shape {q.shape}"
+        return
+    count = blocks(q.shape, q.block)
+    if q.g_idx is not None:
+        if q.g_idx.shape != (q.shape[-1],):
+            yield f"{name}: g_idx has shape {q.g_idx.shape}, expected ({q.shape[-1]},)"
+        return  # with act-order the number of groups is the source's own
+    for side, value in (("scale", q.scale), ("zero", q.zero), ("offset", q.offset)):
+        if value is not None and value.shape != count:
+            yield f"{name}: {side} has shape {value.shape}, expected one value per block {count}"
+        if isinstance(value, QTensor):
+            yield from _check_quantized(f"{name} ({side})", value)
+        elif isinstance(value, Tensor) and side != "zero" and value.dtype not in (*FLOATS, "F64"):
+            yield f"{name}: {side} is stored as {value.dtype}, expected a float type"
+    if q.grid.kind == "codebook" and not q.grid.values:
+        yield f"{name}: a codebook grid without values"
+
+
+def _check_traits(d: Decoder) -> Iterator[str]:
+    for key in ("hidden", "layers", "vocab", "context"):
+        if getattr(d, key) <= 0:
+            yield f"traits: {key} is {getattr(d, key)}, must be positive"
+    for i in d.overrides:
+        if not 0 <= i < d.layers:
+            yield f"traits: an override for layer {i}, but there are {d.layers} layers"
+    for i, layer in {id(layer): (i, layer) for i, layer in d.each()}.values():
+        a = layer.attention
+        if a.kv_heads <= 0 or a.heads % a.kv_heads:
+            yield f"layer {i}: {a.heads} heads are not a multiple of {a.kv_heads} key-value heads"
+        if a.rope is not None and (a.rope.dim <= 0 or a.rope.dim % 2 or a.rope.dim > a.head_dim):
+            yield f"layer {i}: {a.rope.dim} rotary dimensions do not fit a head of {a.head_dim}"
+        if isinstance(layer.mlp, Moe) and not 0 < layer.mlp.top_k <= layer.mlp.experts:
+            yield f"layer {i}: top-{layer.mlp.top_k} of {layer.mlp.experts} experts is impossible"
+
+
+def problems(model: Model) -> list[str]:
+    """Everything that makes this Model illegal, in words; empty when it is legal."""
+    d = model.arch
+    found = list(_check_traits(d))
+    if found:
+        return found
+    want = roles(d)
+    found += [f"missing entry {name} {want[name]}" for name in want.keys() - model.entries.keys()]
+    found += [f"unknown entry {name}" for name in model.entries.keys() - want.keys()]
+    for name, entry in model.entries.items():
+        data = entry.data
+        if entry.name != name:
+            found.append(f"{name}: the entry calls itself {entry.name}")
+        if name in want and data.shape != want[name]:
+            found.append(
+                f"{name}: shape {data.shape}, but the configuration implies {want[name]} ({data.origin})"
+            )
+        if isinstance(data, QTensor):
+            found += _check_quantized(name, data)
+        elif data.dtype not in FLOATS:
+            found.append(
+                f"{name}: stored as {data.dtype}, expected one of {', '.join(FLOATS)} ({data.origin})"
+            )
+        if entry.transform is not None and entry.transform.folded:
+            found.append(f"{name}: a folded transform belongs to the model, not to the entry")
+    return sorted(found)
+
+
+def check(model: Model) -> Model:
+    """The model itself if it is legal; otherwise SpecError with the first problems and their number."""
+    found = problems(model)
+    if found:
+        more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
+        raise SpecError(f"{model.source or 'model'}: " + "; ".join(found[:5]) + more)
+    return model

@@ -1,0 +1,44 @@
+"""Shared by all tests: where optional material is, and that CI does not skip an oracle.
+
+With LCONVERT_REQUIRE_ORACLES set (as `make test` does) a test that skips for want of a package or of llama.cpp's
+source fails instead. Only material outside the repository (larger trained models) may be missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "examples" / "demo_model"
+#: Larger trained models and text beside the checkout; tests that use them skip without.
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]:
+    report = yield
+    if report.skipped and os.environ.get("LCONVERT_REQUIRE_ORACLES") and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if "shared" not in reason.lower():
+            report.outcome = "failed"
+            report.longrepr = f"skipped although every oracle must be here: {reason}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of larger trained models."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared models are not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The trained model that the repository ships."""
+    return DEMO

@@ -1,0 +1,191 @@
+"""Every architecture, proved: llama.cpp computes what transformers computes, and nothing is lost on any way round.
+
+Each case of `arch_cases` is one random model, made once. The F32 GGUF isolates the graph: names, row orders, norms,
+scales, rope and metadata must all be right for the KLD to stay at rounding noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lconvert
+from lconvert.archs import find
+from lconvert.archs.common import Keys
+from lconvert.converters import hf
+from lconvert.errors import InputError, UnsupportedError
+from lconvert.forward import Forward
+from lconvert.ir import Model, Tensor, as_f32
+from lconvert.kernels.qtensor import values
+from lconvert.spec import roles
+from lconvert.validators.logits import log_softmax
+from tests import arch_cases, random_models
+from tests.arch_cases import Case
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+from lconvert.validators.runtimes.llamacpp import LlamaCpp  # noqa: E402
+
+CASES = arch_cases.load()
+every = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+
+#: Mean KLD that an F32 GGUF of a correct graph stays under: fp32 sums in another order give 1e-13 to 1e-11.
+ROUNDING = 1e-10
+#: Mean KLD that quantized weights stay under on random (hard to quantize) models; gross errors are above 1.
+QUANTIZED = {"Q8_0": 0.02, "Q4_K_M": 0.8}
+
+
+class Built:
+    """A case's model on disk, read by lconvert and run by transformers."""
+
+    def __init__(self, case: Case, root: Path):
+        self.folder = random_models.build(case, root / case.name)
+        self.ids = random_models.prompt(case)
+        self.model = lconvert.read(self.folder)
+        self.losses = find(case.model_type).gguf.losses(self.model.arch)
+        self.hf = random_models.reference(self.folder)
+        self.reference = random_models.logits(self.hf, self.ids)
+        self.gguf = root / f"{case.name}.gguf"
+        lconvert.convert(self.model, self.gguf, ftype="F32", allow_loss=case.losses)
+
+    def in_llama_cpp(self, case: Case, path: Path) -> np.ndarray:
+        runtime = LlamaCpp(path, context=case.context, threads=2)
+        try:
+            return runtime.logits(self.ids)
+        finally:
+            runtime.close()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Case -> Built, made when first asked for; pytest runs the tests of a case in any order."""
+    root, made = tmp_path_factory.mktemp("archs"), dict[str, Built]()
+
+    def get(case: Case) -> Built:
+        if case.name not in made:
+            made[case.name] = Built(case, root)
+        return made[case.name]
+
+    yield get
+
+
+def kld(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) of every position."""
+    a, b = log_softmax(p), log_softmax(q)
+    return (np.exp(a) * (a - b)).sum(axis=-1)
+
+
+@every
+def test_parity(case: Case, built: Any) -> None:
+    b = built(case)
+    assert sorted(loss.name for loss in b.losses) == sorted(case.losses)
+    assert all(loss.reason and loss.link.startswith("https://") for loss in b.losses)
+    if not case.loads:
+        with pytest.raises(InputError, match="llama.cpp cannot load"):
+            b.in_llama_cpp(case, b.gguf)
+        return
+    got = b.in_llama_cpp(case, b.gguf)
+    each = kld(b.reference, got)
+    exact = each[: case.exact]
+    assert exact.mean() <= case.floor, f"{exact.mean():.2e}"
+    if case.wrong:
+        rest = each[case.exact :]
+        assert rest.mean() >= case.wrong, f"{rest.mean():.2e}: the loss {case.losses} makes no difference"
+    if random_models.with_ggml_gelu(b.hf):
+        table = kld(random_models.logits(b.hf, b.ids), got)[: case.exact]
+        assert table.mean() <= ROUNDING, f"{table.mean():.2e} with ggml's GELU in the reference"
+        b.hf = random_models.reference(b.folder)
+    else:
+        assert case.floor <= ROUNDING
+
+
+@every
+def test_refusal(case: Case, built: Any, tmp_path: Path) -> None:
+    """A loss without a context limit needs --allow-trait-loss; one with a limit does not."""
+    b = built(case)
+    if case.refused:
+        with pytest.raises(UnsupportedError, match="--allow-trait-loss"):
+            lconvert.convert(b.model, tmp_path / "x.gguf", ftype="F32")
+    else:
+        plan = lconvert.plan_gguf(b.model, "x.gguf", ftype="F32")
+        assert not [v for v in plan.losses if v.kind == "refused"]
+        assert len(plan.losses) == len(case.losses)
+
+
+@every
+def test_tensors_both_ways(case: Case, built: Any) -> None:
+    """HF -> IR -> HF: every tensor of the checkpoint comes back under its name with its bits."""
+    b = built(case)
+    stored = {}
+    for path in b.folder.glob("*.safetensors"):
+        with safetensors.safe_open(path, framework="pt") as file:
+            stored |= {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    made = {name: load() for name, load, _, _ in hf.to_hf(b.model, find(case.model_type))}
+    assert made.keys() == stored.keys()
+    for name, tensor in stored.items():
+        bits = tensor.view(dtype=getattr(__import__("torch"), f"int{tensor.element_size() * 8}")).numpy()
+        assert np.array_equal(made[name].view(bits.dtype), bits), name
+
+
+@every
+def test_config_both_ways(case: Case, built: Any) -> None:
+    """The reconstructed config means the same to lconvert and to transformers."""
+    b = built(case)
+    arch = find(case.model_type)
+    config = arch.config(b.model.arch)
+    keys = Keys(config)
+    assert arch.traits(keys) == b.model.arch
+    keys.finish()
+    rebuilt = Forward(dataclasses.replace(b.model, config={}))
+    assert np.array_equal(rebuilt.logits(b.ids), b.reference)
+
+
+@every
+def test_forward(case: Case, built: Any) -> None:
+    """The layer-by-layer forward pass is transformers', bit for bit."""
+    b = built(case)
+    assert np.array_equal(Forward(b.model).logits(b.ids), b.reference)
+
+
+def effective(model: Model, name: str) -> np.ndarray:
+    """Values of an entry with the norm offset applied, in fp32."""
+    data = model.entries[name].data
+    x = as_f32(data.load(), data.dtype) if isinstance(data, Tensor) else values(data)
+    shifted = "norm" in name and not name.endswith(".bias")
+    return x + np.float32(model.arch.norm_offset) if shifted else x
+
+
+@every
+def test_gguf_both_ways(case: Case, built: Any) -> None:
+    """GGUF -> IR: the traits but for what the file cannot say, and every value exactly."""
+    b = built(case)
+    back = lconvert.read(b.gguf)
+    want, got = b.model.arch, back.arch
+    if not case.losses:
+        assert dataclasses.replace(got, norm_offset=want.norm_offset) == want
+        found = Forward(back).logits(b.ids)
+        # Norms that hold the effective weight lose a rounding when the class adds its offset again.
+        assert kld(b.reference, found).max() <= (0.0 if want.norm_offset == 0 else ROUNDING)
+    assert roles(got) == roles(want)
+    for name in roles(want):
+        assert np.array_equal(effective(back, name), effective(b.model, name)), name
+
+
+@every
+@pytest.mark.parametrize("ftype", QUANTIZED)
+def test_quantized(case: Case, built: Any, ftype: str, tmp_path: Path) -> None:
+    """Quantized files load, keep the function, and come back as the same values llama.cpp holds."""
+    b = built(case)
+    if not case.loads:
+        return
+    path = tmp_path / "model.gguf"
+    lconvert.convert(b.model, path, ftype=ftype, allow_loss=case.losses)
+    got = b.in_llama_cpp(case, path)
+    full = b.in_llama_cpp(case, b.gguf)
+    mean = kld(full, got).mean()
+    assert 1e-7 < mean < QUANTIZED[ftype], f"{mean:.2e}"
