@@ -22,7 +22,7 @@ demo: install
 
 # Every oracle is installed by `install`, so a test that skips for want of one fails here.
 test: install
-	LCONVERT_REQUIRE_ORACLES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	LCONVERT_REQUIRE_ORACLES=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 check: install lint
 	$(MAKE) --no-print-directory test

@@ -8,17 +8,16 @@ knows no flags, except that a model named phi-3 strips whitespace after special 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .llamacpp_tokens import NameRule
+from .token_limits import Limit, Reaches, containing
 
 
-def differences(added: Sequence[Mapping[str, Any]], rule: NameRule, normalizer: str) -> list[str]:
-    """Sentences that begin with `tokens differ`, one per cause.
-
-    normalizer: what the normalizer does to the text of an added token ("" if nothing).
-    """
+def limits(added: Sequence[Mapping[str, Any]], rule: NameRule, normalizer: str) -> list[Limit]:
+    """One per cause. normalizer: what it does to the text of an added token ("" if nothing)."""
     causes = (
         ("strip the whitespace before them (lstrip)", [t for t in added if t.get("lstrip")]),
         (
@@ -28,25 +27,56 @@ def differences(added: Sequence[Mapping[str, Any]], rule: NameRule, normalizer: 
         ("match whole words only (single_word)", [t for t in added if t.get("single_word")]),
     )
     out = [
-        f"tokens differ: {_names(tokens)} {what}; llama.cpp matches the bare text" for what, tokens in causes if tokens
+        Limit(f"{_names(tokens)} {what}; llama.cpp matches the bare text", _with(tokens))
+        for what, tokens in causes
+        if tokens
     ]
     changed = [t for t in added if t.get("normalized")] if normalizer else []
     if changed:
         out.append(
-            f"tokens differ: {_names(changed)} match after normalization ({normalizer}); llama.cpp matches the text as "
-            "it came"
+            Limit(
+                f"{_names(changed)} match after normalization ({normalizer}); llama.cpp matches the text as it came",
+                _with(changed),
+            )
         )
     if pair := _overlap([t["content"] for t in added]):
         out.append(
-            f"tokens differ: where the added tokens {pair[0]!r} and {pair[1]!r} overlap, llama.cpp takes the longer, "
-            "the source the one that begins first"
+            Limit(
+                f"where added tokens overlap, as {pair[0]!r} and {pair[1]!r} can, llama.cpp takes the longer, the source "
+                "the one that begins first",
+                _overlapping([t["content"] for t in added]),
+            )
         )
     if pair := _inner(added):
         out.append(
-            f"tokens differ: the added token {pair[0]!r} is found inside {pair[1]!r} by the source, which looks for "
-            "normalized tokens last; llama.cpp takes the longer"
+            Limit(
+                f"the added token {pair[0]!r} is found inside {pair[1]!r} by the source, which looks for normalized "
+                "tokens last; llama.cpp takes the longer",
+                containing([pair[0]]),
+            )
         )
     return out
+
+
+def _with(tokens: Sequence[Mapping[str, Any]]) -> Reaches:
+    return containing(t["content"] for t in tokens)
+
+
+def _overlapping(texts: Sequence[str]) -> Reaches:
+    """Texts in which two different added tokens share characters without one holding the other."""
+    longest = "|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True))
+    found = re.compile(f"(?=({longest}))")
+
+    def reaches(text: str, special: bool) -> bool:
+        end, last = 0, ""
+        for m in found.finditer(text):
+            if m.start() < end < m.start() + len(m[1]) and m[1] != last:
+                return True
+            if m.start() + len(m[1]) > end:
+                end, last = m.start() + len(m[1]), m[1]
+        return False
+
+    return reaches
 
 
 def _overlap(texts: Sequence[str]) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from lconvert.archs import find
 from lconvert.archs.common import Arch
 from lconvert.errors import InputError, OptionError, UnsupportedError
 from lconvert.formats import gguf
+from lconvert.formats.imatrix import Imatrix, quantize_keys
 from lconvert.ir import Decoder, Model, QTensor, Tensor, as_f32, concat_rows
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
@@ -34,10 +35,10 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class Options:
-    """How to lower to GGUF. `types` are the rules for tensor types; imatrix maps GGUF tensor names to weights."""
+    """How to lower to GGUF. `types` are the rules for tensor types; imatrix holds importances by tensor name."""
 
     types: MixtureOptions
-    imatrix: Mapping[str, NDArray[np.float32]] | None = None
+    imatrix: Imatrix | None = None
     split_max_size: int | None = None
     allow_requantize: bool = False
     allow_loss: tuple[str, ...] = ()
@@ -127,9 +128,7 @@ def _item(stored: Stored, model: Model, choice: gguf_mixture.Choice, options: Op
     """The plan item of one stored tensor with its verdict, and its global scale as a tensor where it has one."""
     data = [model.entries[r].data for r in stored.roles]
     type_ = choice.type
-    weights = (options.imatrix or {}).get(stored.name)
-    if weights is not None and weights.shape[-1] != stored.cols:
-        raise OptionError(f"imatrix: {stored.name} has {weights.shape[-1]} columns, the tensor {stored.cols}")
+    weights = options.imatrix.for_tensor(stored.name, stored.shape) if options.imatrix is not None else None
     item = Item(
         name=stored.name,
         type=type_,
@@ -229,6 +228,8 @@ def _losses(arch: Arch, d: Decoder, allowed: tuple[str, ...]) -> tuple[Verdict, 
         reason = f"{loss.name}: {loss.reason}"
         if loss.limit is not None:
             reason += f"; exact up to a context of {loss.limit}"
+        elif loss.cost is not None:
+            reason += f"; costs a mean KLD of at most {loss.cost:.0e}"
         elif loss.name not in allowed:
             out.append(Verdict("refused", f"{reason}; --allow-trait-loss {loss.name} converts all the same"))
             continue
@@ -264,6 +265,8 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
         metadata["tokenizer.ggml.model"] = gguf.string("no_vocab")
         notes = ("the source has no tokenizer: the file holds none, and llama.cpp can only be fed token ids",)
     metadata["general.quantization_version"] = gguf.u32(2)
+    if options.imatrix is not None:
+        metadata |= quantize_keys(options.imatrix)
     number = gguf_mixture.FTYPES[options.types.ftype].number
     if number is not None:
         metadata["general.file_type"] = gguf.u32(number)

@@ -9,14 +9,20 @@ import math
 from typing import TYPE_CHECKING
 
 from lconvert.archs.common import Arch
-from lconvert.formats.gguf import Value, f32, string, u32
+from lconvert.formats.gguf import Value, array, boolean, f32, string, u32
 from lconvert.ir import Decoder, Moe, Rope
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_MAKE = {"u32": u32, "f32": f32, "str": string}
+_MAKE = {
+    "u32": u32,
+    "f32": f32,
+    "str": string,
+    "bool": boolean,
+    "bools": lambda items: array("bool", items),
+}
 
 
 def _rope_keys(rope: Rope, context: int) -> dict[str, Value]:

@@ -98,7 +98,9 @@ def layout(arch: Arch, d: Decoder) -> Iterator[Stored]:
     groups: dict[str, list[str]] = {}
     for role in shapes:
         prefix, local, suffix = _local(role)
-        groups.setdefault(prefix + table[local] + suffix, []).append(role)
+        block = d.layer(int(prefix.split(".")[1])).block if prefix else ""
+        base = g.block_names.get(block, {}).get(local, table[local])
+        groups.setdefault(prefix + base + suffix, []).append(role)
     for name, members in groups.items():
         first = shapes[members[0]]
         _, local, _ = _local(members[0])
@@ -108,7 +110,7 @@ def layout(arch: Arch, d: Decoder) -> Iterator[Stored]:
             shape: tuple[int, ...] = (len(members), *first)
         else:
             shape = (sum(shapes[m][0] for m in members), *first[1:])
-        shift = g.norm_shift if local in NORM_ROLES and name.endswith(".weight") else 0.0
+        shift = d.norm_offset if local in NORM_ROLES and name.endswith(".weight") else 0.0
         yield Stored(name, shape, tuple(members), layer.attention.head_dim if turn else 0, shift)
 
 

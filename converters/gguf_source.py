@@ -208,7 +208,7 @@ def _traits(file: gguf.GGUFFile, meta: _Meta, arch: Arch) -> Decoder:
         mlp = Mlp("gated" if gated else "plain", "silu", meta.count("feed_forward_length"), up_bias)
     rms = meta.get("attention.layer_norm_rms_epsilon")
     positions = t.get("position_embd.weight")
-    layer = Layer(attention, mlp)
+    layer = Layer(attention, mlp, _block(file, meta))
     d = Decoder(
         family=arch.model_type,
         hidden=hidden,
@@ -240,6 +240,17 @@ def _traits(file: gguf.GGUFFile, meta: _Meta, arch: Arch) -> Decoder:
     elif window:
         d = replace(d, default=replace(layer, attention=replace(attention, window=int(window))))
     return arch.gguf.restore(d)
+
+
+def _block(file: gguf.GGUFFile, meta: _Meta) -> Any:
+    """The order of norms and residuals, from the norms that a layer has (spec.NORMS)."""
+    t = file.tensors
+    before, after = "blk.0.ffn_norm.weight" in t, "blk.0.post_ffw_norm.weight" in t
+    if after:
+        return "sandwich" if before else "post"
+    if not before:
+        return "parallel" if "blk.0.attn_norm_2.weight" in t else "parallel_shared"
+    return "parallel" if meta.get("use_parallel_residual") else "pre"
 
 
 def _optional(meta: _Meta, key: str) -> float | None:

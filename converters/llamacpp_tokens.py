@@ -9,6 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from .sentencepiece_model import CONTROL, USER_DEFINED
+from .token_limits import Limit, containing
+
+#: Roles of special tokens that have a key of their own (tokenizer.ggml.<name>), in the order of the file.
+KEYS: Mapping[str, str] = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",  # sic
+    "pad": "padding_token_id",
+    "mask": "mask_token_id",
+}
 
 #: The first of these becomes the end-of-turn token unless the file names one.
 END_OF_TURN = frozenset({
@@ -59,8 +72,8 @@ def ends(texts: frozenset[str]) -> frozenset[str]:
     return found
 
 
-def by_text(texts: Sequence[str], types: Sequence[int], added: Mapping[str, bool]) -> list[str]:
-    """What the forced types change: sentences that begin with `tokens differ`. `added`: text -> special."""
+def by_text(texts: Sequence[str], types: Sequence[int], added: Mapping[str, bool]) -> list[Limit]:
+    """What the forced types change. `added`: text -> special."""
     spelled, parsed, hidden = [], [], []
     forced = ends(frozenset(texts)) | _FILL_IN_MIDDLE
     for text, kind in zip(texts, types, strict=True):
@@ -71,23 +84,22 @@ def by_text(texts: Sequence[str], types: Sequence[int], added: Mapping[str, bool
                 hidden.append(text)
         elif text in FORCED_USER_DEFINED and added.get(text):
             parsed.append(text)
-    out = []
-    if spelled:
-        out.append(
-            f"tokens differ: llama.cpp makes control tokens of {_some(spelled)} because of their text; with special "
-            "tokens parsed each is one token, which the source spells out"
-        )
-    if hidden:
-        out.append(
-            f"tokens differ: llama.cpp makes control tokens of {_some(hidden)} because of their text; without special "
-            "tokens parsed they are spelled out, which the source, where they are not special, does not"
-        )
-    if parsed:
-        out.append(
-            f"tokens differ: llama.cpp parses {_some(parsed)} always, because of their text; in the source they are "
-            "special"
-        )
-    return out
+    causes = (
+        (
+            spelled,
+            True,
+            "llama.cpp makes control tokens of {} because of their text; with special tokens parsed each is one token, "
+            "which the source spells out",
+        ),
+        (
+            hidden,
+            False,
+            "llama.cpp makes control tokens of {} because of their text; with special tokens not parsed it spells them "
+            "out, the source, where they are not special, does not",
+        ),
+        (parsed, False, "llama.cpp parses {} always, because of their text; in the source they are special"),
+    )
+    return [Limit(why.format(_some(found)), containing(found, mode)) for found, mode, why in causes if found]
 
 
 def name_rule(rstrip: frozenset[str], texts: frozenset[str], special: frozenset[str]) -> NameRule:

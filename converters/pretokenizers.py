@@ -22,6 +22,8 @@ from typing import Any
 from lconvert.errors import UnsupportedError
 from lconvert.formats.files import show
 
+from .token_limits import Limit, characters, digit, inner_capital, wide, wide_case, wide_digit, wide_space
+
 BYTES = "<bytes>"
 
 # The building blocks. Named after the first model that used them.
@@ -68,7 +70,8 @@ class Pre:
 
     steps: the tokenizer.json that it stands for. ignore_merges, add_bos, clean_spaces: its flags, add_bos only
     where the file has no tokenizer.ggml.add_bos_token. normalizer and model_types: where several names do the same,
-    the models that use this one. differs: texts on which llama.cpp's own regexes do something else.
+    the models that use this one. differs: texts on which llama.cpp's own regexes do something else. crossed: cuts that
+    only the source makes, which matter where a token of the vocabulary matches the regex, that is, crosses one.
     """
 
     name: str
@@ -78,15 +81,40 @@ class Pre:
     clean_spaces: bool = True
     normalizer: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
-    differs: str = ""
+    differs: tuple[Limit, ...] = ()
+    crossed: tuple[tuple[str, Limit], ...] = ()
 
 
 _NFC = ("NFC",)
-_CASE = (
+_CASE = Limit(
     "llama.cpp tells upper from lower case, and combining marks from letters, in ASCII only, so words with an inner "
-    "capital or a mark outside ASCII may be cut elsewhere"
+    "capital or a mark outside ASCII may be cut elsewhere",
+    characters(wide_case),
 )
-_BRACKETS = "llama.cpp's regex cuts at '[' and ']' where the source's does not, or the other way round"
+_DIGITS = Limit("llama.cpp cuts runs of digits outside ASCII elsewhere", characters(wide_digit))
+_WIDE = Limit(
+    "llama.cpp cuts at whitespace outside ASCII, such as U+3000, elsewhere", characters(wide_space)
+)
+_NO_CASE = Limit(
+    "llama.cpp does not tell upper from lower case, so words with an inner capital may be cut elsewhere", inner_capital
+)
+_LATIN1_DIGITS = "0-9²³¹¼½¾"  # what Digits takes for digits among the characters that stand for bytes
+_BYTE_DIGITS = (
+    f"[{_LATIN1_DIGITS}][^{_LATIN1_DIGITS}]|[^{_LATIN1_DIGITS}][{_LATIN1_DIGITS}]",
+    Limit(
+        "the source cuts between digits and what surrounds them, bytes of other characters included; llama.cpp does not, "
+        "and some tokens cross these cuts",
+        characters(lambda c: wide(c) or digit(c)),
+    ),
+)
+_SINGLE_DIGITS = (
+    "[0-9][0-9]",
+    Limit("the source cuts numbers into digits, llama.cpp does not, and some tokens have several", characters(digit)),
+)
+_RIGHT_TO_LEFT = Limit(
+    "llama.cpp counts the digits of every run in threes from the right, the source only where a word ends",
+    characters(digit),
+)
 
 #: In order of preference among equals. Names that llama.cpp treats exactly as an earlier one, and that no model type
 #: here calls for, are in ALIASES.
@@ -133,30 +161,33 @@ TABLE: tuple[Pre, ...] = (
         rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|\s*[\r\n]+"
         + "".join(rf"|\s{{{n}}}(?!\S)" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
         + r"|\s", BYTES)),
-    Pre("tekken", (TEKKEN, BYTES), ignore_merges=True, add_bos=True, clean_spaces=False, differs=_CASE),
-    Pre("gpt-4o", (O200K, BYTES), clean_spaces=False, differs=_CASE),
-    Pre("llama4", (O200K, BYTES), clean_spaces=False, model_types=("llama4", "llama4_text"), differs=_CASE),
-    Pre("minimax-m2", (O200K, BYTES), clean_spaces=False, model_types=("minimax_m2",), differs=_CASE),
-    Pre("granite-embed-multi-97m", (O200K, BYTES), ignore_merges=True, clean_spaces=False, differs=_CASE),
+    Pre("tekken", (TEKKEN, BYTES), ignore_merges=True, add_bos=True, clean_spaces=False, differs=(_CASE,)),
+    Pre("gpt-4o", (O200K, BYTES), clean_spaces=False, differs=(_CASE,)),
+    Pre("llama4", (O200K, BYTES), clean_spaces=False, model_types=("llama4", "llama4_text"), differs=(_CASE,)),
+    Pre("minimax-m2", (O200K, BYTES), clean_spaces=False, model_types=("minimax_m2",), differs=(_CASE,)),
+    Pre("granite-embed-multi-97m", (O200K, BYTES), ignore_merges=True, clean_spaces=False, differs=(_CASE,)),
     Pre("youtu", (
         "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|" + _CJK, YOUTU, BYTES),
-        ignore_merges=True, clean_spaces=False, differs=_CASE),
-    Pre("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", O200K, BYTES), clean_spaces=False, differs=_CASE),
+        ignore_merges=True, clean_spaces=False, differs=(_NO_CASE,)),
+    Pre("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", O200K, BYTES), clean_spaces=False,
+        differs=(_NO_CASE, _RIGHT_TO_LEFT)),
     Pre("deepseek-llm", (
         *_newline_words(f"\\s?[{_DEEPSEEK_LETTERS}]+\0\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+\0\\s+$\0{_HAN_HANGUL}"),
-        DIGIT, BYTES), clean_spaces=False),
+        DIGIT, BYTES), clean_spaces=False, differs=(_DIGITS, _WIDE),
+        crossed=(_SINGLE_DIGITS,)),
     Pre("deepseek-coder", (
-        *_newline_words(f"\\s?\\p{{L}}+\0\\s?\\p{{P}}+\0{_HAN_HANGUL}"), DIGIT, BYTES), clean_spaces=False),
+        *_newline_words(f"\\s?\\p{{L}}+\0\\s?\\p{{P}}+\0{_HAN_HANGUL}"), DIGIT, BYTES), clean_spaces=False,
+        differs=(_WIDE,)),
     Pre("deepseek-v3", (r"\p{N}{1,3}", _CJK, DEEPSEEK3, BYTES), clean_spaces=False),
     Pre("hunyuan-dense", (r"\p{N}{1,3}", _CJK, DEEPSEEK3, BYTES), clean_spaces=False,
         model_types=("hunyuan_v1_dense",)),
     Pre("spark2_5", (r"\p{N}{1,3}", _CJK, SPARK, DIGIT, BYTES), clean_spaces=False),
-    Pre("falcon", (PUNCTUATION + "+", GPT2, BYTES, DIGITS, "[0-9][0-9][0-9]")),
     Pre("falcon", (PUNCTUATION + "+", GPT2, BYTES, "[0-9][0-9][0-9]")),
-    Pre("superbpe", (r"\p{N}+", r"(?=(\d{3})+(?!\d))", BYTES), clean_spaces=False),
-    Pre("poro-chat", (_BLOOM, BYTES), clean_spaces=False, differs=_BRACKETS),
-    Pre("bloom", (_BLOOM, BYTES), model_types=("bloom",), differs=_BRACKETS),
-    Pre("viking", (_BLOOM, DIGIT, BYTES), clean_spaces=False, differs=_BRACKETS),
+    Pre("falcon", (PUNCTUATION + "+", GPT2, BYTES, DIGITS, "[0-9][0-9][0-9]"), crossed=(_BYTE_DIGITS,)),
+    Pre("superbpe", (r"\p{N}+", r"(?=(\d{3})+(?!\d))", BYTES), clean_spaces=False, differs=(_DIGITS,)),
+    Pre("poro-chat", (_BLOOM, BYTES), clean_spaces=False),
+    Pre("bloom", (_BLOOM, BYTES), model_types=("bloom",)),
+    Pre("viking", (_BLOOM, DIGIT, BYTES), clean_spaces=False),
     Pre("chameleon", (
         "<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", r"([\t\n]|    |  )", DIGIT, PUNCTUATION,
         GPT2, BYTES), add_bos=True, clean_spaces=False),

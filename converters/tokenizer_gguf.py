@@ -25,21 +25,10 @@ from lconvert.formats.gguf_values import Value, array, boolean, string, u32
 from lconvert.ir import Tokenizer
 
 from . import added_tokens, llamacpp_tokens, tokenizer_vocab
-from .llamacpp_tokens import NameRule
+from .llamacpp_tokens import KEYS, NameRule, general_name
 from .sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
-from .tokenizer_hf import special_ids
-
-#: Roles with a key of their own, in the order of the file.
-KEYS: Mapping[str, str] = {
-    "bos": "bos_token_id",
-    "eos": "eos_token_id",
-    "eot": "eot_token_id",
-    "eom": "eom_token_id",
-    "unk": "unknown_token_id",
-    "sep": "seperator_token_id",  # sic
-    "pad": "padding_token_id",
-    "mask": "mask_token_id",
-}
+from .token_limits import Limit, framing
+from .tokenizer_raise import from_gguf
 
 #: Rendered and parsed always, because llama.cpp's chat parsers read them (conversion/gemma.py, Gemma4Model).
 _VISIBLE: Mapping[str, frozenset[str]] = {
@@ -61,10 +50,14 @@ class Framing:
 
 @dataclass(frozen=True)
 class Lowered:
-    """The keys, what there is to say about them, and what general.name must contain or avoid."""
+    """The keys, what there is to say about them, and what general.name must contain or avoid.
+
+    limits: the texts for which llama.cpp's ids are known to differ; their sentences are among the notes.
+    """
 
     keys: dict[str, Value]
     notes: tuple[str, ...]
+    limits: tuple[Limit, ...]
     name_rule: NameRule
     framing: Framing
 
@@ -91,17 +84,17 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
     special = {r: ids[0] for r, ids in tokenizer.special.items() if ids and ids[0] < vocab_size}
     lost = sorted(r for r, ids in tokenizer.special.items() if ids and ids[0] >= vocab_size)
     notes += [f"the {r} token has id {tokenizer.special[r][0]}, beyond the {vocab_size} rows: left out" for r in lost]
-    framing, said = _framing(tokenizer)
-    notes += said
-    _end_tokens(tokenizer, framing, special, texts, notes)
+    frame, said = _framing(tokenizer, notes)
+    found = [*algorithm.limits, *said]
+    _end_tokens(tokenizer, frame, special, texts, notes)
 
     rule = llamacpp_tokens.name_rule(
         frozenset(t for t, token in added.items() if token.get("rstrip")),
         frozenset(texts),
         frozenset(t for t, k in zip(texts, types, strict=True) if k in (CONTROL, USER_DEFINED, UNKNOWN)),
     )
-    notes += added_tokens.differences(list(added.values()), rule, algorithm.normalizer)
-    notes += llamacpp_tokens.by_text(texts, types, {t: bool(token.get("special")) for t, token in added.items()})
+    found += added_tokens.limits(list(added.values()), rule, algorithm.normalizer)
+    found += llamacpp_tokens.by_text(texts, types, {t: bool(token.get("special")) for t, token in added.items()})
     notes += _looks_special(added)
     notes += _eog_notes(tokenizer, special, texts, algorithm.model)
     notes += _not_loaded(tokenizer, added)
@@ -122,11 +115,20 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
     for role, name in KEYS.items():
         if role in special:
             keys[f"tokenizer.ggml.{name}"] = u32(special[role])
-    keys |= _flags(tokenizer, algorithm, framing, special, notes)
+    keys |= _flags(tokenizer, algorithm, frame, special, notes)
+    if algorithm.model == "gemma4" and not frame.bos:
+        found.append(Limit("llama.cpp adds bos to every text of a gemma4 tokenizer, the source does not", framing))
     if algorithm.space_prefix is not None:
         keys["tokenizer.ggml.add_space_prefix"] = boolean(algorithm.space_prefix)
     keys |= _templates(tokenizer)
-    return Lowered(keys, tuple(dict.fromkeys(notes)), rule, framing)
+    notes = [*map(str, found), *notes]
+    return Lowered(keys, tuple(dict.fromkeys(notes)), tuple(found), rule, frame)
+
+
+def limits(tokenizer: Tokenizer) -> tuple[Limit, ...]:
+    """The limits of a tokenizer in llama.cpp, whatever model it is for."""
+    vocab = _ids(tokenizer)
+    return lower(tokenizer, max(vocab.values(), default=0) + 1, "").limits
 
 
 # --- the vocabulary --------------------------------------------------------------------------------------
@@ -230,35 +232,40 @@ def _scores(tokenizer: Tokenizer, scores: Mapping[str, float], texts: list[str],
 # --- special tokens --------------------------------------------------------------------------------------
 
 
-def _framing(tokenizer: Tokenizer) -> tuple[Framing, list[str]]:
+def _framing(tokenizer: Tokenizer, notes: list[str]) -> tuple[Framing, list[Limit]]:
     """What the post_processor adds; without one, tokenizer_config.json's flags count, as in llama.cpp's converter."""
     data, config = tokenizer.json, tokenizer.config
     prefix, suffix, found = _processor(data.get("post_processor"))
     if not found:
         asked = {r: config.get(f"add_{r}_token") is True for r in ("bos", "eos")}
-        notes = [
-            f"tokens differ: tokenizer_config.json asks for {r}, so llama.cpp adds it; tokenizer.json alone does not"
+        said = [
+            Limit(f"tokenizer_config.json asks for {r}, so llama.cpp adds it; tokenizer.json alone does not", framing)
             for r, on in asked.items()
             if on
         ]
-        return Framing(asked["bos"], asked["eos"]), notes
+        return Framing(asked["bos"], asked["eos"]), said
     names = {i: t for t, i in _ids(tokenizer).items()}
     bos = names.get(tokenizer.special.get("bos", tokenizer.special.get("cls", (-1,)))[0])
-    notes = []
+    said = []
     if prefix and prefix != (bos,):
-        notes.append(
-            f"tokens differ: the source begins every text with {' '.join(prefix)}; llama.cpp can only begin it with the bos "
-            f"token ({bos})"
+        said.append(
+            Limit(
+                f"the source begins every text with {' '.join(prefix)}; llama.cpp can only begin it with the bos token "
+                f"({bos})",
+                framing,
+            )
         )
     if len(suffix) > 1:
-        notes.append(f"tokens differ: the source ends every text with {' '.join(suffix)}; llama.cpp can only add one token")
+        said.append(
+            Limit(f"the source ends every text with {' '.join(suffix)}; llama.cpp can only add one token", framing)
+        )
     for role, on in (("bos", bool(prefix)), ("eos", bool(suffix))):
         if config.get(f"add_{role}_token") is (not on):
             notes.append(
                 f"tokenizer_config.json says add_{role}_token={not on}, tokenizer.json's post_processor the opposite, "
                 "which counts"
             )
-    return Framing(prefix == (bos,), len(suffix) == 1, prefix, suffix), notes
+    return Framing(prefix == (bos,), len(suffix) == 1, prefix, suffix), said
 
 
 def _processor(processor: Mapping[str, Any] | None) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
@@ -302,16 +309,16 @@ def _ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _end_tokens(
-    tokenizer: Tokenizer, framing: Framing, special: dict[str, int], texts: list[str], notes: list[str]
+    tokenizer: Tokenizer, frame: Framing, special: dict[str, int], texts: list[str], notes: list[str]
 ) -> None:
     """Fills special's eos, eot and eom so that llama.cpp adds the right token and stops at all that end a text."""
     ends = [i for i in tokenizer.special.get("eos", ()) if i < len(texts)]
     for role in ("eot", "eom"):
         ends += [i for i in tokenizer.special.get(role, ()) if i < len(texts)]
-    if len(framing.suffix) == 1 and (added := _ids(tokenizer).get(framing.suffix[0])) is not None:
+    if len(frame.suffix) == 1 and (added := _ids(tokenizer).get(frame.suffix[0])) is not None:
         if special.get("eos", added) != added:
             notes.append(
-                f"eos is {framing.suffix[0]!r}, which the source adds after a text; its own eos "
+                f"eos is {frame.suffix[0]!r}, which the source adds after a text; its own eos "
                 f"{texts[special['eos']]!r} still ends a text"
             )
         special["eos"] = added
@@ -331,13 +338,13 @@ def _end_tokens(
 
 
 def _flags(
-    tokenizer: Tokenizer, a: tokenizer_vocab.Algorithm, framing: Framing, special: Mapping[str, int], notes: list[str]
+    tokenizer: Tokenizer, a: tokenizer_vocab.Algorithm, frame: Framing, special: Mapping[str, int], notes: list[str]
 ) -> dict[str, Value]:
     """add_bos_token and add_eos_token: where the source says something, or llama.cpp would assume otherwise."""
     out: dict[str, Value] = {}
     processor = tokenizer.json.get("post_processor")
     byte_level = "ByteLevel" in str(_kinds(processor))
-    for role, on, default in (("bos", framing.bos, a.add_bos), ("eos", framing.eos, a.add_eos)):
+    for role, on, default in (("bos", frame.bos, a.add_bos), ("eos", frame.eos, a.add_eos)):
         said = on or byte_level or isinstance(tokenizer.config.get(f"add_{role}_token"), bool)
         if on and role not in special and role not in llamacpp_tokens.DEFAULT_IDS[a.model]:
             raise InputError(f"the source adds a {role} token to every text, but no file says which token that is")
@@ -345,8 +352,6 @@ def _flags(
             out[f"tokenizer.ggml.add_{role}_token"] = boolean(on)
         if on != default and not said:
             notes.append(f"add_{role}_token={str(on).lower()} is written because llama.cpp would assume the opposite")
-    if a.model == "gemma4" and not framing.bos:
-        notes.append("tokens differ: llama.cpp adds bos to every text of a gemma4 tokenizer, the source does not")
     return out
 
 
@@ -415,4 +420,4 @@ def _templates(tokenizer: Tokenizer) -> dict[str, Value]:
     return out
 
 
-__all__ = ["Framing", "Lowered", "lower", "special_ids", "to_gguf"]
+__all__ = ["Framing", "Limit", "Lowered", "from_gguf", "general_name", "limits", "lower", "to_gguf"]

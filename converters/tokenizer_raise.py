@@ -19,8 +19,8 @@ from lconvert.formats.gguf_values import Value
 from lconvert.ir import Tokenizer
 
 from . import llamacpp_tokens, pretokenizers, sentencepiece_model
+from .llamacpp_tokens import KEYS
 from .sentencepiece_model import CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Pieces, added_token
-from .tokenizer_gguf import KEYS
 from .tokenizer_hf import check_json
 
 _P = "tokenizer.ggml."
@@ -193,6 +193,8 @@ def _ranked(
         raise UnsupportedError(f"tokenizer.ggml.pre is {show(name)}; this pre-tokenizer has no tokenizer.json here")
     if row is pretokenizers.DEFAULT:
         notes.append("the file names no pre-tokenizer; llama.cpp's fallback was taken, which may not be the model's own")
+    if row is not None:
+        notes += [f"llama.cpp is not quite the {row.name!r} written here: {limit.reason}" for limit in row.differs]
     holes = _holes(texts, types)
     vocab = {text: i for i, text in enumerate(texts) if i not in holes}
     merges, dropped = _merges(keys, vocab)

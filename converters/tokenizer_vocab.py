@@ -3,23 +3,35 @@
 llama.cpp has four that matter here: byte-level BPE and BPE on characters (`gpt2`, by rank of the merge, after a
 pre-tokenizer known by name), SentencePiece BPE (`llama`, by score of the joined piece, no pre-tokenizer) and unigram
 (`t5`, Viterbi). Which one a tokenizer.json needs follows from its structure alone; nothing is guessed from names.
-Where the algorithm is the right one but some texts come out differently, a note that begins with `tokens differ`
-says which.
+Where the algorithm is the right one but some texts come out differently, a limit says which.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lconvert.errors import InputError, UnsupportedError
 
 from . import pretokenizers
 from .pretokenizers import BYTES
-from .sentencepiece_model import BYTE, SPACE
+from .sentencepiece_model import SPACE
+from .token_limits import (
+    Limit,
+    Reaches,
+    always,
+    characters,
+    containing,
+    either,
+    leading_space,
+    not_in_form,
+    odd_spaces,
+    table_changes,
+)
 from .tokenizer_hf import merge_pairs
 
 BYTE_TOKENS = tuple(f"<0x{b:02X}>" for b in range(256))
@@ -55,7 +67,8 @@ class Algorithm:
     remove_extra_whitespaces: bool | None = None
     charsmap: bytes | None = None
     normalizer: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    limits: tuple[Limit, ...] = ()
 
 
 def choose(data: Mapping[str, Any], model_type: str) -> Algorithm:
@@ -64,6 +77,7 @@ def choose(data: Mapping[str, Any], model_type: str) -> Algorithm:
     kind = model.get("type", "BPE")
     steps = pretokenizers.steps_of(data.get("pre_tokenizer"))
     normalizer = normalizers(data.get("normalizer"))
+    added = [t["content"] for t in data.get("added_tokens") or []]
     key = pretokenizers.describe(
         steps, normalizer, bool(model.get("ignore_merges")), bool(model.get("byte_fallback")), kind
     )
@@ -71,11 +85,11 @@ def choose(data: Mapping[str, Any], model_type: str) -> Algorithm:
     if odd:
         key += "".join(f"\n  {f}: {model[f]!r}" for f in odd)
     elif kind == "Unigram":
-        return _unigram(model, steps, normalizer, key)
+        return _unigram(model, steps, normalizer, added, key)
     elif kind == "BPE" and BYTES in steps:
-        return _byte_level(model, steps, normalizer, model_type, key)
+        return _byte_level(model, steps, normalizer, added, model_type, key)
     elif kind == "BPE":
-        return _characters(model, steps, normalizer, model_type, key)
+        return _characters(model, steps, normalizer, added, model_type, key)
     raise pretokenizers.unknown(key)
 
 
@@ -111,42 +125,52 @@ def normalizers(normalizer: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 _UNICODE_FORMS = {
-    form: f"tokens differ: the source normalizes text to {form}, which llama.cpp does not; text in that form is equal"
+    form: Limit(
+        f"the source normalizes text to {form}, which llama.cpp does not; text in that form is equal", not_in_form(form)
+    )
     for form in ("NFC", "NFD", "NFKC", "NFKD")
 }
-_TRIMS = "tokens differ: the source drops leading, trailing or repeated spaces, llama.cpp keeps them all"
 
 
 # --- byte-level BPE --------------------------------------------------------------------------------------
 
 
 def _byte_level(
-    model: Mapping[str, Any], steps: tuple[str, ...], normalizer: tuple[str, ...], model_type: str, key: str
+    model: Mapping[str, Any],
+    steps: tuple[str, ...],
+    normalizer: tuple[str, ...],
+    added: Sequence[str],
+    model_type: str,
+    key: str,
 ) -> Algorithm:
     rows = pretokenizers.candidates(steps, normalizer, model_type)
     if not rows or any(n not in _UNICODE_FORMS for n in normalizer):
         raise pretokenizers.unknown(key)
-    notes = [_UNICODE_FORMS[n] for n in normalizer]
+    notes: list[str] = []
+    limits = [_UNICODE_FORMS[n] for n in normalizer]
     wanted = bool(model.get("ignore_merges"))
     row = next((r for r in rows if r.ignore_merges == wanted), None)
     if row is None:
-        stuck = unreachable(model)
+        stuck = unreachable(model, frozenset(added))
         row = rows[0]
         flag = f"ignore_merges={wanted} (llama.cpp's {row.name!r} sets {row.ignore_merges})"
         if stuck is not None:
             raise pretokenizers.unknown(f"{key}\n  {flag} matters: the merges do not build {stuck!r}")
         notes.append(f"{flag} makes no difference: the merges build every token")
-    if row.differs:
-        notes.append(f"tokens differ: {row.differs}")
-    missing = [c for b, c in enumerate(ALPHABET) if c not in model["vocab"] and b not in _NEVER]
+    limits += row.differs
+    limits += [limit for regex, limit in row.crossed if any(map(re.compile(regex).search, model["vocab"]))]
+    missing = bytes(b for b, c in enumerate(ALPHABET) if c not in model["vocab"] and b not in _NEVER)
     if missing and (model.get("unk_token") or model.get("byte_fallback")):
-        notes.append(
-            f"tokens differ: {len(missing)} of the bytes of UTF-8 are no tokens; llama.cpp drops such bytes, the "
-            f"source writes {model.get('unk_token')!r}"
+        limits.append(
+            Limit(
+                f"{len(missing)} of the bytes of UTF-8 are no tokens; llama.cpp drops such bytes, the source writes "
+                f"{model.get('unk_token')!r}",
+                lambda text, special: any(b in missing for b in text.encode()),
+            )
         )
     merges, twice = _merges(model)
     if twice:
-        notes.append(f"tokens differ: the merge {twice!r} is there twice; llama.cpp takes the first, the source the last")
+        limits.append(Limit(f"the merge {twice!r} is there twice; llama.cpp takes the first, the source the last", always))
     return Algorithm(
         model="gpt2",
         pre=row.name,
@@ -155,6 +179,7 @@ def _byte_level(
         merges=merges,
         normalizer=", ".join(normalizer),
         notes=tuple(notes),
+        limits=tuple(limits),
     )
 
 
@@ -173,14 +198,14 @@ def _merges(model: Mapping[str, Any]) -> tuple[list[str], str]:
     return lines, next(line for line in lines if line in seen or seen.add(line))  # type: ignore[func-returns-value]
 
 
-def unreachable(model: Mapping[str, Any]) -> str | None:
-    """A token that BPE does not build from its own characters, None if there is none.
+def unreachable(model: Mapping[str, Any], added: frozenset[str]) -> str | None:
+    """A token that is not added and that BPE does not build from its own characters, None if there is none.
 
     If there is none, ignore_merges changes nothing: a word that is a token is merged into that token anyhow.
     """
     ranks = {pair: i for i, pair in reversed(list(enumerate(merge_pairs(model))))}
     for text in model["vocab"]:
-        parts = list(text)
+        parts = list(text) if text not in added else []
         while len(parts) > 1:
             best = min(range(len(parts) - 1), key=lambda i: ranks.get((parts[i], parts[i + 1]), len(ranks)))
             if (parts[best], parts[best + 1]) not in ranks:
@@ -191,15 +216,23 @@ def unreachable(model: Mapping[str, Any]) -> str | None:
 
 # --- BPE on characters -----------------------------------------------------------------------------------
 
-#: pre-tokenizers that only deal with the prefix: canonical steps -> (prefix, what llama.cpp does differently)
 _FIRST = "the source puts a space before the text only, llama.cpp also before each text that follows a special token"
 _ONCE = "the source puts no space before a text that begins with one, llama.cpp does"
+_EDGES = "llama.cpp drops leading and trailing spaces, the source keeps one"
+_TRIMS = "the source drops leading, trailing or repeated spaces, llama.cpp keeps them all"
+_TABLE = "the source normalizes text by its own table, which llama.cpp does not"
+
+
+def _between(reason: str, test: Reaches, added: Sequence[str]) -> Limit:
+    """A limit that also concerns the texts between added tokens."""
+    return Limit(reason, either(test, containing(added)))
 
 
 def _metaspace(scheme: str, split: bool) -> str:
     return f"<Metaspace(replacement={SPACE!r}, prepend_scheme={scheme!r}, split={split!r})>"
 
 
+#: pre-tokenizers that only deal with the prefix: canonical steps -> (prefix, what llama.cpp does differently)
 _PREFIXES: Mapping[tuple[str, ...], tuple[bool, tuple[str, ...]]] = {
     (): (False, ()),
     ("<Split(pattern={'String': ' '}, behavior='MergedWithPrevious', invert=False)>",): (False, ()),
@@ -212,7 +245,12 @@ _PREFIXES: Mapping[tuple[str, ...], tuple[bool, tuple[str, ...]]] = {
 
 
 def _characters(
-    model: Mapping[str, Any], steps: tuple[str, ...], normalizer: tuple[str, ...], model_type: str, key: str
+    model: Mapping[str, Any],
+    steps: tuple[str, ...],
+    normalizer: tuple[str, ...],
+    added: Sequence[str],
+    model_type: str,
+    key: str,
 ) -> Algorithm:
     spaces = [n for n in normalizer if n in (PREPEND, ESCAPE)]
     other = [n for n in normalizer if n not in (PREPEND, ESCAPE)]
@@ -222,10 +260,11 @@ def _characters(
     if said is None or not known or model.get("ignore_merges"):
         raise pretokenizers.unknown(key)
     prefix = prefix or PREPEND in spaces
-    notes = [f"tokens differ: {s}" for s in said]
-    notes += [_foreign_normalizer(n, key) for n in other]
+    notes: list[str] = []
+    limits = [_between(s, leading_space, added) for s in said]
+    limits += [_foreign_normalizer(n, key, added) for n in other]
     if metaspace and "split=True" in steps[0]:
-        notes += _inner_spaces(model["vocab"])
+        limits += _inner_spaces(model["vocab"])
     missing = [t for t in BYTE_TOKENS if t not in model["vocab"]]
     if not model.get("byte_fallback") or missing:
         key += f"\n  byte fallback: {'off' if not missing else f'{len(missing)} of 256 byte tokens are missing'}"
@@ -233,13 +272,13 @@ def _characters(
     merges, _ = _merges(model)
     if model_type in _CHARACTER_BPE and not prefix:
         name, pre = _CHARACTER_BPE[model_type]
-        return _by_rank(name, pre, model, merges, notes)
+        return _by_rank(name, pre, model, merges, notes, limits)
     scores, problem = piece_scores(model)
     if problem and not prefix:
         notes.append(f"BPE by rank instead of by score, because {problem}")
-        return _by_rank("gpt2", "sarvam-moe", model, merges, notes)
+        return _by_rank("gpt2", "sarvam-moe", model, merges, notes, limits)
     if problem:
-        notes.append(f"tokens differ: llama.cpp joins pieces by score, which cannot say the merges: {problem}")
+        limits.append(Limit(f"llama.cpp joins pieces by score, which cannot say the merges: {problem}", always))
     return Algorithm(
         model="llama",
         pre="default",
@@ -249,6 +288,7 @@ def _characters(
         space_prefix=None if prefix else False,
         normalizer=", ".join(normalizer),
         notes=tuple(notes),
+        limits=tuple(limits),
     )
 
 
@@ -261,12 +301,15 @@ _CHARACTER_BPE: Mapping[str, tuple[str, str]] = {
 
 
 def _by_rank(
-    name: str, pre: str, model: Mapping[str, Any], merges: list[str], notes: Sequence[str]
+    name: str, pre: str, model: Mapping[str, Any], merges: list[str], notes: list[str], limits: list[Limit]
 ) -> Algorithm:
     mixed = [t for t in model["vocab"] if "\n" in t and t.strip("\n")]
-    more = (
-        [f"tokens differ: llama.cpp never joins a newline with anything else, as in the token {mixed[0]!r}"] if mixed else []
-    )
+    if mixed:
+        limits.append(
+            Limit(
+                f"llama.cpp never joins a newline with anything else, as in the token {mixed[0]!r}", containing(["\n"])
+            )
+        )
     return Algorithm(
         model=name,
         pre=pre,
@@ -276,26 +319,27 @@ def _by_rank(
         merges=merges,
         space_prefix=False if name == "gemma4" else None,
         normalizer=ESCAPE,
-        notes=(*notes, *more),
+        notes=tuple(notes),
+        limits=tuple(limits),
     )
 
 
-def _foreign_normalizer(step: str, key: str) -> str:
-    """The note for a normalizer that llama.cpp leaves out; UnsupportedError for one that changes ordinary text."""
+def _foreign_normalizer(step: str, key: str, added: Sequence[str]) -> Limit:
+    """The limit for a normalizer that llama.cpp leaves out; UnsupportedError for one that changes ordinary text."""
     if step in _UNICODE_FORMS:
         return _UNICODE_FORMS[step]
     if step in COLLAPSE or step in TRIM:
-        return _TRIMS
+        return _between(_TRIMS, odd_spaces, added)
     if step.startswith("Precompiled "):
-        return "tokens differ: the source normalizes text by its own table, which llama.cpp does not"
+        return Limit(_TABLE, table_changes)
     raise pretokenizers.unknown(key)
 
 
-def _inner_spaces(vocab: Mapping[str, int]) -> list[str]:
+def _inner_spaces(vocab: Mapping[str, int]) -> list[Limit]:
     inner = [t for t in vocab if SPACE in t.lstrip(SPACE) and not t.endswith(SPACE)]
     if not inner:
         return []
-    return [f"tokens differ: the source splits at spaces, llama.cpp does not and may use {inner[0]!r}"]
+    return [Limit(f"the source splits at spaces, llama.cpp does not and may use {inner[0]!r}", containing([" ", SPACE]))]
 
 
 def piece_scores(model: Mapping[str, Any]) -> tuple[dict[str, float], str]:
@@ -343,7 +387,9 @@ _LATE = 64
 # --- unigram ---------------------------------------------------------------------------------------------
 
 
-def _unigram(model: Mapping[str, Any], steps: tuple[str, ...], normalizer: tuple[str, ...], key: str) -> Algorithm:
+def _unigram(
+    model: Mapping[str, Any], steps: tuple[str, ...], normalizer: tuple[str, ...], added: Sequence[str], key: str
+) -> Algorithm:
     tables = [n for n in normalizer if n.startswith("Precompiled ")]
     collapse = any(n in COLLAPSE for n in normalizer)
     trimmed = any(n in TRIM for n in normalizer)
@@ -353,31 +399,42 @@ def _unigram(model: Mapping[str, Any], steps: tuple[str, ...], normalizer: tuple
     prefix, said = _PREFIXES.get(steps, (False, None))
     if said is None or not steps or not steps[0].startswith("<Metaspace") or len(tables) > 1 or model.get("unk_id") is None:
         raise pretokenizers.unknown(key)
-    notes = [_foreign_normalizer(n, key) for n in rest]
+    limits = [_foreign_normalizer(n, key, added) for n in rest]
     if collapse and not trimmed:
-        notes.append("tokens differ: llama.cpp drops leading and trailing spaces, the source keeps one")
+        limits.append(_between(_EDGES, odd_spaces, added))
     elif trimmed and not collapse:
-        notes.append(_TRIMS)
-    if not collapse:
-        notes += [f"tokens differ: {s}" for s in said]
-    elif _FIRST in said:
-        notes.append(f"tokens differ: {_FIRST}")
-    vocab = {text: i for i, (text, _) in enumerate(model["vocab"])}
+        limits.append(_between(_TRIMS, odd_spaces, added))
+    if not collapse or _FIRST in said:
+        limits += [_between(s, leading_space, added) for s in said]
+    scores = {text: float(score) for text, score in model["vocab"]}
     if "split=True" in steps[0]:
-        notes += _inner_spaces(vocab)
+        limits += _inner_spaces({text: i for i, text in enumerate(scores)})
     if model.get("byte_fallback"):
-        notes.append("tokens differ: a character without a token is bytes in the source, the unknown token in llama.cpp")
+        limits.append(
+            Limit(
+                "a character without a token is bytes in the source, the unknown token in llama.cpp",
+                characters(lambda c: c not in scores and c != " "),
+            )
+        )
+    pieces = [t for t in added if t in scores]
+    if pieces:
+        limits.append(
+            Limit(
+                "the texts of added tokens are pieces for the source even where special tokens are not parsed",
+                containing(pieces, special=False),
+            )
+        )
     return Algorithm(
         model="t5",
         pre="default",
         add_bos=False,
         add_eos=True,
-        scores={text: float(score) for text, score in model["vocab"]},
+        scores=scores,
         space_prefix=prefix,
         remove_extra_whitespaces=collapse,
         charsmap=_charsmap(tables[0].split(" ", 1)[1]) if tables else None,
-        normalizer=", ".join(normalizer) and "the normalizer",
-        notes=tuple(notes),
+        normalizer="the normalizer" if normalizer else "",
+        limits=tuple(limits),
     )
 
 
@@ -397,4 +454,3 @@ def is_byte(text: str) -> bool:
 
 
 _BYTE_SET = frozenset(BYTE_TOKENS)
-BYTE_TYPE = BYTE

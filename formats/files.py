@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import reprlib
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +41,16 @@ class Stamp(NamedTuple):
     inode: int
 
 
-def show(text: object) -> str:
-    """A name or value out of a file as it may appear in a message: quoted, escaped and short."""
-    if isinstance(text, str | bytes) and len(text) > 80:
-        return repr(text[:77]) + "..."
-    shown = repr(text)
-    return shown if len(shown) <= 100 else shown[:97] + "..."
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlist, _SHORT.maxdict, _SHORT.maxlevel = 8, 6, 3
+
+
+def show(value: object) -> str:
+    """A name or value out of a file as it may appear in a message: quoted, escaped and short, whatever its size."""
+    if isinstance(value, str | bytes) and len(value) > 80:
+        return repr(value[:77]) + "..."
+    return _SHORT.repr(value)
 
 
 def foreign(head: bytes, otherwise: str) -> str:

@@ -332,7 +332,7 @@ def raw(file: GGUFFile, name: str) -> Tensor:
     path = file.paths[info.shard]
     origin = f"{path}: {name}"
     read_rows = partial(_read_rows, path, file.stamps[info.shard], info.offset, shape, origin)
-    return Tensor(shape, "U8", read_rows, origin)
+    return Tensor(shape, "U8", read_rows, origin, ((str(path), file.stamps[info.shard]),))
 
 
 def _read_rows(

@@ -14,7 +14,7 @@ Legacy (.dat), little-endian: i32 entries | entries times: i32 length, name, i32
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
 from os import PathLike
@@ -37,8 +37,8 @@ _TEXT_LIMIT = 127  # bytes of a string that llama_model_kv_override holds
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
-@dataclass(frozen=True)
-class Imatrix:
+@dataclass(frozen=True, eq=False)
+class Imatrix(Mapping[str, NDArray[np.float32]]):
     """The importances of a file: per GGUF tensor name a float32 array (experts, columns), finite and not negative.
 
     Legacy files do not say how many experts an entry has: there the array is (1, experts * columns), and
@@ -49,6 +49,15 @@ class Imatrix:
     weights: Mapping[str, NDArray[np.float32]]
     datasets: tuple[str, ...] = ()
     chunks: int = 0
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
     def for_tensor(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
         """The importances (experts, columns) for a weight of `shape` (NumPy order), None if there are none.
@@ -144,9 +153,11 @@ def _read_gguf(path: Path) -> Imatrix:
     datasets, chunks = (file.metadata[key] for key in _KEYS[:2])
     if chunks.kind != "u32" or not isinstance(chunks.data, int):
         raise InputError(f"{path}: {_KEYS[1]} is of kind {chunks.kind}, expected u32")
-    listed = datasets.data if datasets.kind == "array" and datasets.item == "str" else ()
+    listed: tuple[str, ...] = ()
+    if datasets.item == "str" and isinstance(datasets.data, Sequence):
+        listed = tuple(datasets.data)
     weights = {name: _means(file, name) for name in sorted(names)}
-    return Imatrix(path, weights, tuple(str(d) for d in listed), _wrapped(chunks.data))  # type: ignore[union-attr]
+    return Imatrix(path, weights, listed, _wrapped(chunks.data))
 
 
 def _means(file: gguf.GGUFFile, name: str) -> NDArray[np.float32]:

@@ -31,6 +31,7 @@ from lconvert.formats.files import Stamp, fill, foreign, read_at, reading, short
 from lconvert.ir import NUMPY_DTYPE, Dtype, Tensor
 
 HEADER_LIMIT = 100_000_000
+SPARE_BRACKETS = 1 << 20  # those in names and metadata, beyond the three of every tensor
 MAX_RANK = 64  # NumPy's limit
 _MAX_BYTES = 2**63 - 1
 
@@ -124,6 +125,11 @@ def _parse(path: Path, raw: bytearray) -> dict[str, Any]:
             )
         return found
 
+    tensors = raw.count(b'"data_offsets"')
+    if raw.count(b"[") + raw.count(b"{") > 3 * tensors + SPARE_BRACKETS:  # else 100 MB of [] become gigabytes
+        raise InputError(
+            f"{path}: the header holds too many lists and tables for {tensors} tensors; it is damaged"
+        )
     try:
         top = json.loads(raw.decode("utf-8"), object_pairs_hook=table)
     except RecursionError:
@@ -222,7 +228,7 @@ def tensor(file: SafetensorsFile, name: str) -> Tensor:
     """The named tensor, lazily. UnsupportedError for dtypes that the IR does not hold (F8_E4M3, U64 ...)."""
     info, dtype = _known(file, name)
     origin = f"{file.path}: {name}"
-    return Tensor(info.shape, dtype, partial(_read_rows, file.path, file.stamp, info, dtype, origin), origin)
+    return Tensor(info.shape, dtype, partial(_read_rows, file.path, file.stamp, info, dtype, origin), origin, _files(file))
 
 
 def transposed(file: SafetensorsFile, name: str) -> Tensor:
@@ -236,7 +242,11 @@ def transposed(file: SafetensorsFile, name: str) -> Tensor:
         raise InputError(f"{file.path}: tensor {show(name)} of shape {info.shape} is no matrix to transpose")
     origin = f"{file.path}: {name}, transposed"
     read = partial(_read_columns, file.path, file.stamp, info, dtype, origin)
-    return Tensor(info.shape[::-1], dtype, read, origin)
+    return Tensor(info.shape[::-1], dtype, read, origin, _files(file))
+
+
+def _files(file: SafetensorsFile) -> tuple[tuple[str, Stamp], ...]:
+    return ((str(file.path), file.stamp),)
 
 
 def _known(file: SafetensorsFile, name: str) -> tuple[TensorInfo, Dtype]:

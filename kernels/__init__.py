@@ -150,7 +150,7 @@ def quantize(
     elif out.shape != (rows, block.row_bytes(cols)) or out.dtype != np.uint8 or not out.flags.c_contiguous:
         raise OptionError(f"out must be contiguous uint8 {(rows, block.row_bytes(cols))}")
 
-    use = isa_in_use(isa)
+    use = _isa_in_use(isa)
     x = np.ascontiguousarray(x)
     limit = _LIMITS.get(type, _NOT_FINITE)
     native = _compiled()
@@ -160,7 +160,7 @@ def quantize(
         bad = _quantize_reference(type, x, dtype, weights, limit, out)
     if bad >= 0:
         row, col = divmod(bad, cols)
-        value = float(widen(x[row, col : col + 1], dtype)[0])
+        value = float(_widen(x[row, col : col + 1], dtype)[0])
         reason = "is not finite" if not np.isfinite(value) else f"is too large for {type}"
         raise InputError(
             f"value {value:g} at row {row}, column {col} {reason}; it cannot be stored as {type}"
@@ -168,12 +168,12 @@ def quantize(
     return out
 
 
-def isa_in_use(name: str | None) -> str:
+def _isa_in_use(name: str | None) -> str:
     """`name` if it can run here, or the default."""
     return isa() if name is None else _checked_isa(name)
 
 
-def widen(x: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+def _widen(x: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """`x` of source dtype "F32", "F16" or "BF16" (uint16 bits) as float32, exactly."""
     if dtype == "BF16":
         return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -193,7 +193,7 @@ def _quantize_reference(
     step = max(1, _REFERENCE_CHUNK // max(cols, 1))
     spec = family(type).QUANTIZE[type]
     for row in range(0, rows, step):
-        values = np.ascontiguousarray(widen(x[row : row + step], dtype))
+        values = np.ascontiguousarray(_widen(x[row : row + step], dtype))
         bad = (values.view(np.uint32) & np.uint32(0x7FFFFFFF)) >= limit
         if bad.any():
             first: int = row * cols + int(bad.argmax())
@@ -221,7 +221,7 @@ def dequantize(
         out = np.empty(shape, np.float32)
     elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
         raise OptionError(f"out must be contiguous float32 {shape}")
-    use = isa_in_use(isa)
+    use = _isa_in_use(isa)
     native = _compiled()
     if native and block.ggml_id in _compiled_types(use):
         native.dequantize(use, block.ggml_id, blocks, out)

@@ -33,7 +33,7 @@ struct Iq4Buckets {
                 below += iq4_midpoint(k) < centre - 4;
                 inside += iq4_midpoint(k) > centre - 4 && iq4_midpoint(k) < centre + 4;
             }
-            threshold[bucket] = ambiguous || !inside ? 0 : iq4_midpoint(below);
+            threshold[bucket] = ambiguous ? 0 : inside ? iq4_midpoint(below) : 1e30f;
             low[bucket] = kIq4Values[ambiguous ? 0 : below];
             high[bucket] = kIq4Values[ambiguous ? 15 : below + inside];
             low_code[bucket] = ambiguous ? 0 : below;
@@ -60,9 +60,7 @@ LANE_FN I iq4_code(F x) {
     __builtin_memcpy(&low, kIq4Buckets.low_code, sizeof low);
     __builtin_memcpy(&low_upper, kIq4Buckets.low_code + 16, sizeof low);
     const I code = (I)_mm512_permutex2var_epi32((__m512i)low, (__m512i)bucket, (__m512i)low_upper);
-    const F threshold = bucket_entry(kIq4Buckets.threshold, bucket), high = bucket_entry(kIq4Buckets.high, bucket);
-    const I up = (x >= threshold) & (high != bucket_entry(kIq4Buckets.low, bucket));
-    return code - up;
+    return code - (x >= bucket_entry(kIq4Buckets.threshold, bucket));
 }
 
 #elif defined(__AVX2__)

@@ -67,7 +67,7 @@ _INPUTS: dict[str, Callable[[np.random.Generator, int, int], F32]] = {
     "sparse": lambda rng, rows, cols: _scaled(1)(rng, rows, cols) * (rng.random((rows, cols)) < 0.3),
     "nearly-empty": lambda rng, rows, cols: _scaled(1)(rng, rows, cols) * (rng.random((rows, cols)) < 0.02),
     "tiny": _scaled(1e-7),
-    "around-1e-15": _scaled(1e-15),
+    "around-1e-15": _scaled(4e-16),
     "squares-underflow": _scaled(1e-30),
     "near-smallest-normal": _scaled(2e-38),
     "reciprocal-overflows": _scaled(3e-39),

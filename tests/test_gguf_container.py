@@ -581,9 +581,9 @@ def test_a_large_vocabulary_reads_fast_and_small(tmp_path: Path) -> None:
     path = put(tmp_path / "v.gguf", gguf.header(metadata, [])[0])
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         f = gguf.read(path)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 1
     tracemalloc.start()
     f = gguf.read(path)

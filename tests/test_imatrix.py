@@ -91,6 +91,9 @@ def test_gguf_values(path: Path) -> None:
     assert {n: w.shape for n, w in m.weights.items()} == {n: s.shape for n, s in SUMS.items()}
     assert digest(m.weights) == EXPECTED["gguf"]
     assert (m.datasets, m.chunks) == (("wiki.txt", "code.txt"), 7)
+    assert dict(m) == dict(m.weights)
+    assert len(m) == 4
+    assert "blk.9.attn_q.weight" not in m
 
 
 def test_legacy_values(path: Path) -> None:

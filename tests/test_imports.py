@@ -30,7 +30,16 @@ ORDER = {
     )
     for name in group
 }
-HEAVY = {"torch", "transformers", "tokenizers", "gguf", "llama_cpp", "safetensors", "huggingface_hub", "sentencepiece"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "gguf",
+    "llama_cpp",
+    "safetensors",
+    "huggingface_hub",
+    "sentencepiece",
+}
 PACKAGE = ROOT / "src" / "lconvert"
 
 
@@ -44,12 +53,20 @@ def _imports(tree: ast.AST, here: tuple[str, ...]) -> list[tuple[int, str, bool]
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, a.name.split(".")[0], False) for a in node.names if a.name.split(".")[0] != "lconvert"]
-            found += [(node.lineno, a.name.split(".")[1], True) for a in node.names if a.name.startswith("lconvert.")]
+            found += [
+                (node.lineno, a.name.split(".")[0], False)
+                for a in node.names
+                if a.name.split(".")[0] != "lconvert"
+            ]
+            found += [
+                (node.lineno, a.name.split(".")[1], True)
+                for a in node.names
+                if a.name.startswith("lconvert.")
+            ]
         elif isinstance(node, ast.ImportFrom):
             parts = (node.module or "").split(".")
             if node.level:
-                parts = ["lconvert", *here[: len(here) - node.level + 1], *[p for p in parts if p]]
+                parts = ["lconvert", *here[: len(here) - node.level], *[p for p in parts if p]]
             if parts[0] != "lconvert":
                 found.append((node.lineno, parts[0], False))
             elif len(parts) > 1:
@@ -123,7 +140,16 @@ try:
 except SystemExit as e:
     assert not e.code, e.code
 """
-    assert not _loaded(code) & {"torch", "transformers", "numpy", "gguf", "tokenizers", "llama_cpp", "yaml", "rich"}
+    assert not _loaded(code) & {
+        "torch",
+        "transformers",
+        "numpy",
+        "gguf",
+        "tokenizers",
+        "llama_cpp",
+        "yaml",
+        "rich",
+    }
 
 
 def test_conversion_without_validation_never_imports_torch(tmp_path: Path) -> None:

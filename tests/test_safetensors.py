@@ -449,13 +449,40 @@ def test_lies_cost_nothing(tmp_path: Path) -> None:
     tracemalloc.start()
     with pytest.raises(InputError, match="549755813888 bytes and 100000000 is the most"):
         sf.read_header(path)
-    name, shape = "n" * 1000, [1] * 1000
+    name, shape = "n" * 1000, [1] * 1000  # a message stays short
     write(path, {name: entry(shape=shape)})
-    with pytest.raises(InputError, match=r"tensor 'n{77}'\.\.\.: shape must be .* found \[1, 1.*\.\.\.;"):
+    with pytest.raises(InputError, match=r"tensor 'n{77}'\.\.\.: shape must be .* found \[1, 1.*\.\.\.\];"):
         sf.read_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_a_file_that_shrinks_while_its_header_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "f", {"t": entry()}, b"x")
+
+    def fill(f: Any, offset: int, out: Any) -> int:
+        if offset == 8:
+            os.truncate(path, 20)
+        return files.fill(f, offset, out)
+
+    monkeypatch.setattr(sf, "fill", fill)
+    with pytest.raises(
+        InputError, match="f: the header: 60 bytes wanted but the file ended after 12; it was cut short"
+    ):
+        sf.read_header(path)
+
+
+def test_a_bomb_of_lists_is_not_parsed(tmp_path: Path) -> None:
+    path = write(tmp_path / "bomb", b'{"a":[' + b"[]," * 2_000_000 + b"1]}")
+    tracemalloc.start()
+    with pytest.raises(InputError, match="too many lists and tables for 0 tensors; it is damaged"):
+        sf.read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20  # the header itself has 6 MB, parsed it would take 130
 
 
 def test_many_tensors_read_quickly(tmp_path: Path) -> None:

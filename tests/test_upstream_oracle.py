@@ -20,7 +20,7 @@ MODEL = upstream.SHARED / "models" / "wiki-llama-12m"
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reason = upstream.available()
     if reason is None and not MODEL.is_dir():
-        reason = f"the test model {MODEL.name} is not in {upstream.SHARED}"
+        reason = f"{MODEL.name} is not among the shared models"
     if reason is not None:
         pytest.skip(reason)
     return upstream.convert(MODEL, tmp_path_factory.mktemp("upstream") / "model.gguf", "bf16", pre="gpt-2")

@@ -14,6 +14,7 @@ from typing import Any
 
 from lconvert import __version__
 from lconvert.archs import find
+from lconvert.converters import read
 from lconvert.errors import InputError, MissingPackageError, OptionError
 from lconvert.ir import Model, QTensor
 from lconvert.validators import gates as gate_file
@@ -97,8 +98,6 @@ def validate(
     context in which the artifact is exact. max_windows: None for the whole text. require: runtimes ("llamacpp")
     whose absence is exit code 3 instead of a line under "not proven".
     """
-    from lconvert.api import read
-
     unknown = set(tiers) - set(TIERS)
     if unknown:
         raise OptionError(f"unknown tier {', '.join(sorted(unknown))}; tiers: {', '.join(TIERS)}")

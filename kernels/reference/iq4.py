@@ -83,10 +83,7 @@ def quantize_iq4_xs(x: F32, weights: F32 | None = None) -> U8:
     """The sub-scale of largest magnitude maps to -32; codes use the float32 product of scale and sub-scale."""
     xt, scale = _scales(x, weights, 256)
     sub = scale.reshape(-1, 8)
-    magnitude = np.where(np.isnan(sub), np.float32(0), np.abs(sub))
-    leader = np.take_along_axis(sub, np.argmax(magnitude, axis=1)[:, None], axis=1)[:, 0]
-    extreme: F32 = np.where(np.max(magnitude, axis=1) > 0, leader, np.float32(0))
-    d = -extreme / np.float32(32)
+    d = -first_extreme(np.ascontiguousarray(sub.T)) / np.float32(32)
     levels = np.clip(nearest_int(_inverse(d)[:, None] * sub), -32, 31)
     step: F32 = (d[:, None] * levels.astype(np.float32)).reshape(-1)
     codes = pack_nibbles(nearest_code(_inverse(step) * xt).T.astype(np.uint8)).reshape(-1, 128)

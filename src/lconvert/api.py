@@ -12,37 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, OptionError
+from lconvert.converters import read
+
+from .errors import OptionError
 from .plan import Plan, Progress, Result, execute
 
+__all__ = ["convert", "plan_gguf", "read", "validate"]
+
 if TYPE_CHECKING:
+    from lconvert.formats.imatrix import Imatrix
     from lconvert.validators.parity import Report
 
     from .ir import Model
-
-
-def read(source: str | Path) -> Model:
-    """A model from a Hugging Face folder or hub name, a GGUF file, or an .lcir folder.
-
-    Costs the headers; weights are read when they are used. Raises InputError for damaged input and
-    UnsupportedError for what cannot be represented exactly.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix == ".gguf":
-            from lconvert.converters import gguf_source
-
-            return gguf_source.read(path)
-        raise InputError(
-            f"{path}: not a model lconvert knows; give a Hugging Face folder, a .gguf file or an .lcir folder"
-        )
-    if (path / "lcir.json").exists():
-        from lconvert.formats import ir
-
-        return ir.read(path)
-    from lconvert.converters import hf
-
-    return hf.read(source)
 
 
 def plan_gguf(
@@ -64,13 +45,7 @@ def plan_gguf(
     """The plan of a GGUF file; see `lconvert hf-to-gguf --help` for the options' meaning."""
     from lconvert.converters import gguf, gguf_mixture
 
-    weights: Mapping[str, Any] | None
-    if isinstance(imatrix, str | Path):
-        from lconvert.formats.imatrix import read as read_imatrix
-
-        weights = read_imatrix(Path(imatrix))
-    else:
-        weights = imatrix
+    weights = _importances(imatrix)
     types = gguf_mixture.Options(
         ftype=ftype or "COPY",
         pure=pure,
@@ -89,6 +64,19 @@ def plan_gguf(
         name=name,
     )
     return gguf.plan(model, Path(out).name, options)
+
+
+def _importances(imatrix: str | Path | Mapping[str, Any] | None) -> Imatrix | None:
+    """An importance matrix from a file, or from arrays by tensor name; an empty one is none."""
+    from lconvert.formats.imatrix import Imatrix, read
+
+    if imatrix is None:
+        return None
+    if isinstance(imatrix, str | Path):
+        found = read(Path(imatrix))
+    else:
+        found = imatrix if isinstance(imatrix, Imatrix) else Imatrix(Path("(given as arrays)"), imatrix)
+    return found if len(found) else None
 
 
 def convert(

@@ -7,8 +7,10 @@ dequantized reference use it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .archs import find
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def _packages() -> tuple[Any, Any]:
+def packages() -> tuple[Any, Any]:
+    """torch and transformers, imported; MissingPackageError says what to install."""
+    # transformers asks whether the package `kernels` exists and would find this project's folder of that name when
+    # Python runs in the checkout (python -m ...), so that entry of the path goes.
+    sys.path[:] = [p for p in sys.path if not Path(p or ".", "kernels", "blocks.py").is_file()]
     try:
         import torch
         import transformers
@@ -82,7 +88,7 @@ class Forward:
     """
 
     def __init__(self, model: Model) -> None:
-        self._torch, transformers = _packages()
+        self._torch, transformers = packages()
         arch = find(model.arch.family)
         config = dict(model.config) or arch.config(model.arch)
         kind = config["model_type"]

@@ -109,7 +109,11 @@ def _check_traits(d: Decoder) -> Iterator[str]:
     for i in d.overrides:
         if not 0 <= i < d.layers:
             yield f"traits: an override for layer {i}, but there are {d.layers} layers"
-    for i, layer in {id(layer): (i, layer) for i, layer in d.each()}.values():
+    seen: list[Layer] = []
+    for i, layer in d.each():
+        if layer in seen:
+            continue
+        seen.append(layer)
         a = layer.attention
         if a.kv_heads <= 0 or a.heads % a.kv_heads:
             yield f"layer {i}: {a.heads} heads are not a multiple of {a.kv_heads} key-value heads"

@@ -25,6 +25,7 @@ class Case:
     `exact` exceed, which shows that the declared loss is real.
     floor: mean KLD against transformers in fp32. Models with GELU are compared twice: plainly, under `floor`, and
     with ggml's half-precision GELU table put into the reference, under 1e-10.
+    returns: model_type under which the GGUF is read back, where llama.cpp has one graph for several.
     tokens: length of the random prompt; context: n_ctx of llama.cpp (a multiple of 256).
     """
 
@@ -37,6 +38,7 @@ class Case:
     exact: int | None = None
     wrong: float = 0.0
     floor: float = 1e-10
+    returns: str = ""
     tokens: int = 200
     context: int = 256
     dtype: str = "float32"

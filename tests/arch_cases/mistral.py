@@ -4,7 +4,7 @@ from . import Case
 from .llama import SMALL
 
 CASES = [
-    Case("full", "mistral", SMALL | {"sliding_window": None}),
+    Case("full", "mistral", SMALL | {"sliding_window": None}, returns="llama"),
     Case(
         "window", "mistral", SMALL | {"sliding_window": 96}, losses=("sliding_window",), exact=96, wrong=1e-3
     ),

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import MissingPackageError
+from lconvert.forward import packages
 from lconvert.ir import Tokenizer
 
 
@@ -29,11 +30,7 @@ class Transformers:
     """A Hugging Face folder loaded by `AutoModelForCausalLM` in fp32."""
 
     def __init__(self, folder: str | Path, *, threads: int | None = None):
-        try:
-            import torch
-            import transformers
-        except ImportError as e:
-            raise MissingPackageError(f"{e.name} is not installed: pip install 'lconvert[hf]'") from None
+        torch, transformers = packages()
         self._torch, self._version = torch, transformers.__version__
         if threads:
             torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from .common import Arch
 #: config.json's model_type -> file name, where they differ.
 ALIASES: Mapping[str, str] = {}
 
-_HELPERS = {"common"}
+_HELPERS = {"common", "llamacpp"}
 
 
 def names() -> list[str]:

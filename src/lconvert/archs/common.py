@@ -24,6 +24,7 @@ INERT = frozenset(
         "_name_or_path",
         "_attn_implementation",
         "architectures",
+        "auto_map",
         "attention_dropout",
         "attn_pdrop",
         "resid_pdrop",
@@ -162,6 +163,10 @@ class Keys:
         """A sliding window; null means none, while an absent key takes the class default `absent`."""
         return self.size(name, None) if name in self._config else absent
 
+    def nullable(self, name: str, absent: Any) -> Any:
+        """A number that null turns off, while an absent key takes the class default `absent`."""
+        return self.float(name, None) if name in self._config else absent
+
     def float(self, name: str, default: Any = _MISSING) -> Any:
         value = self._number(name, default)
         return value if value is None else float(value)
@@ -227,6 +232,8 @@ def rope_parameters(keys: Keys, layer_type: str | None = None) -> dict[str, Any]
     for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
         if value is not None and not isinstance(value, dict):
             raise InputError(f"{keys.where}: {name} is {value!r}, expected an object")
+    if nested and scaling and scaling != nested:
+        raise InputError(f"{keys.where}: rope_parameters and rope_scaling are both given and differ")
     rope: dict[str, Any] = dict(scaling or {})
     if nested is not None:
         rope = dict(nested.get(layer_type, nested) if layer_type else nested)
@@ -342,19 +349,25 @@ class Name:
 
     `hf` and `roles` may contain {i} (layer) and {e} (expert). `layout` of a fused tensor: stacked = one part
     after the other; grouped = per key-value group: its query heads, then its key head, then its value head.
-    `transpose`: stored as (in, out). A bias is found by replacing .weight with .bias.
+    `transpose`: stored as (in, out). `block`: only in layers of this kind. A bias is found by replacing .weight with
+    .bias.
     """
 
     hf: str
     roles: tuple[str, ...]
     layout: Literal["stacked", "grouped"] = "stacked"
     transpose: bool = False
+    block: str = ""
 
 
 def name(
-    hf: str, *canonical: str, layout: Literal["stacked", "grouped"] = "stacked", transpose: bool = False
+    hf: str,
+    *canonical: str,
+    layout: Literal["stacked", "grouped"] = "stacked",
+    transpose: bool = False,
+    block: str = "",
 ) -> Name:
-    return Name(hf, canonical, layout, transpose)
+    return Name(hf, canonical, layout, transpose, block)
 
 
 @dataclass(frozen=True)
@@ -401,6 +414,8 @@ def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
             yield from one(n, n.hf, n.roles, 1)
             continue
         for i, layer in d.each():
+            if n.block not in ("", layer.block):
+                continue
             experts = range(layer.mlp.experts) if isinstance(layer.mlp, Moe) else range(0)
             for e in experts if "{e}" in n.hf else range(1):
                 parts = tuple(r.format(i=i, e=e) for r in n.roles)
@@ -415,13 +430,15 @@ class Loss:
     """A trait that a target's graph ignores or hard-codes: a model-level verdict.
 
     `limit`: the context up to which the artifact is exact all the same; None if there is none.
-    `link`: the consumer's source line that says so.
+    `link`: the consumer's source line that says so. `cost`: for a small approximation, a bound on the mean KLD that it
+    was measured to cost; it is recorded, where a loss with neither limit nor cost is refused.
     """
 
     name: str
     reason: str
     limit: int | None = None
     link: str = ""
+    cost: float | None = None
 
 
 def _no_keys(d: Decoder) -> dict[str, Any]:
@@ -441,8 +458,9 @@ class Gguf:
     """llama.cpp's view of an architecture.
 
     arch: general.architecture. permute: q and k rows go from the half to the interleaved rotary layout.
-    norm_shift: added to stored norm weights (Gemma's +1). names: canonical role template -> GGUF name template where
-    it differs from the default; fused: GGUF name -> canonical roles whose rows it stacks.
+    Norms are stored as what they multiply by (Gemma's + 1 done). names: canonical role template -> GGUF name template where
+    it differs from the default; block_names: the same for layers of one block kind; fused: GGUF name -> canonical roles
+    whose rows it stacks.
     keys: extra metadata without the "<arch>." prefix, as {key: (kind, value)}; None removes a default key.
     losses: what its graph cannot do. restore: the traits that are hard-coded in its graph, put back when a GGUF is
     read; it gets a Decoder made from keys and tensors alone (pre-norm, SiLU, half rotary layout where not stored).
@@ -451,8 +469,8 @@ class Gguf:
 
     arch: str
     permute: bool = False
-    norm_shift: float = 0.0
     names: Mapping[str, str] = field(default_factory=dict)
+    block_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: Callable[[Decoder], Mapping[str, tuple[str, Any] | None]] = _no_keys
     losses: Callable[[Decoder], tuple[Loss, ...]] = _no_losses
