@@ -18,7 +18,7 @@ import numpy as np
 from lconvert.archs import find
 from lconvert.archs import names as arch_names
 from lconvert.archs.common import Arch
-from lconvert.converters import gguf_keys, gguf_names, tokenizer_gguf
+from lconvert.converters import gguf_keys, gguf_names, tokenizer_raise
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import gguf
 from lconvert.formats.gguf_blocks import SCHEMES, raised
@@ -123,15 +123,18 @@ def _rope(file: gguf.GGUFFile, meta: _Meta, head_dim: int, context: int) -> Rope
         for side in ("long", "short"):
             values = gguf_values(file, f"rope_factors_{side}.weight")
             factors[side] = tuple(short(v) for v in values.tolist())
-        return replace(
+        rope = replace(
             rope,
             scaling="longrope",
             original_context=original,
             factor=context / original,
-            attention_factor=short(meta.number("rope.scaling.attn_factor", 1.0)),
             short_factors=factors["short"],
             long_factors=factors["long"],
         )
+        attention = meta.number("rope.scaling.attn_factor", 1.0)
+        own = gguf_keys.longrope_attention(rope, context)
+        same = math.isclose(attention, own, rel_tol=1e-6)
+        return replace(rope, attention_factor=None if same else short(attention))
     if kind in (None, "none"):
         return rope
     raise UnsupportedError(f"{file.path}: rope scaling {kind!r} is not supported")
@@ -353,7 +356,7 @@ def read(path: str | Path) -> Model:
         raise UnsupportedError(
             f"{file.path}: unknown tensor {', '.join(sorted(left)[:5])}; lconvert does not guess"
         )
-    tokenizer, notes = tokenizer_gguf.from_gguf(file.metadata)
+    tokenizer, notes = tokenizer_raise.from_gguf(file.metadata)
     name = file.metadata.get("general.name")
     return check(
         Model(

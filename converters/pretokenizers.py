@@ -335,6 +335,6 @@ def describe(
 ) -> str:
     """The key of a tokenizer, one line per part."""
     lines = [f"  model: {model}, ignore_merges={ignore_merges}, byte_fallback={byte_fallback}"]
-    lines += [f"  normalizer: {n}" for n in normalizer] or ["  normalizer: none"]
+    lines += [f"  normalizer: {n if len(n) < 200 else n[:60] + ' ...'}" for n in normalizer] or ["  normalizer: none"]
     lines += [f"  split: {s if len(s) < 400 else show(s)}" for s in steps] or ["  split: none"]
     return "\n".join(lines)

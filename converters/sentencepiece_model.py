@@ -186,25 +186,16 @@ def _normalizers(p: Pieces) -> list[dict[str, Any]]:
         out.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(p.charsmap).decode()})
     if p.remove_extra_whitespaces:
         out += collapse_spaces()
-    if p.algorithm == "bpe":
-        if p.add_dummy_prefix:
-            out.append({"type": "Prepend", "prepend": SPACE})
-        out.append(_replace(" ", SPACE))
-    return out
+    if p.add_dummy_prefix:
+        out.append({"type": "Prepend", "prepend": SPACE})
+    return [*out, _replace(" ", SPACE)]
 
 
 def _decoder(p: Pieces) -> dict[str, Any]:
-    if p.algorithm == "unigram":
-        return _metaspace(p)
     decoders: list[dict[str, Any]] = [_replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if p.add_dummy_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {"type": "Sequence", "decoders": decoders}
-
-
-def _metaspace(p: Pieces) -> dict[str, Any]:
-    scheme = "always" if p.add_dummy_prefix else "never"
-    return {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
 
 
 def _model(p: Pieces, vocab: Mapping[str, int]) -> dict[str, Any]:
@@ -265,15 +256,14 @@ def tokenizer_json(p: Pieces, add_bos: bool, add_eos: bool) -> dict[str, Any]:
         elif kind == USER_DEFINED and not p.add_dummy_prefix:
             added.append(added_token(i, text, False, normalized=True))
     normalizers = _normalizers(p)
-    one = normalizers[0] if len(normalizers) == 1 else None
-    many = {"type": "Sequence", "normalizers": normalizers} if normalizers else None
+    many = {"type": "Sequence", "normalizers": normalizers}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": one or many,
-        "pre_tokenizer": _metaspace(p) if p.algorithm == "unigram" else None,
+        "normalizer": normalizers[0] if len(normalizers) == 1 else many,
+        "pre_tokenizer": None,
         "post_processor": template(_mark(p, p.bos, add_bos), _mark(p, p.eos, add_eos)),
         "decoder": _decoder(p),
         "model": _model(p, vocab),

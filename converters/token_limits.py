@@ -60,8 +60,34 @@ def table_changes(text: str, special: bool) -> bool:
     """Texts that SentencePiece's usual tables (NFKC, with other kinds of space and without controls) may change."""
     odd = ("Cc", "Cf", "Zs", "Zl", "Zp")
     return unicodedata.normalize("NFKC", text) != text or any(
-        c != " " and unicodedata.category(c) in odd for c in text
+        c == "▁" or (c != " " and unicodedata.category(c) in odd) for c in text
     )
+
+
+def tabled(test: Reaches) -> Reaches:
+    """`test` on what SentencePiece's usual tables make of a text: every kind of space a space, no controls."""
+
+    def char(c: str) -> str:
+        if c == "▁" or c.isspace() or unicodedata.category(c)[0] == "Z":
+            return " "
+        return "" if unicodedata.category(c) in ("Cc", "Cf") else c
+
+    return lambda text, special: test(unicodedata.normalize("NFKC", "".join(map(char, text))), special)
+
+
+def clusters(text: str, special: bool) -> bool:
+    """Texts in which several code points may be one character: CR LF, marks, jamo, flags, joined emoji."""
+    return "\r\n" in text or any(
+        unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf", "Sk")
+        or "\u1100" <= c <= "\u11ff"
+        or "\U0001f1e6" <= c <= "\U0001f1ff"
+        for c in text
+    )
+
+
+def blank(text: str, special: bool) -> bool:
+    """Texts of nothing but spaces."""
+    return text != "" and not text.strip(" ")
 
 
 def odd_spaces(text: str, special: bool) -> bool:

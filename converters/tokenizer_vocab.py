@@ -24,13 +24,16 @@ from .token_limits import (
     Limit,
     Reaches,
     always,
+    blank,
     characters,
+    clusters,
     containing,
     either,
     leading_space,
     not_in_form,
     odd_spaces,
     table_changes,
+    tabled,
 )
 from .tokenizer_hf import merge_pairs
 
@@ -222,6 +225,9 @@ _EDGES = "llama.cpp drops leading and trailing spaces, the source keeps one"
 _TRIMS = "the source drops leading, trailing or repeated spaces, llama.cpp keeps them all"
 _TABLE = "the source normalizes text by its own table, which llama.cpp does not"
 
+_BLANK = "the source puts a space before a text of nothing but spaces, llama.cpp does not"
+_CLUSTERS = "the source normalizes what is one character on the screen as a whole, llama.cpp piece by piece"
+
 
 def _between(reason: str, test: Reaches, added: Sequence[str]) -> Limit:
     """A limit that also concerns the texts between added tokens."""
@@ -331,7 +337,7 @@ def _foreign_normalizer(step: str, key: str, added: Sequence[str]) -> Limit:
     if step in COLLAPSE or step in TRIM:
         return _between(_TRIMS, odd_spaces, added)
     if step.startswith("Precompiled "):
-        return Limit(_TABLE, table_changes)
+        return Limit(_TABLE, either(table_changes, clusters))
     raise pretokenizers.unknown(key)
 
 
@@ -391,23 +397,36 @@ def _unigram(
     model: Mapping[str, Any], steps: tuple[str, ...], normalizer: tuple[str, ...], added: Sequence[str], key: str
 ) -> Algorithm:
     tables = [n for n in normalizer if n.startswith("Precompiled ")]
+    spaces = [n for n in normalizer if n in (PREPEND, ESCAPE)]
     collapse = any(n in COLLAPSE for n in normalizer)
     trimmed = any(n in TRIM for n in normalizer)
-    rest = [n for n in normalizer if n not in tables and n not in COLLAPSE and n not in TRIM]
+    rest = [n for n in normalizer if n not in (*tables, *spaces, *COLLAPSE, *TRIM)]
     if steps[:1] == ("<WhitespaceSplit()>",):
         steps, collapse, trimmed = steps[1:], True, True
     prefix, said = _PREFIXES.get(steps, (False, None))
-    if said is None or not steps or not steps[0].startswith("<Metaspace") or len(tables) > 1 or model.get("unk_id") is None:
+    metaspace = bool(steps) and steps[0].startswith("<Metaspace")
+    known = spaces in ([PREPEND, ESCAPE], [ESCAPE]) if not metaspace else not spaces
+    if said is None or not known or len(tables) > 1 or model.get("unk_id") is None:
         raise pretokenizers.unknown(key)
+    prefix = prefix or PREPEND in spaces
     limits = [_foreign_normalizer(n, key, added) for n in rest]
+    seen = tabled if tables else (lambda test: test)  # spaces count once the table has made them
     if collapse and not trimmed:
-        limits.append(_between(_EDGES, odd_spaces, added))
+        limits.append(_between(_EDGES, seen(odd_spaces), added))
+    elif collapse and not prefix:  # llama.cpp puts a space before every text whose spaces it collapses
+        limits.append(_between(_TRIMS, seen(odd_spaces), added))
+        collapse = False
     elif trimmed and not collapse:
-        limits.append(_between(_TRIMS, odd_spaces, added))
-    if not collapse or _FIRST in said:
-        limits += [_between(s, leading_space, added) for s in said]
+        limits.append(_between(_TRIMS, seen(odd_spaces), added))
+    if metaspace:
+        reach = containing([SPACE]) if collapse else seen(leading_space)
+        limits += [_between(s, reach, added) for s in said]
+    if prefix and not collapse:
+        limits.append(_between(_BLANK, seen(blank), added))
+    if tables:
+        limits.append(Limit(_CLUSTERS, clusters))
     scores = {text: float(score) for text, score in model["vocab"]}
-    if "split=True" in steps[0]:
+    if metaspace and "split=True" in steps[0]:
         limits += _inner_spaces({text: i for i, text in enumerate(scores)})
     if model.get("byte_fallback"):
         limits.append(
@@ -415,6 +434,9 @@ def _unigram(
                 "a character without a token is bytes in the source, the unknown token in llama.cpp",
                 characters(lambda c: c not in scores and c != " "),
             )
+        )
+        limits.append(
+            Limit("the source takes a text such as '<0x41>' for the byte token of that name", containing(["<0x"]))
         )
     pieces = [t for t in added if t in scores]
     if pieces:

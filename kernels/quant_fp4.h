@@ -11,8 +11,9 @@ namespace {
 
 constexpr float kDoubledE2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-// floor of the float nearest to log2(x), x >= 2^-126. The floats just below 2^k whose logarithm rounds to k are the last
-// floor(ln 2 * 2^m), with 2^m the largest power of two up to k - 1 (k > 0) or -k (k < 0): see floor_log2 in fp4.py.
+// floor of the float nearest to log2(x), x >= 2^-126; equal to glibc's log2f on every such float. The floats just below
+// 2^k whose logarithm rounds to k are the last floor(ln 2 * 2^m), with 2^m the largest power of two up to k - 1 (k > 0)
+// or -k (k < 0).
 LANE_FN I floor_log2(F x) {
     const I raw = bits(x), k = (raw >> 23) - 126, distance = 0x800000 - (raw & 0x7fffff);
     const I size = select(k > 0, k - 1, -k);

@@ -18,9 +18,9 @@ constexpr float iq4_midpoint(int k) { return (kIq4Values[k] + kIq4Values[k + 1])
 // Nearest codebook entries. `value` takes |x| < 140, which covers the search (|x| <= 134); `code` takes anything.
 #if defined(__AVX512F__)
 
-// Buckets of width 8 hold at most one midpoint each. Adding 1.5 * 2^26 rounds x to a multiple of 8 whose index modulo 32
-// ends up in the low 5 bits, which is all that the permutation reads. Indices 15 and 17 stand for two distant
-// buckets (around 120 and -136, -120 and 136) and 16 for -128 and 128: there the sign decides.
+// Buckets of width 8 hold at most one midpoint each. Adding 1.5 * 2^26 rounds x to a multiple of 8 whose index modulo
+// 32 ends up in the low 5 bits, which is all that the permutation reads. Indices 15, 16 and 17 stand for two distant
+// buckets each (around 120 and -136, 128 and -128, 136 and -120): there the sign decides.
 struct Iq4Buckets {
     float threshold[32], low[32], high[32];
     int low_code[32];

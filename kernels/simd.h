@@ -99,8 +99,12 @@ LANE_FN I half_bits(F v) {
     const I subnormal = bits(from_bits(magnitude) + 0.5f) - 0x3f000000;
     I half = select(magnitude < (113 << 23), subnormal, normal);
     half = select(magnitude >= 0x477ff000, splat(0x7c00), half);
-    half = select(magnitude > 0x7f800000, splat(0x7e00), half);
-    return sign | half;
+#if defined(__aarch64__)
+    const int32_t nan = 0xfe00;  // an invalid operation gives a positive NaN here, a negative one on x86-64
+#else
+    const int32_t nan = 0x7e00;
+#endif
+    return sign ^ select(magnitude > 0x7f800000, splat(nan), half);
 }
 
 LANE_FN F half_value(I half) {

@@ -37,6 +37,8 @@ every = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 #: Mean KLD that an F32 GGUF of a correct graph stays under: fp32 sums in another order give 1e-13 to 1e-11.
 ROUNDING = 1e-10
+#: The same with ggml's GELU in the reference: a value at the edge of two fp16 numbers may be looked up on either side.
+TABLE = 1e-8
 #: Median KLD that quantized weights stay under on random (hard to quantize) models; gross errors are above 1.
 QUANTIZED = {"Q8_0": 0.02, "Q4_K_M": 1.0}
 
@@ -99,7 +101,7 @@ def test_parity(case: Case, built: Any) -> None:
         assert rest.mean() >= case.wrong, f"{rest.mean():.2e}: the loss {case.losses} makes no difference"
     if random_models.with_ggml_gelu(b.hf):
         table = kld(random_models.logits(b.hf, b.ids), got)[: case.exact]
-        assert table.mean() <= ROUNDING, f"{table.mean():.2e} with ggml's GELU in the reference"
+        assert table.mean() <= TABLE, f"{table.mean():.2e} with ggml's GELU in the reference"
         b.hf = random_models.reference(b.folder)
     else:
         assert case.floor <= ROUNDING

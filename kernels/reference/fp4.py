@@ -27,9 +27,9 @@ DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
 def floor_log2(x: F32) -> I32:
     """floor of the float32-rounded log2 of a positive x, i.e. of glibc's log2f.
 
-    Just below 2**k the float32 nearest to log2(x) is k itself. The spacing of floats near k is 2**(m-23), with
-    2**m the power of two below k (k > 0: at or below k - 1, the neighbour downwards; k < 0: at or below -k), so the
-    last floor(ln(2) * 2**m) floats before 2**k count as 2**k. Checked against log2f for every positive float32 from 2**-126.
+    Just below 2**k the float32 nearest to log2(x) is k itself. The spacing of floats on that side of k is 2**(m-23),
+    where 2**m is the largest power of two up to k - 1 (k > 0) or -k (k < 0), so the last floor(ln(2) * 2**m) floats
+    before 2**k count as 2**k. Equal to glibc's log2f on every float32 from 2**-126.
     """
     bits = x.view(np.int32)
     below = (bits >> 23) - 127

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from lconvert.errors import OptionError
 from lconvert.kernels.reference.iq_tables import lattice, neighbours
-from lconvert.kernels.reference.kquants import _search_levels
-from lconvert.kernels.reference.search import nearest_int, sum_in_order
+
+from lconvert.kernels.reference.search import nearest_int, search_levels, sum_in_order
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -157,7 +157,7 @@ def _scan(type: str, x: F32, importance: F32 | None) -> Found:
     dead = largest < np.float32(scan.negligible)
     odd = np.float32(2 * grid.levels - 1)
     if type == "IQ2_XXS":
-        scale = _search_levels(a, weights, grid.levels + 1)[0]
+        scale = search_levels(a, weights, grid.levels + 1)[0]
         largest = scale * np.float32(grid.levels)
         dead |= largest <= 0
     else:

@@ -24,7 +24,7 @@ class Case:
     exact: number of leading positions that must agree; None is all of them. wrong: mean KLD that the positions after
     `exact` exceed, which shows that the declared loss is real.
     floor: mean KLD against transformers in fp32. Models with GELU are compared twice: plainly, under `floor`, and
-    with ggml's half-precision GELU table put into the reference, under 1e-10.
+    with ggml's half-precision GELU table put into the reference, where almost only rounding is left.
     returns: model_type under which the GGUF is read back, where llama.cpp has one graph for several.
     tokens: length of the random prompt; context: n_ctx of llama.cpp (a multiple of 256).
     """

@@ -21,7 +21,7 @@ def _block(keys: Keys, new: bool) -> Any:
     """Where the norms are, as transformers' decoder layer decides it."""
     parallel = keys.flag("parallel_attn", True)
     norms = keys.int("num_ln_in_parallel_attn", 2 if new else 1)
-    if norms not in (1, 2) or (norms == 2) > (new and parallel) or new > parallel:
+    if norms not in (1, 2) or (norms == 2 and not new) or (new and not parallel):
         raise UnsupportedError(
             f"{keys.where}: num_ln_in_parallel_attn = {norms} with new_decoder_architecture = {new} and "
             f"parallel_attn = {parallel} is not a Falcon that transformers can run"

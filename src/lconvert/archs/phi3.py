@@ -12,6 +12,7 @@ from .llama import NAMES as LLAMA_NAMES
 from .llama import base_config, decoder
 from .llamacpp import graph
 
+_FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ATTENTION = "model.layers.{i}.self_attn."
 
 
@@ -68,8 +69,7 @@ ARCH = Arch(
     traits=_traits,
     config=_config,
     names=(
-        *(n for n in LLAMA_NAMES if not n.hf.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-          and "gate_proj" not in n.hf and "up_proj" not in n.hf),
+        *(n for n in LLAMA_NAMES if not any(part in n.hf for part in _FUSED)),
         name(_ATTENTION + "qkv_proj.weight", *("layers.{i}.attn." + side for side in "qkv")),
         name("model.layers.{i}.mlp.gate_up_proj.weight", "layers.{i}.mlp.gate", "layers.{i}.mlp.up"),
     ),
