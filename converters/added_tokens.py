@@ -12,30 +12,31 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .llamacpp_tokens import NameRule
-from .token_limits import Limit, Reaches, containing
+from lconvert.converters.llamacpp_tokens import NameRule
+from lconvert.converters.token_limits import Limit, Reaches, containing
 
 
 def limits(added: Sequence[Mapping[str, Any]], rule: NameRule, normalizer: str) -> list[Limit]:
     """One per cause. normalizer: what it does to the text of an added token ("" if nothing)."""
     causes = (
-        ("strip the whitespace before them (lstrip)", [t for t in added if t.get("lstrip")]),
+        ("lstrip", "strip the whitespace before the token", [t for t in added if t.get("lstrip")]),
         (
-            "strip the whitespace after them (rstrip)",
+            "rstrip",
+            "strip the whitespace after the token",
             [t for t in added if t.get("rstrip")] if rule != "phi-3" else [],
         ),
-        ("match whole words only (single_word)", [t for t in added if t.get("single_word")]),
+        ("single_word", "match whole words only", [t for t in added if t.get("single_word")]),
     )
     out = [
-        Limit(f"{_names(tokens)} {what}; llama.cpp matches the bare text", _with(tokens))
-        for what, tokens in causes
+        Limit(f"llama.cpp does not know the flag {flag} ({what}) of {_names(tokens)}", _with(tokens))
+        for flag, what, tokens in causes
         if tokens
     ]
     changed = [t for t in added if t.get("normalized")] if normalizer else []
     if changed:
         out.append(
             Limit(
-                f"{_names(changed)} match after normalization ({normalizer}); llama.cpp matches the text as it came",
+                f"the source looks for {_names(changed)} in normalized text ({normalizer}), llama.cpp in the text as it came",
                 _with(changed),
             )
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from .sentencepiece_model import CONTROL, USER_DEFINED
-from .token_limits import Limit, containing
+from lconvert.converters.sentencepiece_model import CONTROL, USER_DEFINED
+from lconvert.converters.token_limits import Limit, containing
 
 #: Roles of special tokens that have a key of their own (tokenizer.ggml.<name>), in the order of the file.
 KEYS: Mapping[str, str] = {
@@ -74,30 +74,39 @@ def ends(texts: frozenset[str]) -> frozenset[str]:
 
 def by_text(texts: Sequence[str], types: Sequence[int], added: Mapping[str, bool]) -> list[Limit]:
     """What the forced types change. `added`: text -> special."""
-    spelled, parsed, hidden = [], [], []
-    forced = ends(frozenset(texts)) | _FILL_IN_MIDDLE
+    spelled, parsed, hidden, lost = [], [], [], []
+    known = frozenset(texts)
+    excepted = (END_OF_GENERATION & known) - ends(known)
+    forced = ends(known) | _FILL_IN_MIDDLE
     for text, kind in zip(texts, types, strict=True):
         if text in forced and kind != CONTROL:
             if text not in added:
                 spelled.append(text)
             elif kind == USER_DEFINED:
                 hidden.append(text)
-        elif text in FORCED_USER_DEFINED and added.get(text):
+        elif added.get(text) and (text in FORCED_USER_DEFINED or text in excepted - {"</s>"}):
             parsed.append(text)
+        elif text in added and text in excepted:
+            lost.append(text)
     causes = (
         (
             spelled,
             True,
-            "llama.cpp makes control tokens of {} because of their text; with special tokens parsed each is one token, "
-            "which the source spells out",
+            (
+                "llama.cpp makes control tokens of {} because of their text; with special tokens parsed each is one token, "
+                "which the source spells out"
+            ),
         ),
         (
             hidden,
             False,
-            "llama.cpp makes control tokens of {} because of their text; with special tokens not parsed it spells them "
-            "out, the source, where they are not special, does not",
+            (
+                "llama.cpp makes control tokens of {} because of their text; with special tokens not parsed it spells them "
+                "out, the source, where they are not special, does not"
+            ),
         ),
         (parsed, False, "llama.cpp parses {} always, because of their text; in the source they are special"),
+        (lost, True, "llama.cpp never parses {} in a vocabulary like this one, the source does"),
     )
     return [Limit(why.format(_some(found)), containing(found, mode)) for found, mode, why in causes if found]
 

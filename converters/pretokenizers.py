@@ -19,10 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lconvert.converters.token_limits import (
+    Limit,
+    characters,
+    digit,
+    inner_capital,
+    wide,
+    wide_case,
+    wide_digit,
+    wide_space,
+)
 from lconvert.errors import UnsupportedError
 from lconvert.formats.files import show
-
-from .token_limits import Limit, characters, digit, inner_capital, wide, wide_case, wide_digit, wide_space
 
 BYTES = "<bytes>"
 
@@ -38,9 +46,7 @@ PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}"
 QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}"
-QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
-)
+QWEN35 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
 TEKKEN = _CASED % ("", "") + rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 _O200K_TAIL = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
@@ -92,11 +98,10 @@ _CASE = Limit(
     characters(wide_case),
 )
 _DIGITS = Limit("llama.cpp cuts runs of digits outside ASCII elsewhere", characters(wide_digit))
-_WIDE = Limit(
-    "llama.cpp cuts at whitespace outside ASCII, such as U+3000, elsewhere", characters(wide_space)
-)
+_WIDE = Limit("llama.cpp cuts at whitespace outside ASCII, such as U+3000, elsewhere", characters(wide_space))
 _NO_CASE = Limit(
-    "llama.cpp does not tell upper from lower case, so words with an inner capital may be cut elsewhere", inner_capital
+    "llama.cpp does not tell upper from lower case, so words with an inner capital may be cut elsewhere",
+    inner_capital,
 )
 _LATIN1_DIGITS = "0-9²³¹¼½¾"  # what Digits takes for digits among the characters that stand for bytes
 _BYTE_DIGITS = (
@@ -109,7 +114,10 @@ _BYTE_DIGITS = (
 )
 _SINGLE_DIGITS = (
     "[0-9][0-9]",
-    Limit("the source cuts numbers into digits, llama.cpp does not, and some tokens have several", characters(digit)),
+    Limit(
+        "the source cuts numbers into digits, llama.cpp does not, and some tokens have several",
+        characters(digit),
+    ),
 )
 _RIGHT_TO_LEFT = Limit(
     "llama.cpp counts the digits of every run in threes from the right, the source only where a word ends",
@@ -155,8 +163,8 @@ TABLE: tuple[Pre, ...] = (
     Pre("minicpm5", (
         r"\p{N}{1,3}", rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}+|{_SYMBOLS}|{_SPACES}", BYTES), ignore_merges=True),
     Pre("exaone-moe", (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+", BYTES)),
+        (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"), BYTES)),
     Pre("jais-2", (
         rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|\s*[\r\n]+"
         + "".join(rf"|\s{{{n}}}(?!\S)" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
@@ -335,6 +343,8 @@ def describe(
 ) -> str:
     """The key of a tokenizer, one line per part."""
     lines = [f"  model: {model}, ignore_merges={ignore_merges}, byte_fallback={byte_fallback}"]
-    lines += [f"  normalizer: {n if len(n) < 200 else n[:60] + ' ...'}" for n in normalizer] or ["  normalizer: none"]
+    lines += [f"  normalizer: {n if len(n) < 200 else n[:60] + ' ...'}" for n in normalizer] or [
+        "  normalizer: none"
+    ]
     lines += [f"  split: {s if len(s) < 400 else show(s)}" for s in steps] or ["  split: none"]
     return "\n".join(lines)

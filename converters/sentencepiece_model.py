@@ -80,13 +80,13 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _signed(value: int | bytes) -> int:
     """An int32 field: negative numbers are stored as 64 bits."""
     if not isinstance(value, int):
-        raise ValueError("bytes where a number belongs")
+        raise TypeError("bytes where a number belongs")
     return value - (1 << 64) if value >> 63 else value
 
 
 def _bytes(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError("a number where bytes belong")
+        raise TypeError("a number where bytes belong")
     return value
 
 
@@ -130,12 +130,14 @@ def parse(data: bytes, origin: str) -> Pieces:
             charsmap=_bytes(normalizer.get(2, b"")),
             **ids,
         )
-    except (ValueError, IndexError, struct.error) as e:
+    except (TypeError, ValueError, IndexError, struct.error) as e:
         raise InputError(f"{origin}: no SentencePiece model ({e}); download it again") from None
     if not pieces:
         raise InputError(f"{origin}: no SentencePiece model (it holds no pieces); download it again")
     if kind not in _ALGORITHMS:
-        raise UnsupportedError(f"{origin}: a SentencePiece model of type {kind}; only unigram (1) and BPE (2) are known")
+        raise UnsupportedError(
+            f"{origin}: a SentencePiece model of type {kind}; only unigram (1) and BPE (2) are known"
+        )
     return found
 
 
@@ -231,7 +233,10 @@ def template(bos: tuple[int, str] | None, eos: tuple[int, str] | None) -> dict[s
     def mark(t: tuple[int, str] | None, kind: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": t[1], "type_id": kind}}] if t else []
 
-    a, b = ([*mark(bos, k), {"Sequence": {"id": name, "type_id": k}}, *mark(eos, k)] for k, name in enumerate("AB"))
+    a, b = (
+        [*mark(bos, k), {"Sequence": {"id": name, "type_id": k}}, *mark(eos, k)]
+        for k, name in enumerate("AB")
+    )
     special = {t[1]: {"id": t[1], "ids": [t[0]], "tokens": [t[1]]} for t in (bos, eos) if t}
     return {"type": "TemplateProcessing", "single": a, "pair": a + b, "special_tokens": special}
 

@@ -91,7 +91,7 @@ def blank(text: str, special: bool) -> bool:
 
 
 def odd_spaces(text: str, special: bool) -> bool:
-    return text != text.strip(" ") or "  " in text
+    return text != text.strip() or "  " in text
 
 
 def leading_space(text: str, special: bool) -> bool:
@@ -105,7 +105,10 @@ def wide_case(c: str) -> bool:
 
 def inner_capital(text: str, special: bool) -> bool:
     """Texts with a capital after a letter or a combining mark."""
-    return any(unicodedata.category(b) in ("Lu", "Lt") and unicodedata.category(a)[0] in "LM" for a, b in pairwise(text))
+    return any(
+        unicodedata.category(b) in ("Lu", "Lt") and unicodedata.category(a)[0] in "LM"
+        for a, b in pairwise(text)
+    )
 
 
 def wide_digit(c: str) -> bool:

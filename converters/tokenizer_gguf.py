@@ -20,15 +20,24 @@ from typing import Any
 
 import numpy as np
 
+from lconvert.converters import added_tokens, llamacpp_tokens, tokenizer_pieces, tokenizer_vocab
+from lconvert.converters.llamacpp_tokens import KEYS, NameRule, general_name
+from lconvert.converters.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
+from lconvert.converters.token_limits import Limit, framing
+from lconvert.converters.tokenizer_algorithm import Algorithm
+from lconvert.converters.tokenizer_framing import Framing, ids_by_text, kinds, read_framing
+from lconvert.converters.tokenizer_raise import from_gguf
 from lconvert.errors import InputError
 from lconvert.formats.gguf_values import Value, array, boolean, string, u32
 from lconvert.ir import Tokenizer
-
-from . import added_tokens, llamacpp_tokens, tokenizer_vocab
-from .llamacpp_tokens import KEYS, NameRule, general_name
-from .sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
-from .token_limits import Limit, framing
-from .tokenizer_raise import from_gguf
 
 #: Rendered and parsed always, because llama.cpp's chat parsers read them (conversion/gemma.py, Gemma4Model).
 _VISIBLE: Mapping[str, frozenset[str]] = {
@@ -36,16 +45,6 @@ _VISIBLE: Mapping[str, frozenset[str]] = {
         "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
     }),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Framing:
-    """Whether the source puts bos before and eos after a text, and what it adds beyond that."""
-
-    bos: bool
-    eos: bool
-    prefix: tuple[str, ...] = ()
-    suffix: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,9 @@ class Lowered:
     framing: Framing
 
 
-def to_gguf(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> tuple[dict[str, Value], tuple[str, ...]]:
+def to_gguf(
+    tokenizer: Tokenizer, vocab_size: int, model_type: str
+) -> tuple[dict[str, Value], tuple[str, ...]]:
     """The tokenizer.* keys for an embedding of `vocab_size` rows, and notes.
 
     InputError: more tokens than rows. UnsupportedError: llama.cpp has no such tokenizer; prints its structure.
@@ -79,12 +80,17 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
     texts, types, pads = _table(tokenizer, algorithm, vocab_size, model_type)
     notes = list(algorithm.notes)
     if pads:
-        notes.append(f"{pads} embedding rows without a token are named [PAD<id>] and never produced by the tokenizer")
+        notes.append(
+            f"{pads} embedding rows without a token are named [PAD<id>] and never produced by the tokenizer"
+        )
 
     special = {r: ids[0] for r, ids in tokenizer.special.items() if ids and ids[0] < vocab_size}
     lost = sorted(r for r, ids in tokenizer.special.items() if ids and ids[0] >= vocab_size)
-    notes += [f"the {r} token has id {tokenizer.special[r][0]}, beyond the {vocab_size} rows: left out" for r in lost]
-    frame, said = _framing(tokenizer, notes)
+    notes += [
+        f"the {r} token has id {tokenizer.special[r][0]}, beyond the {vocab_size} rows: left out"
+        for r in lost
+    ]
+    frame, said = read_framing(tokenizer, notes)
     found = [*algorithm.limits, *said]
     _end_tokens(tokenizer, frame, special, texts, notes)
 
@@ -94,7 +100,9 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
         frozenset(t for t, k in zip(texts, types, strict=True) if k in (CONTROL, USER_DEFINED, UNKNOWN)),
     )
     found += added_tokens.limits(list(added.values()), rule, algorithm.normalizer)
-    found += llamacpp_tokens.by_text(texts, types, {t: bool(token.get("special")) for t, token in added.items()})
+    found += llamacpp_tokens.by_text(
+        texts, types, {t: bool(token.get("special")) for t, token in added.items()}
+    )
     notes += _looks_special(added)
     notes += _eog_notes(tokenizer, special, texts, algorithm.model)
     notes += _not_loaded(tokenizer, added)
@@ -117,7 +125,9 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
             keys[f"tokenizer.ggml.{name}"] = u32(special[role])
     keys |= _flags(tokenizer, algorithm, frame, special, notes)
     if algorithm.model == "gemma4" and not frame.bos:
-        found.append(Limit("llama.cpp adds bos to every text of a gemma4 tokenizer, the source does not", framing))
+        found.append(
+            Limit("llama.cpp adds bos to every text of a gemma4 tokenizer, the source does not", framing)
+        )
     if algorithm.space_prefix is not None:
         keys["tokenizer.ggml.add_space_prefix"] = boolean(algorithm.space_prefix)
     keys |= _templates(tokenizer)
@@ -127,7 +137,7 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
 
 def limits(tokenizer: Tokenizer) -> tuple[Limit, ...]:
     """The limits of a tokenizer in llama.cpp, whatever model it is for."""
-    vocab = _ids(tokenizer)
+    vocab = ids_by_text(tokenizer)
     return lower(tokenizer, max(vocab.values(), default=0) + 1, "").limits
 
 
@@ -135,7 +145,7 @@ def limits(tokenizer: Tokenizer) -> tuple[Limit, ...]:
 
 
 def _table(
-    tokenizer: Tokenizer, algorithm: tokenizer_vocab.Algorithm, rows: int, model_type: str
+    tokenizer: Tokenizer, algorithm: Algorithm, rows: int, model_type: str
 ) -> tuple[list[str], list[int], int]:
     """Text and type of every row, and how many rows have no token."""
     data = tokenizer.json
@@ -182,7 +192,7 @@ def _pad(i: int, vocab: Mapping[str, int], added: Mapping[int, Any]) -> str:
     return text
 
 
-def _unknown(tokenizer: Tokenizer, algorithm: tokenizer_vocab.Algorithm) -> str | None:
+def _unknown(tokenizer: Tokenizer, algorithm: Algorithm) -> str | None:
     """The text of the unknown token where llama.cpp's algorithm has one (its own type UNKNOWN)."""
     model = tokenizer.json["model"]
     if algorithm.model == "t5":
@@ -192,12 +202,16 @@ def _unknown(tokenizer: Tokenizer, algorithm: tokenizer_vocab.Algorithm) -> str 
 
 
 def _type(
-    text: str, token: Mapping[str, Any] | None, vocab: Mapping[str, int], a: tokenizer_vocab.Algorithm, unknown: str | None
+    text: str,
+    token: Mapping[str, Any] | None,
+    vocab: Mapping[str, int],
+    a: Algorithm,
+    unknown: str | None,
 ) -> int:
     if text == unknown:
         return UNKNOWN
     if token is None:
-        return BYTE if a.model != "gpt2" and tokenizer_vocab.is_byte(text) else _raw_byte(text, a)
+        return BYTE if a.model != "gpt2" and tokenizer_pieces.is_byte(text) else _raw_byte(text, a)
     if token.get("special"):
         return CONTROL
     # An added token that holds the space character is matched in the raw text, where there is none: what makes it
@@ -207,8 +221,8 @@ def _type(
     return USER_DEFINED
 
 
-def _raw_byte(text: str, a: tokenizer_vocab.Algorithm) -> int:
-    return BYTE if a.pre == "sarvam-moe" and tokenizer_vocab.is_byte(text) else NORMAL
+def _raw_byte(text: str, a: Algorithm) -> int:
+    return BYTE if a.pre == "sarvam-moe" and tokenizer_pieces.is_byte(text) else NORMAL
 
 
 def _scores(tokenizer: Tokenizer, scores: Mapping[str, float], texts: list[str], types: list[int]) -> Any:
@@ -232,82 +246,6 @@ def _scores(tokenizer: Tokenizer, scores: Mapping[str, float], texts: list[str],
 # --- special tokens --------------------------------------------------------------------------------------
 
 
-def _framing(tokenizer: Tokenizer, notes: list[str]) -> tuple[Framing, list[Limit]]:
-    """What the post_processor adds; without one, tokenizer_config.json's flags count, as in llama.cpp's converter."""
-    data, config = tokenizer.json, tokenizer.config
-    prefix, suffix, found = _processor(data.get("post_processor"))
-    if not found:
-        asked = {r: config.get(f"add_{r}_token") is True for r in ("bos", "eos")}
-        said = [
-            Limit(f"tokenizer_config.json asks for {r}, so llama.cpp adds it; tokenizer.json alone does not", framing)
-            for r, on in asked.items()
-            if on
-        ]
-        return Framing(asked["bos"], asked["eos"]), said
-    names = {i: t for t, i in _ids(tokenizer).items()}
-    bos = names.get(tokenizer.special.get("bos", tokenizer.special.get("cls", (-1,)))[0])
-    said = []
-    if prefix and prefix != (bos,):
-        said.append(
-            Limit(
-                f"the source begins every text with {' '.join(prefix)}; llama.cpp can only begin it with the bos token "
-                f"({bos})",
-                framing,
-            )
-        )
-    if len(suffix) > 1:
-        said.append(
-            Limit(f"the source ends every text with {' '.join(suffix)}; llama.cpp can only add one token", framing)
-        )
-    for role, on in (("bos", bool(prefix)), ("eos", bool(suffix))):
-        if config.get(f"add_{role}_token") is (not on):
-            notes.append(
-                f"tokenizer_config.json says add_{role}_token={not on}, tokenizer.json's post_processor the opposite, "
-                "which counts"
-            )
-    return Framing(prefix == (bos,), len(suffix) == 1, prefix, suffix), said
-
-
-def _processor(processor: Mapping[str, Any] | None) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """The special tokens before and after a single text, and whether the post_processor decides it at all."""
-    if processor is None:
-        return (), (), False
-    kind = processor.get("type")
-    if kind == "Sequence":
-        parts = [_processor(p) for p in processor.get("processors") or []]
-        return (
-            tuple(t for p in reversed(parts) for t in p[0]),
-            tuple(t for p in parts for t in p[1]),
-            any(p[2] for p in parts),
-        )
-    if kind == "TemplateProcessing":
-        return _template(processor)
-    if kind in ("RobertaProcessing", "BertProcessing"):
-        cls, sep = (processor.get(n) or ("",) for n in ("cls", "sep"))
-        return (str(cls[0]),), (str(sep[0]),), True
-    return (), (), kind == "ByteLevel"
-
-
-def _template(processor: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    single = processor.get("single") or []
-    marks = [p.get("SpecialToken", {}).get("id") if isinstance(p, Mapping) else None for p in single]
-    if None not in marks:
-        raise InputError("tokenizer.json: the post_processor's template `single` has no place for the text")
-    place = marks.index(None)
-    table = processor.get("special_tokens") or {}
-
-    def expand(names: list[Any]) -> tuple[str, ...]:
-        return tuple(str(t) for n in names for t in (table.get(n) or {}).get("tokens") or [n])
-
-    return expand(marks[:place]), expand(marks[place + 1 :]), True
-
-
-def _ids(tokenizer: Tokenizer) -> dict[str, int]:
-    vocab = tokenizer.json["model"]["vocab"]
-    pairs = vocab.items() if isinstance(vocab, Mapping) else ((text, i) for i, (text, _) in enumerate(vocab))
-    return dict(pairs) | {t["content"]: t["id"] for t in tokenizer.json.get("added_tokens") or []}
-
-
 def _end_tokens(
     tokenizer: Tokenizer, frame: Framing, special: dict[str, int], texts: list[str], notes: list[str]
 ) -> None:
@@ -315,7 +253,7 @@ def _end_tokens(
     ends = [i for i in tokenizer.special.get("eos", ()) if i < len(texts)]
     for role in ("eot", "eom"):
         ends += [i for i in tokenizer.special.get(role, ()) if i < len(texts)]
-    if len(frame.suffix) == 1 and (added := _ids(tokenizer).get(frame.suffix[0])) is not None:
+    if len(frame.suffix) == 1 and (added := ids_by_text(tokenizer).get(frame.suffix[0])) is not None:
         if special.get("eos", added) != added:
             notes.append(
                 f"eos is {frame.suffix[0]!r}, which the source adds after a text; its own eos "
@@ -332,34 +270,37 @@ def _end_tokens(
             special[role] = left.pop(0)
     if left:
         notes.append(
-            "llama.cpp does not stop at " + ", ".join(repr(texts[i]) for i in left) + ", which the source's configuration "
+            "llama.cpp does not stop at "
+            + ", ".join(repr(texts[i]) for i in left)
+            + ", which the source's configuration "
             "says end a text: it has no more keys for such tokens"
         )
 
 
 def _flags(
-    tokenizer: Tokenizer, a: tokenizer_vocab.Algorithm, frame: Framing, special: Mapping[str, int], notes: list[str]
+    tokenizer: Tokenizer,
+    a: Algorithm,
+    frame: Framing,
+    special: Mapping[str, int],
+    notes: list[str],
 ) -> dict[str, Value]:
     """add_bos_token and add_eos_token: where the source says something, or llama.cpp would assume otherwise."""
     out: dict[str, Value] = {}
     processor = tokenizer.json.get("post_processor")
-    byte_level = "ByteLevel" in str(_kinds(processor))
+    byte_level = "ByteLevel" in str(kinds(processor))
     for role, on, default in (("bos", frame.bos, a.add_bos), ("eos", frame.eos, a.add_eos)):
         said = on or byte_level or isinstance(tokenizer.config.get(f"add_{role}_token"), bool)
         if on and role not in special and role not in llamacpp_tokens.DEFAULT_IDS[a.model]:
-            raise InputError(f"the source adds a {role} token to every text, but no file says which token that is")
+            raise InputError(
+                f"the source adds a {role} token to every text, but no file says which token that is"
+            )
         if said or on != default:
             out[f"tokenizer.ggml.add_{role}_token"] = boolean(on)
         if on != default and not said:
-            notes.append(f"add_{role}_token={str(on).lower()} is written because llama.cpp would assume the opposite")
+            notes.append(
+                f"add_{role}_token={str(on).lower()} is written because llama.cpp would assume the opposite"
+            )
     return out
-
-
-def _kinds(processor: Mapping[str, Any] | None) -> list[str]:
-    if processor is None:
-        return []
-    parts = processor.get("processors") or []
-    return [str(processor.get("type")), *(k for p in parts for k in _kinds(p))]
 
 
 # --- notes -----------------------------------------------------------------------------------------------
@@ -375,8 +316,10 @@ def _looks_special(added: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not texts:
         return []
     return [
-        f"{len(texts)} added tokens that look special but are not, as {texts[0]!r}, are user-defined (llama.cpp's "
-        "converter makes them control tokens): they are parsed and rendered always, as in the source"
+        (
+            f"{len(texts)} added tokens that look special but are not, as {texts[0]!r}, are user-defined (llama.cpp's "
+            "converter makes them control tokens): they are parsed and rendered always, as in the source"
+        )
     ]
 
 
@@ -401,7 +344,9 @@ def _not_loaded(tokenizer: Tokenizer, added: Mapping[str, Any]) -> list[str]:
     missing = [t for t in texts if t not in added]
     if not missing:
         return []
-    return [f"tokenizer_config.json adds {missing[0]!r} and {len(missing) - 1} others that tokenizer.json does not have"]
+    return [
+        f"tokenizer_config.json adds {missing[0]!r} and {len(missing) - 1} others that tokenizer.json does not have"
+    ]
 
 
 def _templates(tokenizer: Tokenizer) -> dict[str, Value]:

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lconvert.converters import sentencepiece_model
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
 from lconvert.ir import Tokenizer
-
-from . import sentencepiece_model
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _LIMIT = 512 << 20  # bytes of a JSON file; the largest published tokenizer.json takes 35 MB
@@ -85,14 +84,20 @@ def check_json(data: Mapping[str, Any], origin: str) -> None:
         raise wrong("`added_tokens` is not a list")
     listed: dict[str, Any] = {}
     for token in added:
-        if not isinstance(token, Mapping) or not isinstance(token.get("content"), str) or not token["content"]:
+        if (
+            not isinstance(token, Mapping)
+            or not isinstance(token.get("content"), str)
+            or not token["content"]
+        ):
             raise wrong(f"an added token without content: {show(token)}")
         text = token["content"]
         if text in listed:
             raise wrong(f"the added token {show(text)} is there twice")
         listed[text] = token.get("id")
         if text in vocab and vocab[text] != token.get("id"):
-            raise wrong(f"{show(text)} has id {vocab[text]} in the vocabulary and {show(token.get('id'))} as added token")
+            raise wrong(
+                f"{show(text)} has id {vocab[text]} in the vocabulary and {show(token.get('id'))} as added token"
+            )
     _check_ids({**vocab, **listed}, "the added tokens", wrong)
 
 
@@ -197,7 +202,9 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, dic
     if value is None:
         return None, {}
     if not isinstance(value, list):
-        raise InputError(f"{folder}: `chat_template` is {show(value)}, neither a text nor a list of templates")
+        raise InputError(
+            f"{folder}: `chat_template` is {show(value)}, neither a text nor a list of templates"
+        )
     named: dict[str, str] = {}
     for entry in value:
         name = entry.get("name") if isinstance(entry, Mapping) else None
@@ -249,7 +256,9 @@ def _add_tokens(data: dict[str, Any], extra: Mapping[str, Any], path: Path) -> N
     for key, token in extra.items():
         text = _content(token)
         if not key.isdecimal() or not text:
-            raise InputError(f"{path.parent / 'tokenizer_config.json'}: added token {show(key)} is {show(token)}")
+            raise InputError(
+                f"{path.parent / 'tokenizer_config.json'}: added token {show(key)} is {show(token)}"
+            )
         flags = {f: bool(token.get(f)) for f in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         added[int(key)] = {"id": int(key), "content": text, **flags}
         if isinstance(vocab, dict):

@@ -13,15 +13,23 @@ from typing import Any
 
 import numpy as np
 
+from lconvert.converters import llamacpp_tokens, pretokenizers, sentencepiece_model
+from lconvert.converters.llamacpp_tokens import KEYS
+from lconvert.converters.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Pieces,
+    added_token,
+)
+from lconvert.converters.tokenizer_hf import check_json
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
 from lconvert.formats.gguf_values import Value
 from lconvert.ir import Tokenizer
-
-from . import llamacpp_tokens, pretokenizers, sentencepiece_model
-from .llamacpp_tokens import KEYS
-from .sentencepiece_model import CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Pieces, added_token
-from .tokenizer_hf import check_json
 
 _P = "tokenizer.ggml."
 _READ = {
@@ -55,14 +63,18 @@ def from_gguf(keys: Mapping[str, Value]) -> tuple[Tokenizer | None, tuple[str, .
     elif model in ("llama", "t5"):
         data = _pieces(keys, model, texts, types, special, framing)
     else:
-        raise UnsupportedError(f"tokenizer.ggml.model is {show(model)}, which has no tokenizer.json; known are gpt2, llama, t5, gemma4")
+        raise UnsupportedError(
+            f"tokenizer.ggml.model is {show(model)}, which has no tokenizer.json; known are gpt2, llama, t5, gemma4"
+        )
     if any(n in _get(keys, None, "str", "", "general.name").lower() for n in llamacpp_tokens.PHI3_NAMES):
         _strip_right(data, notes)
     check_json(data, "tokenizer.json rebuilt from GGUF")
     left = sorted(k for k in keys if k.startswith(_P) and k not in _READ)
     if left:
         notes.append("not carried over: " + ", ".join(left))
-    notes.insert(0, "tokenizer.json is rebuilt: flags of added tokens, normalizer and post-processor are llama.cpp's")
+    notes.insert(
+        0, "tokenizer.json is rebuilt: flags of added tokens, normalizer and post-processor are llama.cpp's"
+    )
     template, extra = _templates(keys)
     config = _config(keys, data, texts, types, special)
     return Tokenizer(data, config, template, extra, {r: (i,) for r, i in special.items()}), tuple(notes)
@@ -136,7 +148,9 @@ def _framing(
         if model == "gemma4" and role == "bos":
             on = True
         if on and role not in special:
-            raise InputError(f"llama.cpp adds a {role} token to every text of this file, but no key says which token that is")
+            raise InputError(
+                f"llama.cpp adds a {role} token to every text of this file, but no key says which token that is"
+            )
         if on and _P + f"add_{role}_token" not in keys:
             notes.append(f"{role} is added to every text, because llama.cpp assumes it for this tokenizer")
         out[role] = on
@@ -171,7 +185,9 @@ def _added(texts: Sequence[str], types: Sequence[int], holes: set[int]) -> list[
     ]
 
 
-def _template(texts: Sequence[str], special: Mapping[str, int], framing: Mapping[str, bool]) -> dict[str, Any] | None:
+def _template(
+    texts: Sequence[str], special: Mapping[str, int], framing: Mapping[str, bool]
+) -> dict[str, Any] | None:
     bos, eos = ((special[r], texts[special[r]]) if framing[r] else None for r in ("bos", "eos"))
     return sentencepiece_model.template(bos, eos)
 
@@ -190,11 +206,17 @@ def _ranked(
     characters = name in _CHARACTER_PRE
     row = None if characters else pretokenizers.named(name)
     if row is None and not characters:
-        raise UnsupportedError(f"tokenizer.ggml.pre is {show(name)}; this pre-tokenizer has no tokenizer.json here")
+        raise UnsupportedError(
+            f"tokenizer.ggml.pre is {show(name)}; this pre-tokenizer has no tokenizer.json here"
+        )
     if row is pretokenizers.DEFAULT:
-        notes.append("the file names no pre-tokenizer; llama.cpp's fallback was taken, which may not be the model's own")
+        notes.append(
+            "the file names no pre-tokenizer; llama.cpp's fallback was taken, which may not be the model's own"
+        )
     if row is not None:
-        notes += [f"llama.cpp is not quite the {row.name!r} written here: {limit.reason}" for limit in row.differs]
+        notes += [
+            f"llama.cpp is not quite the {row.name!r} written here: {limit.reason}" for limit in row.differs
+        ]
     holes = _holes(texts, types)
     vocab = {text: i for i, text in enumerate(texts) if i not in holes}
     merges, dropped = _merges(keys, vocab)
@@ -273,7 +295,8 @@ def _pieces(
         scores=scores[: len(texts)],
         types=kept,
         add_dummy_prefix=bool(_get(keys, "add_space_prefix", "bool", model == "llama")),
-        remove_extra_whitespaces=model == "t5" and bool(_get(keys, "remove_extra_whitespaces", "bool", False)),
+        remove_extra_whitespaces=model == "t5"
+        and bool(_get(keys, "remove_extra_whitespaces", "bool", False)),
         charsmap=bytes(b & 255 for b in charsmap) if charsmap and model == "t5" else b"",
         unk=special.get("unk", 0),
     )
@@ -301,7 +324,11 @@ def _config(
 ) -> dict[str, Any]:
     """A tokenizer_config.json: special tokens by text and the flags that the file states."""
     out: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    row = pretokenizers.named(_get(keys, "pre", "str", "")) if _get(keys, "model", "str", "") == "gpt2" else None
+    row = (
+        pretokenizers.named(_get(keys, "pre", "str", ""))
+        if _get(keys, "model", "str", "") == "gpt2"
+        else None
+    )
     out["clean_up_tokenization_spaces"] = row.clean_spaces if row else False
     for role in ("bos", "eos", "unk", "sep", "pad", "mask"):
         if role in special and _P + KEYS[role] in keys:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lconvert import kernels
 from lconvert.ir import E2M1, E8M0, UE4M3, Grid, QTensor, Tensor, int_grid, parts
 from lconvert.kernels.blocks import BLOCKS
+from lconvert.kernels.reference.iq import SCALE_VALUES, SUB, VALUES
 from lconvert.kernels.reference.iq4 import VALUES as IQ4_LEVELS
 
 Rows = NDArray[Any]
@@ -24,7 +25,8 @@ Rows = NDArray[Any]
 @dataclass(frozen=True)
 class Scheme:
     """Codes on `grid`, one scale per `sub` elements. `scale` and `offset` are grids of stored sub-scales (with
-    one F16 super-scale per `super` elements), or None for a plain F16 value per sub-block."""
+    one F16 super-scale per `super` elements), or None for a plain F16 value per sub-block. A zero is a plain F16
+    value per sub-block (IQ1: its shift)."""
 
     grid: Grid
     sub: int
@@ -32,7 +34,7 @@ class Scheme:
     scale: Grid | None = None
     offset: Grid | None = None
     has_offset: bool = False
-    zero: Grid | None = None  # IQ1: the shift of every sub-block, as a codebook
+    has_zero: bool = False
 
 
 def _scheme_table() -> dict[str, Scheme]:
@@ -51,12 +53,19 @@ def _scheme_table() -> dict[str, Scheme]:
         "Q6_K": Scheme(int_grid(6, True), 16, 256, int_grid(8, True)),
         "IQ4_NL": Scheme(Grid("codebook", 4, values=levels), 32),
         "IQ4_XS": Scheme(Grid("codebook", 4, values=levels), 32, 256, int_grid(6, True)),
-        "TQ1_0": Scheme(int_grid(2, True), 256),
-        "TQ2_0": Scheme(int_grid(2, True), 256),
+        "TQ1_0": Scheme(Grid("codebook", 2, values=(-1.0, 0.0, 1.0)), 256),
+        "TQ2_0": Scheme(Grid("codebook", 2, values=(-1.0, 0.0, 1.0, 2.0)), 256),
         "MXFP4": Scheme(E2M1, 32, scale=E8M0),
         "NVFP4": Scheme(E2M1, 16, scale=UE4M3),
     }
-    return table
+    return table | {type_: _lattice_scheme(type_) for type_ in VALUES}
+
+
+def _lattice_scheme(type_: str) -> Scheme:
+    values, scales = VALUES[type_], SCALE_VALUES[type_]
+    grid = Grid("codebook", (len(values) - 1).bit_length(), values=values, lattice=type_)
+    scale = Grid("codebook", (len(scales) - 1).bit_length(), values=scales)
+    return Scheme(grid, SUB[type_], 256, scale, has_zero=type_.startswith("IQ1"))
 
 
 SCHEMES: dict[str, Scheme] = _scheme_table()
@@ -88,8 +97,7 @@ def raised(type_: str, raw: Tensor) -> QTensor:
 
     codes = part("codes", cols, "I8" if scheme.grid.signed and scheme.grid.kind == "int" else "U8")
     offset = side("offset", scheme.offset) if scheme.has_offset else None
-    zero = side("zero", scheme.zero) if scheme.zero else None
-    assert zero is None or isinstance(zero, Tensor)
+    zero = part("zero", cols // scheme.sub, "F16") if scheme.has_zero else None
     return QTensor(
         (rows, cols), codes, scheme.grid, (1, scheme.sub), side("scale", scheme.scale), zero, offset
     )
@@ -116,7 +124,7 @@ def _same_scheme(q: QTensor, s: Scheme) -> bool:
         and q.g_idx is None
         and side(q.scale, s.scale)
         and ((q.offset is None) if not s.has_offset else side(q.offset, s.offset))
-        and (q.zero is not None) == (s.zero is not None)
+        and (q.zero is not None) == s.has_zero
         and q.mask is None
         and not q.outliers
         and q.low_rank is None

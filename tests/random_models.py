@@ -26,16 +26,19 @@ def build(case: Case, folder: Path) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            randomise(name, parameter)
+            randomise(name, parameter, loud=bool(config.tie_word_embeddings) and "post_" in name)
     model.to(getattr(torch, case.dtype)).save_pretrained(folder)
     return folder
 
 
-def randomise(name: str, parameter: Any) -> None:
-    """Vectors (and per-head norms) move by 0.3 from where they start; matrices keep the size of what they multiply."""
+def randomise(name: str, parameter: Any, *, loud: bool) -> None:
+    """Vectors (and per-head norms) move by 0.3 from where they start; matrices keep the size of what they multiply.
+
+    `loud` norms let a layer drown the embedding, or a tied head just repeats the token with certainty.
+    """
     noise = torch.randn_like(parameter)
     if parameter.dim() == 1 or "norm" in name:
-        parameter.add_(0.3 * noise)
+        parameter.add_(0.3 * noise + (2.0 if loud else 0.0))
         if "q_norm" in name or "k_norm" in name:
             parameter.add_(0.5)
         return

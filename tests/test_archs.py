@@ -95,7 +95,7 @@ def test_parity(case: Case, built: Any) -> None:
     got = b.in_llama_cpp(case, b.gguf)
     each = kld(b.reference, got)
     exact = each[: case.exact]
-    assert exact.mean() <= case.floor, f"{exact.mean():.2e}"
+    assert not len(exact) or exact.mean() <= case.floor, f"{exact.mean():.2e}"
     if case.wrong:
         rest = each[case.exact :]
         assert rest.mean() >= case.wrong, f"{rest.mean():.2e}: the loss {case.losses} makes no difference"

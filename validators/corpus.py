@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 #: takes it and most chat servers do not.
 TEXTS: Mapping[str, tuple[str, ...]] = {
     "prose": (
-        "Call me Ishmael. Some years ago—never mind how long precisely—having little or no money in my purse, and "
+        ("Call me Ishmael. Some years ago—never mind how long precisely—having little or no money in my purse, and "
         "nothing particular to interest me on shore, I thought I would sail about a little and see the watery part "
-        "of the world.",
+        "of the world."),
         "“It is,” he said, “what it's always been; they're late, we've lost, I'd say, and she'll know I'm right.”",
         "DON'T SHOUT: IT'S LATE, I'M TIRED, WE'VE TIME, THEY'LL WAIT, HE'D GO, YOU'RE NEXT. It'S mIxEd, We'Re DonE.",
         "A naïve café-owner's résumé; Smörgåsbord & Zürich, façade, coöperate, Œuvre, æther, Łódź, señor, İstanbul.",
@@ -104,7 +104,7 @@ def texts(added: Iterable[str] = ()) -> Iterator[str]:
     for group in TEXTS.values():
         yield from group
     tokens = list(added)
-    chosen = tokens[:24] + tokens[24:: max(1, len(tokens) // 24)]
+    chosen = tokens[:24] + tokens[24 :: max(1, len(tokens) // 24)]
     for token in dict.fromkeys(chosen):
         yield token
         yield f"word{token}word"

@@ -17,15 +17,17 @@ from typing import Any, Protocol
 from lconvert.converters import tokenizer_gguf
 from lconvert.errors import UnsupportedError
 from lconvert.ir import Tokenizer
-
-from . import corpus as builtin
+from lconvert.validators import corpus as builtin
 
 #: (text, special tokens are parsed) -> ids, without bos and eos.
 Encode = Callable[[str, bool], Sequence[int]]
 #: (text, special tokens are parsed) -> why the ids may differ, "" if they must not.
 Excuse = Callable[[str, bool], str]
 
-MODES: tuple[tuple[bool, str], ...] = ((False, "ids, special tokens as text"), (True, "ids, special tokens parsed"))
+MODES: tuple[tuple[bool, str], ...] = (
+    (False, "ids, special tokens as text"),
+    (True, "ids, special tokens parsed"),
+)
 
 
 class Tokenize(Protocol):
@@ -90,14 +92,18 @@ class TokenReport:
         beyond = sum(c.beyond for c in self.counts)
         if beyond:
             differ = sum(c.beyond_different for c in self.counts)
-            out.append(f"{beyond} texts are beyond what llama.cpp can do, {differ} of them differ: {'; '.join(self.limits)}")
+            out.append(
+                f"{beyond} texts are beyond what llama.cpp can do, {differ} of them differ: {'; '.join(self.limits)}"
+            )
         return out
 
     def to_json(self) -> dict[str, Any]:
         return {
             "equal": self.equal,
             "counts": [vars(c) for c in self.counts],
-            "differences": [{**vars(d), "expected": list(d.expected), "found": list(d.found)} for d in self.differences],
+            "differences": [
+                {**vars(d), "expected": list(d.expected), "found": list(d.found)} for d in self.differences
+            ],
             "limits": list(self.limits),
         }
 
@@ -153,7 +159,10 @@ def compare_texts(
     keep: int = 10,
 ) -> TokenReport:
     """Both encoders on every text in both modes; keeps the first `keep` differences with and without excuse."""
-    counts = {mode: dict.fromkeys(("texts", "ids", "different", "beyond", "beyond_different"), 0) for mode, _ in MODES}
+    counts = {
+        mode: dict.fromkeys(("texts", "ids", "different", "beyond", "beyond_different"), 0)
+        for mode, _ in MODES
+    }
     kept: dict[bool, list[Difference]] = {True: [], False: []}
     limits: dict[str, None] = {}
     for text in texts:
@@ -197,7 +206,7 @@ def autotokenizer_differs(folder: Path, texts: Iterable[str]) -> str | None:
         return None
     try:
         auto = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # any class of transformers may raise anything
+    except Exception as e:  # noqa: BLE001 - any class of transformers may raise anything
         return f"transformers cannot load the tokenizer of {folder}: {type(e).__name__}: {e}"
     own = Fast.from_file(str(path))
     own.no_truncation()

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from lconvert.errors import OptionError
 from lconvert.kernels.reference.iq_tables import lattice, neighbours
-
 from lconvert.kernels.reference.search import nearest_int, search_levels, sum_in_order
 
 F32 = NDArray[np.float32]
@@ -76,6 +75,14 @@ def _codes(type: str, levels: I32) -> I32:
     """Codes (k, m) of levels (k * size, m)."""
     size = lattice(type).size
     return lattice(type).codes(np.moveaxis(levels.reshape(-1, size, levels.shape[1]), 1, 2))
+
+
+def _largest(scale: F32) -> F32:
+    """Largest of each row of (n, k) as a chain of comparisons finds it, where NaN is the smaller one."""
+    top = np.zeros(len(scale), np.float32)
+    for column in scale.T:
+        top = np.where(top > column, top, column)
+    return top
 
 
 def _scale_codes(scale: F32, d: F32, top: int) -> I32:
@@ -137,8 +144,9 @@ def _even(x: F32, weights: F32, magnitude: F32, negative: NDArray[np.bool_]) -> 
     The flipped value becomes a negative magnitude.
     """
     cost = (weights * x * x).reshape(-1, 8, x.shape[1])
-    odd = negative.reshape(cost.shape).sum(axis=1) % 2 == 1
-    flip = odd[:, None] & (np.arange(8)[:, None] == cost.argmin(axis=1)[:, None])
+    lightest = np.where(np.isnan(cost[:, :1]), 0, np.fmin(cost, np.inf).argmin(axis=1, keepdims=True))
+    odd = negative.reshape(cost.shape).sum(axis=1, keepdims=True) % 2 == 1
+    flip = odd & (np.arange(8)[:, None] == lightest)
     flip = flip.reshape(x.shape)
     return np.where(flip, -magnitude, magnitude), negative ^ flip
 
@@ -203,7 +211,7 @@ def _scan(type: str, x: F32, importance: F32 | None) -> Found:
     sign = np.packbits(negative.reshape(-1, 8, xs.shape[1]), axis=1, bitorder="little")[:, 0].astype(np.int32)
     sign = np.where(scale < 0, sign ^ 255, sign)
     scale = np.where(dead, _ZERO, np.abs(scale)).reshape(len(x), -1)
-    top = scale.max(axis=1)
+    top = _largest(scale)
     empty = top == 0
     index = np.where(dead, 0, grid.index[codes]).T.reshape(len(x), -1)
     sign = np.where(dead, 0, sign).T.reshape(len(x), -1)
@@ -370,7 +378,7 @@ def _ternary(type: str, x: F32, importance: F32 | None) -> Found:
     moved = (settled != nearest).any(axis=0) & (sum_qx > 0) & (sum_qq > 0)
     scale = np.where(dead, _ZERO, np.where(moved, sum_qx / sum_qq, scale)).reshape(len(x), -1)
     index = np.where(dead, 0, grid.index[settled])
-    top = scale.max(axis=1)
+    top = _largest(scale)
     empty = top == 0
     d = top / np.float32(15)
     stored = np.where(empty[:, None], 0, _scale_codes(scale, d, 7))

@@ -77,13 +77,13 @@ def _quantize(name: str, x: F32, weights: F32 | None = None) -> U8:
 def _unpack(name: str, blocks: U8) -> dict[str, NDArray[np.generic]]:
     _, read, nbytes = _DIGITS[name]
     flat = blocks.reshape(-1, nbytes + 2)
-    codes = read(flat[:, :nbytes]).astype(np.int8) - np.int8(1)
+    codes = read(flat[:, :nbytes])
     scale = half_values(flat[:, nbytes:])
     return {"codes": codes.reshape(len(blocks), -1), "scale": scale.reshape(len(blocks), -1)}
 
 
 def _pack(name: str, parts: Mapping[str, NDArray[np.generic]]) -> U8:
-    digits = (parts["codes"].astype(np.int8) + np.int8(1)).astype(np.uint8).reshape(-1, 256)
+    digits = parts["codes"].astype(np.uint8).reshape(-1, 256)
     return np.concatenate([_DIGITS[name][0](digits), half_bytes(parts["scale"])], axis=1).reshape(
         len(parts["codes"]), -1
     )
@@ -92,7 +92,7 @@ def _pack(name: str, parts: Mapping[str, NDArray[np.generic]]) -> U8:
 @np.errstate(invalid="ignore")
 def _dequantize(name: str, blocks: U8, cols: int) -> F32:
     parts = _unpack(name, blocks)
-    y = parts["codes"].astype(np.float32).reshape(-1, 256) * parts["scale"].astype(np.float32).reshape(-1, 1)
+    y = (parts["codes"].astype(np.float32).reshape(-1, 256) - 1) * parts["scale"].astype(np.float32).reshape(-1, 1)
     return y.reshape(len(blocks), cols)
 
 

@@ -192,7 +192,8 @@ class Grid:
 
     int: codes are the integers themselves, `bits` wide, `signed` or not.
     float: codes are bit patterns of a small float with `exponent` and `mantissa` bits (E2M1, E4M3, E8M0).
-    codebook: codes index `values`.
+    codebook: codes index `values`. Where `lattice` is set, groups of neighbouring codes are restricted to the
+    points that the GGUF type of that name can store.
     """
 
     kind: Literal["int", "float", "codebook"]
@@ -201,6 +202,7 @@ class Grid:
     exponent: int = 0
     mantissa: int = 0
     values: tuple[float, ...] = ()
+    lattice: str = ""
 
 
 def int_grid(bits: int, signed: bool) -> Grid:

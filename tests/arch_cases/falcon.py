@@ -10,7 +10,7 @@ SMALL = {
     "vocab_size": 384,
     "max_position_embeddings": 512,
 }
-_ERF = {"losses": ("gelu_erf",), "floor": 1e-5}
+_ERF = {"losses": ("gelu_erf",), "floor": 1e-6}
 _NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 
 CASES = [

@@ -12,7 +12,7 @@ CASES = [
         "gpt2",
         SMALL | {"n_inner": 512, "activation_function": "gelu"},
         losses=("gelu_erf",),
-        floor=1e-5,
+        floor=1e-6,
     ),
     Case(
         "relu",

@@ -14,7 +14,7 @@ _ROPE = {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0, "partial_rotar
 _TANH = SMALL | {"hidden_act": "gelu_new"}
 
 CASES = [
-    Case("parallel", "gpt_neox", SMALL, losses=("gelu_erf",), floor=1e-5, dtype="bfloat16"),
+    Case("parallel", "gpt_neox", SMALL, losses=("gelu_erf",), floor=1e-6, dtype="bfloat16"),
     Case("sequential", "gpt_neox", _TANH | {"use_parallel_residual": False}, floor=1e-6),
     Case("linear", "gpt_neox", _TANH | {"rope_parameters": _ROPE}, floor=1e-6),
     Case(

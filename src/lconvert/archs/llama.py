@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lconvert.ir import Attention, Decoder, Layer, Mlp
 
@@ -25,14 +25,19 @@ NAMES = (
 
 
 def attention(
-    keys: Keys, *, qkv_bias: bool = False, o_bias: bool = False, theta: float = 10000.0
+    keys: Keys,
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    theta: float = 10000.0,
+    head_dim: int | None = None,
+    layout: Literal["half", "interleaved"] = "half",
 ) -> Attention:
-    """The grouped-query attention with RoPE that the Llama family shares."""
+    """The grouped-query attention with RoPE that the Llama family shares. `head_dim`: where the config has none."""
     heads = keys.size("num_attention_heads")
-    head_dim = keys.size("head_dim", None) or keys.size("hidden_size") // heads
-    rope = parse_rope(
-        keys, rope_parameters(keys), head_dim, context=keys.size("max_position_embeddings"), theta=theta
-    )
+    head_dim = keys.size("head_dim", head_dim) or keys.size("hidden_size") // heads
+    context = keys.size("max_position_embeddings")
+    rope = parse_rope(keys, rope_parameters(keys), head_dim, context=context, theta=theta, layout=layout)
     return Attention(
         heads=heads,
         kv_heads=keys.size("num_key_value_heads", heads),

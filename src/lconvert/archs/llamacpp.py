@@ -23,7 +23,7 @@ Presence = Literal["required", "absent", "optional"]
 
 #: Bound on the mean KLD that a model with exact (erf) GELU pays in a graph that computes the tanh approximation,
 #: measured on random models, ggml's half-precision GELU table included.
-ERF_COST = 1e-5
+ERF_COST = 1e-6
 
 
 def head_dim_scale(d: Decoder, layer: Layer) -> float:
