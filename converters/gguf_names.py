@@ -105,7 +105,8 @@ def layout(arch: Arch, d: Decoder) -> Iterator[Stored]:
         first = shapes[members[0]]
         _, local, _ = _local(members[0])
         layer = d.layer(int(name.split(".")[1])) if name.startswith("blk.") else d.default
-        turn = g.permute and local in ("attn.q", "attn.k") and layer.attention.rope is not None
+        # Layers without rope too, as upstream's converter does: scores do not depend on the order of rows.
+        turn = g.permute and local in ("attn.q", "attn.k")
         if local.startswith("moe.") and local != "moe.router":
             shape: tuple[int, ...] = (len(members), *first)
         else:

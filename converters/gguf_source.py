@@ -221,6 +221,7 @@ def _traits(file: gguf.GGUFFile, meta: _Meta, arch: Arch) -> Decoder:
         norm="rms" if rms is not None else "layer",
         norm_eps=short(rms if rms is not None else meta.number("attention.layer_norm_epsilon")),
         default=layer,
+        overrides=_dense_layers(file, layer, layers),
         norm_bias="output_norm.bias" in t,
         tied="output.weight" not in t,
         head_bias="output.bias" in t,
@@ -243,6 +244,15 @@ def _traits(file: gguf.GGUFFile, meta: _Meta, arch: Arch) -> Decoder:
     elif window:
         d = replace(d, default=replace(layer, attention=replace(attention, window=int(window))))
     return arch.gguf.restore(d)
+
+
+def _dense_layers(file: gguf.GGUFFile, layer: Layer, layers: int) -> dict[int, Layer]:
+    """Layers with a plain MLP in a model that has experts."""
+    if not isinstance(layer.mlp, Moe):
+        return {}
+    gates = {i: file.tensors.get(f"blk.{i}.ffn_gate.weight") for i in range(layers)}
+    plain = {i: Mlp("gated", layer.mlp.activation, gate.shape[0]) for i, gate in gates.items() if gate is not None}
+    return {i: replace(layer, mlp=mlp) for i, mlp in plain.items()}
 
 
 def _block(file: gguf.GGUFFile, meta: _Meta) -> Any:

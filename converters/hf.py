@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from lconvert.archs.common import Bind, Keys, binds
 from lconvert.errors import InputError, MissingPackageError, UnsupportedError
 from lconvert.formats import safetensors
 from lconvert.forward import hf_tensor
-from lconvert.ir import DTYPE_SIZE, NUMPY_DTYPE, Entry, Model, Tensor, take_rows
+from lconvert.ir import DTYPE_SIZE, NUMPY_DTYPE, Entry, Model, Tensor, concat_rows, take_rows
 from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
 from lconvert.spec import check
 
@@ -124,16 +124,21 @@ def _load(
     """The canonical tensors inside one source tensor."""
     if tuple(info.shape) != bind.shape:
         raise InputError(
-            f"{file.path}: tensor {bind.hf} has shape {tuple(info.shape)}, the configuration implies {bind.shape}"
+            f"{file.path}: tensor {info.name} has shape {tuple(info.shape)}, the configuration implies {bind.shape}"
         )
     if info.dtype not in _FLOATS:
         raise UnsupportedError(
-            f"{file.path}: tensor {bind.hf} is stored as {info.dtype}; only {', '.join(_FLOATS)} checkpoints "
+            f"{file.path}: tensor {info.name} is stored as {info.dtype}; only {', '.join(_FLOATS)} checkpoints "
             "can be read so far"
         )
-    whole = safetensors.transposed(file, bind.hf) if bind.transpose else safetensors.tensor(file, bind.hf)
+    whole = (safetensors.transposed if bind.transpose else safetensors.tensor)(file, info.name)
     for role, ranges in bind.parts:
-        yield role, take_rows(whole, ranges)
+        yield role, take_rows(whole, ranges) if bind.row is None else _as_row(whole)
+
+
+def _as_row(vector: Tensor) -> Tensor:
+    """A vector of n as (1, n)."""
+    return replace(vector, shape=(1, *vector.shape), read=lambda a, b: vector.load()[None][a:b])
 
 
 def read(source: str | Path) -> Model:
@@ -159,14 +164,15 @@ def read(source: str | Path) -> Model:
         raise UnsupportedError(f"{folder / 'config.json'}: architectures {classes}, expected {arch.hf_class}")
 
     tensors = _tensors(folder)
-    entries: dict[str, Entry] = {}
+    pieces: dict[str, list[tuple[Tensor, str]]] = {}
     report = [f"inert config keys: {', '.join(inert)}"] if inert else []
     for bind in binds(arch.names, decoder):
-        found = tensors.pop(bind.hf, None)
+        found = tensors.pop(bind.hf, None) or tensors.pop(bind.other, None)
         if found is None:
             raise InputError(f"{folder}: tensor {bind.hf} {bind.shape} is missing")
         for role, tensor in _load(bind, *found):
-            entries[role] = Entry(role, tensor, provenance=(f"{found[0].path.name}:{bind.hf}",))
+            pieces.setdefault(role, []).append((tensor, f"{found[0].path.name}:{found[1].name}"))
+    entries = {role: _entry(role, *zip(*found, strict=True)) for role, found in pieces.items()}
     left = sorted(tensors)
     if decoder.tied and "lm_head.weight" in tensors:
         _same_as_embedding(folder, tensors["lm_head.weight"], entries["embed"])
@@ -195,6 +201,14 @@ def read(source: str | Path) -> Model:
             report=tuple(report),
         )
     )
+
+
+def _entry(role: str, parts: tuple[Tensor, ...], where: tuple[str, ...]) -> Entry:
+    """One canonical entry out of the source tensors that hold its rows."""
+    kinds = {p.dtype for p in parts}
+    if len(kinds) > 1:
+        raise UnsupportedError(f"{parts[0].origin}: stored as {parts[0].dtype}, its neighbours as {', '.join(kinds)}")
+    return Entry(role, concat_rows(parts), provenance=where)
 
 
 def _same_as_embedding(

@@ -288,10 +288,10 @@ def _byte_level(part: Mapping[str, Any]) -> tuple[str, ...]:
 def _split(part: Mapping[str, Any]) -> tuple[str, ...]:
     pattern = part.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, Mapping) else None
-    if not isinstance(regex, str):
-        return (_spelled(part),)
-    regex = canonical_regex(regex)
     behavior, invert = part.get("behavior"), bool(part.get("invert"))
+    if not isinstance(regex, str):
+        return (f"<Split(pattern={pattern!r}, behavior={behavior!r}, invert={invert!r})>",)
+    regex = canonical_regex(regex)
     covers = regex.endswith((r"|\s+", r"|\s"))
     if (behavior == "Isolated" and not invert) or (covers and behavior in ("Isolated", "Removed") and invert):
         return (regex,)
@@ -307,7 +307,18 @@ def _punctuation(part: Mapping[str, Any]) -> tuple[str, ...]:
     return (forms.get(str(part.get("behavior", "Isolated")), _spelled(part)),)
 
 
+def _metaspace(part: Mapping[str, Any]) -> tuple[str, ...]:
+    old = "always" if part.get("add_prefix_space", True) else "never"
+    return (metaspace(str(part.get("prepend_scheme", old)), bool(part.get("split", True)), part.get("replacement")),)
+
+
+def metaspace(scheme: str, split: bool, replacement: object = "▁") -> str:
+    """The canonical step of a Metaspace pre-tokenizer, which writes a space as another character."""
+    return f"<Metaspace(replacement={replacement!r}, prepend_scheme={scheme!r}, split={split!r})>"
+
+
 _READERS = {
+    "Metaspace": _metaspace,
     "ByteLevel": _byte_level,
     "Split": _split,
     "Digits": _digits,

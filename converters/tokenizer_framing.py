@@ -8,6 +8,7 @@ from typing import Any
 
 from lconvert.converters.token_limits import Limit, framing
 from lconvert.errors import InputError
+from lconvert.formats.files import show
 from lconvert.ir import Tokenizer
 
 
@@ -36,8 +37,14 @@ def read_framing(tokenizer: Tokenizer, notes: list[str]) -> tuple[Framing, list[
             if on
         ]
         return Framing(asked["bos"], asked["eos"]), said
-    names = {i: t for t, i in ids_by_text(tokenizer).items()}
+    ids = ids_by_text(tokenizer)
+    names = {i: t for t, i in ids.items()}
+    for text in (*prefix, *suffix):
+        if text not in ids:
+            raise InputError(f"tokenizer.json: the post_processor adds {show(text)}, which is no token")
     bos = names.get(tokenizer.special.get("bos", tokenizer.special.get("cls", (-1,)))[0])
+    if bos is None and len(prefix) == 1:
+        bos = prefix[0]  # no file names a bos token, so it is the one that begins every text
     said = []
     if prefix and prefix != (bos,):
         said.append(

@@ -92,6 +92,8 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
     ]
     frame, said = read_framing(tokenizer, notes)
     found = [*algorithm.limits, *said]
+    if frame.bos and "bos" not in special and frame.prefix:
+        special["bos"] = ids_by_text(tokenizer)[frame.prefix[0]]
     _end_tokens(tokenizer, frame, special, texts, notes)
 
     rule = llamacpp_tokens.name_rule(
@@ -131,6 +133,7 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
     if algorithm.space_prefix is not None:
         keys["tokenizer.ggml.add_space_prefix"] = boolean(algorithm.space_prefix)
     keys |= _templates(tokenizer)
+    found = list({limit.reason: limit for limit in found}.values())
     notes = [*map(str, found), *notes]
     return Lowered(keys, tuple(dict.fromkeys(notes)), tuple(found), rule, frame)
 

@@ -72,10 +72,11 @@ def check_json(data: Mapping[str, Any], origin: str) -> None:
     model = data.get("model")
     if not isinstance(model, Mapping):
         raise wrong("there is no `model`; this is no tokenizer.json, or a damaged one")
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if not isinstance(data.get(part), Mapping | None):
-            raise wrong(f"`{part}` is {show(data[part])}, not an object")
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if data.get(name) is not None:
+            _check_part(data[name], name, wrong)
     vocab = _vocab(model, wrong)
+    _check_model(model, vocab, wrong)
     _check_ids(vocab, "the vocabulary", wrong)
     if model.get("type", "BPE") == "BPE":
         _check_merges(model, vocab, wrong)
@@ -99,6 +100,47 @@ def check_json(data: Mapping[str, Any], origin: str) -> None:
                 f"{show(text)} has id {vocab[text]} in the vocabulary and {show(token.get('id'))} as added token"
             )
     _check_ids({**vocab, **listed}, "the added tokens", wrong)
+
+
+def _check_part(part: Any, where: str, wrong: Any) -> None:
+    """A component is an object with a type; a Sequence holds a list of components; a template a list of marks."""
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise wrong(f"`{where}` is {show(part)}, not an object with a type")
+    for name in ("normalizers", "pretokenizers", "processors", "decoders"):
+        inner = part.get(name, [])
+        if not isinstance(inner, list):
+            raise wrong(f"`{where}.{name}` is {show(inner)}, not a list")
+        for i, child in enumerate(inner):
+            _check_part(child, f"{where}.{name}[{i}]", wrong)
+    marks = part.get("single", [])
+    if not isinstance(marks, list) or not all(map(_is_mark, marks)):
+        raise wrong(f"`{where}.single` is {show(marks)}, not a list of special tokens and sequences")
+    for name in ("cls", "sep"):
+        if name in part and not (isinstance(part[name], list) and part[name] and isinstance(part[name][0], str)):
+            raise wrong(f"`{where}.{name}` is {show(part[name])}, not a token and its id")
+    table = part.get("special_tokens", {})
+    if not isinstance(table, Mapping) or not all(_is_expansion(e) for e in table.values()):
+        raise wrong(f"`{where}.special_tokens` is {show(table)}, not a table of tokens")
+
+
+def _is_mark(mark: Any) -> bool:
+    inner = list(mark.values()) if isinstance(mark, Mapping) else []
+    return len(inner) == 1 and isinstance(inner[0], Mapping) and isinstance(inner[0].get("id"), str)
+
+
+def _is_expansion(entry: Any) -> bool:
+    tokens = entry.get("tokens") if isinstance(entry, Mapping) else None
+    return isinstance(tokens, list) and all(isinstance(t, str) for t in tokens)
+
+
+def _check_model(model: Mapping[str, Any], vocab: Mapping[str, Any], wrong: Any) -> None:
+    if not isinstance(model.get("type", "BPE"), str):
+        raise wrong(f"`model.type` is {show(model['type'])}")
+    unk, unk_id = model.get("unk_token"), model.get("unk_id")
+    if unk is not None and not isinstance(unk, str):
+        raise wrong(f"`model.unk_token` is {show(unk)}, not a token")
+    if unk_id is not None and (not isinstance(unk_id, int) or not 0 <= unk_id < len(vocab)):
+        raise wrong(f"`model.unk_id` is {show(unk_id)}, the vocabulary has {len(vocab)} pieces")
 
 
 def _vocab(model: Mapping[str, Any], wrong: Any) -> dict[str, Any]:

@@ -51,7 +51,6 @@ _ONCE = "the source puts no space before a text that begins with one, llama.cpp 
 _EDGES = "llama.cpp drops leading and trailing spaces, the source keeps one"
 _TRIMS = "the source drops leading, trailing or repeated spaces, llama.cpp keeps them all"
 _TABLE = "the source normalizes text by its own table, which llama.cpp does not"
-
 _BLANK = "the source puts a space before a text of nothing but spaces, llama.cpp does not"
 _CLUSTERS = "the source normalizes what is one character on the screen as a whole, llama.cpp piece by piece"
 
@@ -61,16 +60,12 @@ def _between(reason: str, test: Reaches, added: Sequence[str]) -> Limit:
     return Limit(reason, either(test, containing(added)))
 
 
-def _metaspace(scheme: str, split: bool) -> str:
-    return f"<Metaspace(replacement={SPACE!r}, prepend_scheme={scheme!r}, split={split!r})>"
-
-
 #: pre-tokenizers that only deal with the prefix: canonical steps -> (prefix, what llama.cpp does differently)
 _PREFIXES: Mapping[tuple[str, ...], tuple[bool, tuple[str, ...]]] = {
     (): (False, ()),
     ("<Split(pattern={'String': ' '}, behavior='MergedWithPrevious', invert=False)>",): (False, ()),
     **{
-        (_metaspace(scheme, split),): (scheme != "never", said)
+        (pretokenizers.metaspace(scheme, split),): (scheme != "never", said)
         for split in (False, True)
         for scheme, said in (("always", (_ONCE,)), ("first", (_ONCE, _FIRST)), ("never", ()))
     },
@@ -108,7 +103,7 @@ def characters_bpe(
     if model_type in _CHARACTER_BPE and not prefix:
         name, pre = _CHARACTER_BPE[model_type]
         return _by_rank(name, pre, model, merges, notes, limits)
-    scores, problem = piece_scores(model)
+    scores, problem = piece_scores(model, added)
     if problem and not prefix:
         notes.append(f"BPE by rank instead of by score, because {problem}")
         return _by_rank("gpt2", "sarvam-moe", model, merges, notes, limits)
@@ -185,7 +180,7 @@ def _inner_spaces(vocab: Mapping[str, int]) -> list[Limit]:
     ]
 
 
-def piece_scores(model: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+def piece_scores(model: Mapping[str, Any], added: Sequence[str]) -> tuple[dict[str, float], str]:
     """Scores by which joining pieces gives the merges' order, and why that is not quite so ("" if it is).
 
     Exact if each token's merges follow one another and are all the ways to put it together. The scores are
@@ -208,17 +203,18 @@ def piece_scores(model: Mapping[str, Any]) -> tuple[dict[str, float], str]:
         for cut in range(1, len(text)):
             if text[:cut] in vocab and text[cut:] in vocab and (text[:cut], text[cut:]) not in pairs:
                 problem = problem or f"{text[:cut]!r} and {text[cut:]!r} join to a token, but not by a merge"
-    return _numbered(vocab, list(order)), problem
+    return _numbered(vocab, list(order), frozenset(added)), problem
 
 
-def _numbered(vocab: Mapping[str, int], order: list[str]) -> dict[str, float]:
+def _numbered(vocab: Mapping[str, int], order: list[str], added: frozenset[str]) -> dict[str, float]:
     """Scores that fall along `order`: by id where the ids rise with it, up to a few late pieces at the end."""
     ids = [vocab[t] for t in order]
     rising = next((i for i in range(1, len(ids)) if ids[i] <= ids[i - 1]), len(ids))
     late = order[rising:]
     if order and len(late) <= _LATE:
-        start = min(ids)
+        start = min((vocab[t] for t in order if t not in added), default=min(ids))
         scores = {t: float(min(0, start - i)) for t, i in vocab.items()}
+        scores |= {t: float(start - vocab[t]) for t in order}
         return scores | {t: -1e9 - 64.0 * k for k, t in enumerate(late)}  # 64 is the step of float32 there
     ranked = {t: -float(i) for i, t in enumerate(order)}
     return {t: ranked.get(t, -float(len(order)) if len(t) == 1 else 0.0) for t in vocab}

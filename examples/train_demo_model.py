@@ -1,4 +1,4 @@
-"""Trains examples/demo_model: a Llama of 2.3 million parameters, tokenizer included, on one CPU core in 20 minutes.
+"""Trains examples/demo_model: a Llama of 2.3 million parameters, tokenizer included: 15 minutes of one core's time.
 
     python examples/train_demo_model.py --text novels.txt --eval tests/data/eval.txt --out DIR
 
@@ -8,7 +8,8 @@ a blank line between paragraphs, two between chapters.
 
 Every training row is <|begin_of_text|> and 511 tokens, which is what a runtime feeds the model. One row in eight holds
 paragraphs as the turns of a conversation, so that the chat template and its special tokens mean something too: the
-"assistant" goes on with the story. The same seed, text, thread count and library versions give the same file.
+"assistant" goes on with the story. On one processor, the same seed, text, thread count and library versions give the
+same file.
 """
 
 from __future__ import annotations

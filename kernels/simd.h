@@ -91,7 +91,7 @@ LANE_FN F nearest(F v) {
 }
 
 // IEEE half precision, round to nearest even, infinity on overflow, in the low 16 bits of each lane. A NaN becomes
-// sign | 0x7e00 as in ggml_compute_fp32_to_fp16. Integer arithmetic only.
+// sign | 0x7e00 as in ggml_compute_fp32_to_fp16.
 LANE_FN I half_bits(F v) {
     const I raw = bits(v), sign = (raw >> 16) & 0x8000, magnitude = raw & 0x7fffffff;
     const I normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112 << 23)) >> 13;
@@ -128,13 +128,23 @@ struct MakeIndices<0, K...> {
     typedef Indices<K...> type;
 };
 
+// Element k is a[k] for k < W, else b[k - W].
+template <int... K>
+LANE_FN F shuffle(F a, F b, Indices<K...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, K...);
+#else
+    return __builtin_shuffle(a, b, I{K...});  // __builtin_shufflevector only came with GCC 12
+#endif
+}
+
 template <int... K>
 LANE_FN F zip_low(F a, F b, Indices<K...>) {
-    return __builtin_shufflevector(a, b, (K / 2 + K % 2 * W)...);
+    return shuffle(a, b, Indices<(K / 2 + K % 2 * W)...>());
 }
 template <int... K>
 LANE_FN F zip_high(F a, F b, Indices<K...>) {
-    return __builtin_shufflevector(a, b, (W / 2 + K / 2 + K % 2 * W)...);
+    return shuffle(a, b, Indices<(W / 2 + K / 2 + K % 2 * W)...>());
 }
 
 // Transposes W x W values in place: log2(W) rounds of a perfect shuffle.

@@ -68,6 +68,8 @@ def hf_tensor(model: Model, bind: Any) -> NDArray[np.float32]:
         part = values(model.entries[role].data)
         if "norm" in role and model.arch.norm_offset != target:
             part = part + np.float32(model.arch.norm_offset) - np.float32(target)
+        if bind.row is not None:
+            part = part[bind.row]
         at = 0
         for a, b in ranges:
             out[a:b] = part[at : at + b - a]
@@ -98,7 +100,7 @@ class Forward:
         with _parameters_on_meta(self._torch), self._torch.no_grad():
             self.module = module(hf_config).eval()
         self._model = model
-        self._binds = {b.hf: b for b in binds(arch.names, model.arch)}
+        self._binds = {n: b for b in binds(arch.names, model.arch) for n in (b.hf, b.other)}
         self.layers = self._find_layers(model.arch.layers)
         self._attach()
 

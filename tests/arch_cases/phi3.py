@@ -10,8 +10,8 @@ def _longrope(pairs: int) -> dict[str, object]:
     return {
         "rope_type": "longrope",
         "rope_theta": 1e4,
-        "short_factor": [1.0 + 0.05 * i for i in range(pairs)],
-        "long_factor": [1.5 + 0.4 * i for i in range(pairs)],
+        "short_factor": [round(1.0 + 0.05 * i, 4) for i in range(pairs)],
+        "long_factor": [round(1.5 + 0.4 * i, 4) for i in range(pairs)],
     }
 
 

@@ -347,10 +347,11 @@ def hf_rope(rope: Rope, head_dim: int, context: int) -> dict[str, Any]:
 class Name:
     """One tensor of the source and the canonical roles that its rows hold.
 
-    `hf` and `roles` may contain {i} (layer) and {e} (expert). `layout` of a fused tensor: stacked = one part
+    `hf` and `roles` may contain {i} (layer) and {e} (expert); {h} in `hf` alone makes a tensor of every row of a role
+    (norms of heads). `layout` of a fused tensor: stacked = one part
     after the other; grouped = per key-value group: its query heads, then its key head, then its value head.
-    `transpose`: stored as (in, out). `block`: only in layers of this kind. A bias is found by replacing .weight with
-    .bias.
+    `transpose`: stored as (in, out). `block`: only in layers of this kind. `other`: a second spelling that checkpoints
+    or classes use. A bias is found by replacing .weight with .bias.
     """
 
     hf: str
@@ -358,6 +359,7 @@ class Name:
     layout: Literal["stacked", "grouped"] = "stacked"
     transpose: bool = False
     block: str = ""
+    other: str = ""
 
 
 def name(
@@ -366,18 +368,24 @@ def name(
     layout: Literal["stacked", "grouped"] = "stacked",
     transpose: bool = False,
     block: str = "",
+    other: str = "",
 ) -> Name:
-    return Name(hf, canonical, layout, transpose, block)
+    return Name(hf, canonical, layout, transpose, block, other)
 
 
 @dataclass(frozen=True)
 class Bind:
-    """A concrete source tensor: which of its rows are which role. `ranges` are (start, stop) row ranges."""
+    """A concrete source tensor: which of its rows are which role. `ranges` are (start, stop) row ranges.
+
+    `row`: the tensor is this row of its only role.
+    """
 
     hf: str
     parts: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
     shape: tuple[int, ...]
     transpose: bool = False
+    other: str = ""
+    row: int | None = None
 
 
 def _ranges(
@@ -399,27 +407,37 @@ def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
     """Every source tensor that a decoder with these traits consists of, weights and biases."""
     shapes = roles(d)
 
-    def one(n: Name, hf: str, parts: tuple[str, ...], groups: int) -> Iterator[Bind]:
-        for hf_name, suffix in ((hf, ""), (hf.removesuffix(".weight") + ".bias", ".bias")):
+    def each_row(n: Name, role: str, i: int) -> Iterator[Bind]:
+        for h in range(shapes[role][0] if role in shapes else 0):
+            cols = shapes[role][1]
+            yield Bind(n.hf.format(i=i, h=h), ((role, ((0, cols),)),), (cols,), row=h)
+
+    def one(n: Name, parts: tuple[str, ...], groups: int, i: int = 0, e: int = 0) -> Iterator[Bind]:
+        hf, other = n.hf.format(i=i, e=e), n.other.format(i=i, e=e)
+        for suffix in ("", ".bias"):
             found = tuple(p + suffix for p in parts if p + suffix in shapes)
             if not found:
                 continue
             total = (sum(shapes[p][0] for p in found), *shapes[found[0]][1:])
             transposed = n.transpose and not suffix
             rows = tuple(_ranges(shapes, found, n.layout, groups))
-            yield Bind(hf_name, rows, total[::-1] if transposed else total, transposed)
+            names = (x.removesuffix(".weight") + suffix if suffix else x for x in (hf, other))
+            yield Bind(next(names), rows, total[::-1] if transposed else total, transposed, next(names))
 
     for n in names:
         if "{i}" not in n.hf:
-            yield from one(n, n.hf, n.roles, 1)
+            yield from one(n, n.roles, 1)
             continue
         for i, layer in d.each():
             if n.block not in ("", layer.block):
                 continue
+            if "{h}" in n.hf:
+                yield from each_row(n, n.roles[0].format(i=i), i)
+                continue
             experts = range(layer.mlp.experts) if isinstance(layer.mlp, Moe) else range(0)
             for e in experts if "{e}" in n.hf else range(1):
                 parts = tuple(r.format(i=i, e=e) for r in n.roles)
-                yield from one(n, n.hf.format(i=i, e=e), parts, layer.attention.kv_heads)
+                yield from one(n, parts, layer.attention.kv_heads, i, e)
 
 
 # --- targets ---------------------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ NAMES = (
 NO_CAP = 2.0**40
 
 
+def _cap(value: float | None) -> float | None:
+    """A soft cap as read from a file, where a key holds the shortest decimal of an fp32 number."""
+    return None if value is not None and value > 1e12 else value
+
+
+
 def layer_types(keys: Keys, pattern: int) -> list[bool]:
     """Which layers are local: `layer_types`, or all but every `pattern`-th."""
     n = keys.size("num_hidden_layers")
@@ -135,13 +141,11 @@ def restore(largest: int, pattern: int) -> Callable[[Decoder], Decoder]:
         def change(layer: Layer) -> Layer:
             a = layer.attention
             rope = a.rope or Rope(theta=10000.0, dim=a.head_dim)
-            cap = None if a.softcap is not None and a.softcap >= NO_CAP else a.softcap
-            a = replace(a, scale=scale(largest)(d, layer), softcap=cap, rope=rope)
+            a = replace(a, scale=scale(largest)(d, layer), softcap=_cap(a.softcap), rope=rope)
             return replace(layer, attention=a, mlp=replace(layer.mlp, activation="gelu_tanh"))
 
-        cap = d.final_softcap
-        d = replace(map_layers(d, change), embed_scale=math.sqrt(d.hidden))
-        return replace(d, final_softcap=None if cap is not None and cap >= NO_CAP else cap)
+        d = map_layers(d, change)
+        return replace(d, embed_scale=math.sqrt(d.hidden), final_softcap=_cap(d.final_softcap))
 
     return of
 

@@ -6,10 +6,15 @@ from typing import Any
 
 from lconvert.ir import Attention, Decoder, Layer, Mlp
 
-from .common import Arch, Gguf, Keys, activation, hf_activation, name
+from .common import Arch, Gguf, Keys, Name, activation, hf_activation, name
 from .llamacpp import graph, restored
 
-_LAYER = "transformer.h.{i}."
+_LAYER = "h.{i}."
+
+
+def _name(hf: str, *canonical: str, transpose: bool = False) -> Name:
+    """The released checkpoints were saved without the class's prefix."""
+    return name("transformer." + hf, *canonical, transpose=transpose, other=hf)
 
 
 def _traits(keys: Keys) -> Decoder:
@@ -60,15 +65,15 @@ ARCH = Arch(
     traits=_traits,
     config=_config,
     names=(
-        name("transformer.wte.weight", "embed"),
-        name("transformer.wpe.weight", "pos_embed"),
-        name(_LAYER + "ln_1.weight", "layers.{i}.attn_norm"),
-        name(_LAYER + "attn.c_attn.weight", *("layers.{i}.attn." + side for side in "qkv"), transpose=True),
-        name(_LAYER + "attn.c_proj.weight", "layers.{i}.attn.o", transpose=True),
-        name(_LAYER + "ln_2.weight", "layers.{i}.mlp_norm"),
-        name(_LAYER + "mlp.c_fc.weight", "layers.{i}.mlp.up", transpose=True),
-        name(_LAYER + "mlp.c_proj.weight", "layers.{i}.mlp.down", transpose=True),
-        name("transformer.ln_f.weight", "norm"),
+        _name("wte.weight", "embed"),
+        _name("wpe.weight", "pos_embed"),
+        _name(_LAYER + "ln_1.weight", "layers.{i}.attn_norm"),
+        _name(_LAYER + "attn.c_attn.weight", *("layers.{i}.attn." + side for side in "qkv"), transpose=True),
+        _name(_LAYER + "attn.c_proj.weight", "layers.{i}.attn.o", transpose=True),
+        _name(_LAYER + "ln_2.weight", "layers.{i}.mlp_norm"),
+        _name(_LAYER + "mlp.c_fc.weight", "layers.{i}.mlp.up", transpose=True),
+        _name(_LAYER + "mlp.c_proj.weight", "layers.{i}.mlp.down", transpose=True),
+        _name("ln_f.weight", "norm"),
         name("lm_head.weight", "head"),
     ),
     gguf=Gguf(
@@ -84,5 +89,5 @@ ARCH = Arch(
         ),
         restore=restored("gelu_tanh"),
     ),
-    inert_tensors=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+    inert_tensors=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
 )

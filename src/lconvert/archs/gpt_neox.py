@@ -87,7 +87,7 @@ ARCH = Arch(
         name(_LAYER + "mlp.dense_h_to_4h.weight", "layers.{i}.mlp.up"),
         name(_LAYER + "mlp.dense_4h_to_h.weight", "layers.{i}.mlp.down"),
         name("gpt_neox.final_layer_norm.weight", "norm"),
-        name("embed_out.weight", "head"),
+        name("embed_out.weight", "head", other="lm_head.weight"),
     ),
     gguf=Gguf(
         "gptneox",

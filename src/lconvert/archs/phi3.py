@@ -47,7 +47,7 @@ def _traits(keys: Keys) -> Decoder:
 
 def _config(d: Decoder) -> dict[str, Any]:
     a = d.default.attention
-    out = base_config(d, ARCH.hf_class) | {"sliding_window": a.window}
+    out = base_config(d, ARCH.hf_class) | {"sliding_window": a.window, "pad_token_id": None}
     if a.rope is not None and a.rope.scaling == "longrope":
         out["original_max_position_embeddings"] = a.rope.original_context
     return out
