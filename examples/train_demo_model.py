@@ -1,6 +1,6 @@
 """Trains examples/demo_model: a Llama of 2.3 million parameters, tokenizer included: 15 minutes of one core's time.
 
-    python examples/train_demo_model.py --text novels.txt --eval tests/data/eval.txt --out DIR
+    python examples/train_demo_model.py --text novels.txt --eval validators/text/excerpt.txt --out DIR
 
 The model in this repository was trained on five novels by Jane Austen and is measured on the opening of a sixth;
 examples/data/README.md says how to get the text. Any UTF-8 prose of a few megabytes will do: one paragraph per line,

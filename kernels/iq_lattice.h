@@ -16,6 +16,9 @@ template <int Size, int Bits, int Levels, int Sub>
 struct Shape {
     static constexpr int kSize = Size, kBits = Bits, kLevels = Levels, kSub = Sub;
     static constexpr int kGroups = Sub / Size, kSubs = 256 / Sub;
+
+    // The weight of a value without importance. Where that makes no sense the caller has refused.
+    static F own_weight(F square, F) { return square; }
 };
 
 // What a level stands for in the searches, repeated to fill the widest vector.

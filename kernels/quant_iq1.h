@@ -222,7 +222,7 @@ LANE_FN void ternary_block(const Group& group, const Lattice& lattice, TernaryBl
     const F mean = 2.0f * sum_of_squares(x) / 256.0f;
     for (int i = 0; i < 256; ++i) {
         const F square = x[i] * x[i];
-        w[i] = group.weights[0] ? w[i] * sqrt(mean + square) : square;
+        w[i] = group.weights[0] ? w[i] * sqrt(mean + square) : T::own_weight(square, mean);
     }
     F scale[T::kSubs], top = splat(0.0f);
     I code[32];

@@ -21,7 +21,6 @@ struct Iq2Xxs : Shape<8, 2, 3, 32> {
     static constexpr float kStep = 0.1f, kEnergy = 1, kNegligible = 1e-15f, kFudge = 1;
     static constexpr Refit kRefit = Refit::kAll;
     static constexpr bool kEvenSigns = true;
-    static F own_weight(F square, F) { return square; }  // the caller refuses to go without importance
 };
 
 struct Iq2Xs : Shape<8, 2, 3, 16> {
@@ -29,7 +28,6 @@ struct Iq2Xs : Shape<8, 2, 3, 16> {
     static constexpr float kStep = 0.1f, kEnergy = 1, kNegligible = 1e-15f, kFudge = 1;
     static constexpr Refit kRefit = Refit::kOff;
     static constexpr bool kEvenSigns = true;
-    static F own_weight(F square, F) { return square; }
 };
 
 struct Iq2S : Shape<8, 2, 3, 16> {
@@ -45,7 +43,6 @@ struct Iq3Xxs : Shape<4, 3, 8, 32> {
     static constexpr float kStep = 0.2f, kEnergy = 2, kNegligible = 1e-8f, kFudge = 1.0125f;
     static constexpr Refit kRefit = Refit::kOff;
     static constexpr bool kEvenSigns = true;
-    static F own_weight(F square, F) { return square; }
 };
 
 struct Iq3S : Shape<4, 3, 8, 32> {
@@ -53,7 +50,6 @@ struct Iq3S : Shape<4, 3, 8, 32> {
     static constexpr float kStep = 0.2f, kEnergy = 2, kNegligible = 0x1p-149f, kFudge = 1.033f;
     static constexpr Refit kRefit = Refit::kAllIfOff;
     static constexpr bool kEvenSigns = false;
-    static F own_weight(F square, F) { return square; }
 };
 
 // One sub-block per lane: code of every group, sign byte of every 8 values. `dead`: nothing was fitted.

@@ -72,7 +72,7 @@ def test_every_shape(type: str, rows: int, cols: int) -> None:
 @pytest.mark.parametrize("type", TYPES)
 @settings(max_examples=15, deadline=None)
 @given(
-    x=arrays(np.float32, (1, 256), elements=st.floats(-(2.0**50), 2.0**50, width=32)),
+    x=arrays(np.float32, (1, 256), elements=st.floats(-(2.0**30), 2.0**30, width=32)),
     weights=arrays(np.float32, 256, elements=st.floats(0, 2.0**20, width=32)),
 )
 def test_any_moderate_values(type: str, x: F32, weights: F32) -> None:

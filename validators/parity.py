@@ -7,6 +7,7 @@ required runtime is missing.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from lconvert.ir import Model, QTensor
 from lconvert.validators import gates as gate_file
 from lconvert.validators.logits import LogitStats, compare, windows
 from lconvert.validators.tensors import TensorCheck, check_gguf
+
+#: Largest temporary file for the check of the graph with F32 weights.
+_GRAPH_LIMIT = 8 << 30
 
 TIERS = ("structure", "tensors", "tokens", "logits")
 
@@ -260,11 +264,39 @@ class _Run:
             self.details["runtimes"] = [against, candidate.info()]
             stats = compare(reference.logits, candidate.logits, texts, lambda: self.progress("logits"))
             self.cost(stats)
-            if any(isinstance(e.data, QTensor) for e in self.artifact.entries.values()):
+            quantized = any(isinstance(e.data, QTensor) for e in self.artifact.entries.values())
+            if quantized:
                 own = Forward(self.dequantized())
                 self.fidelity(compare(own.logits, candidate.logits, texts, lambda: self.progress("fidelity")))
         finally:
             candidate.close()
+        if quantized:
+            self.graph(own, texts[:2], context, threads)
+
+    def graph(self, own: Any, texts: list[list[int]], context: int, threads: int | None) -> None:
+        """The artifact's numbers as F32 blocks in the same graph: what is wrong there is no kernel's rounding."""
+        from lconvert.converters import gguf, gguf_mixture
+        from lconvert.plan import execute
+        from lconvert.validators.runtimes.llamacpp import LlamaCpp
+
+        size = 4 * sum(e.data.size for e in self.artifact.entries.values())
+        if size > _GRAPH_LIMIT:
+            self.not_proven.append(f"logits: the graph with F32 weights, because they would take {size / 1e9:.0f} GB")
+            return
+        self.progress("graph")
+        losses = tuple(loss.name for loss in find(self.artifact.arch.family).gguf.losses(self.artifact.arch))
+        options = gguf.Options(gguf_mixture.Options("F32"), allow_loss=losses)
+        with tempfile.TemporaryDirectory(prefix="lconvert-") as folder:
+            wide = execute(gguf.plan(self.artifact, "f32.gguf", options), Path(folder)).paths[0]
+            runtime = LlamaCpp(wide, context=context, threads=threads)
+            try:
+                stats = compare(own.logits, runtime.logits, texts, lambda: self.progress("graph"))
+            finally:
+                runtime.close()
+        self.details["graph"] = stats.to_json()
+        gate = gate_file.float_gate(self.gates, self.source.arch.default.mlp.activation)
+        value = f"mean {stats.kld_mean:.2e}  max {stats.kld_max:.2e}"
+        self.add("logits", "graph with F32 weights", value, f"mean <= {gate:.1e}", stats.kld_mean <= gate)
 
     def dequantized(self) -> Model:
         """The artifact's numbers in the source's architecture (for example with the window llama.cpp ignores)."""

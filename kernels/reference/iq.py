@@ -83,7 +83,8 @@ def _spread(values: I32, width: int, count: int) -> I32:
 def _gather(digits: I32, width: int, count: int) -> I32:
     """Inverse of _spread."""
     shifted = digits.reshape(len(digits), -1, count) << width * np.arange(count, dtype=np.int32)
-    return np.bitwise_or.reduce(shifted, axis=2)
+    combined: I32 = np.bitwise_or.reduce(shifted, axis=2)
+    return combined
 
 
 def _join(d: NDArray[np.float16], *parts: U8) -> U8:

@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lconvert.errors import OptionError
 from lconvert.kernels.reference.iq_tables import lattice, neighbours
 from lconvert.kernels.reference.search import nearest_int, search_levels, sum_in_order
 
@@ -90,6 +89,22 @@ def _scale_codes(scale: F32, d: F32, top: int) -> I32:
     return np.clip(nearest_int(_HALF * (_ONE / d[:, None] * scale - _ONE)), 0, top)
 
 
+def _weights(
+    x: F32, importance: F32 | None, sub: int, energy: int, own: Callable[[F32, F32], F32] = lambda x2, _: x2
+) -> F32:
+    """Weights (sub, m) of the values: importance * sqrt(energy * mean square + x^2).
+
+    Without importance `own`(x^2, energy * mean square); the caller refuses to go without where that makes no sense.
+    """
+    mean = np.float32(energy) * sum_in_order(np.square(x).T) / np.float32(256)
+    means = np.repeat(mean, 256 // sub)
+    squares = np.square(_columns(x, sub))
+    if importance is None:
+        return own(squares, means)
+    weighted: F32 = _columns(importance, sub) * np.sqrt(means + squares)
+    return weighted
+
+
 # ---- IQ2 and IQ3 ----
 
 
@@ -110,32 +125,16 @@ class _Scan:
     refit: Literal["off", "all if off", "all"]
     fudge: float = 1.0
     even_signs: bool = False
-    own_weights: Callable[[F32, F32], F32] | None = None  # of squares and mean square, without importance
+    own: Callable[[F32, F32], F32] = lambda x2, _: x2  # weights without importance
 
 
 _SCANS = {
     "IQ2_XXS": _Scan(32, 6, 0.1, 1, 1e-15, "all", even_signs=True),
     "IQ2_XS": _Scan(16, 9, 0.1, 1, 1e-15, "off", even_signs=True),
-    "IQ2_S": _Scan(
-        16, 9, 0.1, 2, 1e-8, "off", 0.9875, own_weights=lambda x2, mean: np.float32(0.25) * mean + x2
-    ),
-    "IQ3_XXS": _Scan(32, 15, 0.2, 2, 1e-8, "off", 1.0125, even_signs=True, own_weights=lambda x2, mean: x2),
-    "IQ3_S": _Scan(32, 9, 0.2, 2, 2.0**-149, "all if off", 1.033, own_weights=lambda x2, mean: x2),
+    "IQ2_S": _Scan(16, 9, 0.1, 2, 1e-8, "off", 0.9875, own=lambda x2, mean: np.float32(0.25) * mean + x2),
+    "IQ3_XXS": _Scan(32, 15, 0.2, 2, 1e-8, "off", 1.0125, even_signs=True),
+    "IQ3_S": _Scan(32, 9, 0.2, 2, 2.0**-149, "all if off", 1.033),
 }
-
-
-def _weights(x: F32, importance: F32 | None, scan: _Scan, type: str) -> F32:
-    """Weights (sub, m) of the values: importance * sqrt(mean square + x^2)."""
-    mean = np.float32(scan.energy) * sum_in_order(np.square(x).T) / np.float32(256)
-    means = np.repeat(mean, 256 // scan.sub)
-    squares = np.square(_columns(x, scan.sub))
-    if importance is not None:
-        return _columns(importance, scan.sub) * np.sqrt(means + squares)
-    if scan.own_weights is None:
-        raise OptionError(
-            f"{type} needs an importance matrix; collect one and pass it, or choose IQ2_S or larger"
-        )
-    return scan.own_weights(squares, means)
 
 
 def _even(x: F32, weights: F32, magnitude: F32, negative: NDArray[np.bool_]) -> tuple[F32, NDArray[np.bool_]]:
@@ -155,7 +154,7 @@ def _even(x: F32, weights: F32, magnitude: F32, negative: NDArray[np.bool_]) -> 
 def _scan(type: str, x: F32, importance: F32 | None) -> Found:
     """quantize_row_iq2_xxs_impl, _iq2_xs_impl, _iq2_s_impl, _iq3_xxs_impl and _iq3_s_impl."""
     scan, grid = _SCANS[type], lattice(type)
-    weights = _weights(x, importance, scan, type)
+    weights = _weights(x, importance, scan.sub, scan.energy, scan.own)
     roots = np.sqrt(weights)
     xs = _columns(x, scan.sub)
     a, negative = np.abs(xs), xs < 0
@@ -244,15 +243,6 @@ def _closed_up(index: I32, sign: I32, dead: NDArray[np.bool_]) -> tuple[I32, I32
 # Levels 0, 1, 2 shifted up or down (x_p and x_m).
 _UP = np.array([-0.875, 0.125, 1.125], np.float32)
 _DOWN = np.array([-1.125, -0.125, 0.875], np.float32)
-
-
-def _sub_weights(x: F32, importance: F32 | None, sub: int) -> F32:
-    """Weights (sub, m): importance * sqrt(2 * mean square + x^2), or x^2."""
-    squares = np.square(_columns(x, sub))
-    if importance is None:
-        return squares
-    energy = np.float32(2) * sum_in_order(np.square(x).T) / np.float32(256)
-    return _columns(importance, sub) * np.sqrt(np.repeat(energy, 256 // sub) + squares)
 
 
 @dataclass
@@ -346,11 +336,7 @@ def _ternary(type: str, x: F32, importance: F32 | None) -> Found:
     halves = type == "IQ1_M"
     sub, negligible = (16, 1e-7) if halves else (32, 1e-12)
     grid = lattice(type)
-    if importance is None and not halves:
-        raise OptionError(
-            f"{type} needs an importance matrix; collect one and pass it, or choose IQ1_M or larger"
-        )
-    weights = _sub_weights(x, importance, sub)
+    weights = _weights(x, importance, sub, 2)
     xs = _columns(x, sub)
     wx = weights * xs
     largest = np.abs(xs).max(axis=0)

@@ -49,7 +49,8 @@ class Lattice:
     def codes(self, levels: NDArray[np.int32]) -> NDArray[np.int32]:
         """Codes of levels (..., size)."""
         shifted: NDArray[np.int32] = levels << self.bits * np.arange(self.size, dtype=np.int32)
-        return np.bitwise_or.reduce(shifted, axis=-1)
+        combined: NDArray[np.int32] = np.bitwise_or.reduce(shifted, axis=-1)
+        return combined
 
 
 @cache

@@ -11,7 +11,7 @@ SMALL = {
     "max_position_embeddings": 512,
 }
 _ROPE = {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0, "partial_rotary_factor": 0.5}
-_TANH = SMALL | {"hidden_act": "gelu_new"}
+_TANH = SMALL | {"hidden_act": "gelu_pytorch_tanh"}
 
 CASES = [
     Case("parallel", "gpt_neox", SMALL, losses=("gelu_erf",), floor=1e-6, dtype="bfloat16"),
