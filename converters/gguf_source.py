@@ -251,7 +251,9 @@ def _dense_layers(file: gguf.GGUFFile, layer: Layer, layers: int) -> dict[int, L
     if not isinstance(layer.mlp, Moe):
         return {}
     gates = {i: file.tensors.get(f"blk.{i}.ffn_gate.weight") for i in range(layers)}
-    plain = {i: Mlp("gated", layer.mlp.activation, gate.shape[0]) for i, gate in gates.items() if gate is not None}
+    plain = {
+        i: Mlp("gated", layer.mlp.activation, gate.shape[0]) for i, gate in gates.items() if gate is not None
+    }
     return {i: replace(layer, mlp=mlp) for i, mlp in plain.items()}
 
 

@@ -207,7 +207,9 @@ def _entry(role: str, parts: tuple[Tensor, ...], where: tuple[str, ...]) -> Entr
     """One canonical entry out of the source tensors that hold its rows."""
     kinds = {p.dtype for p in parts}
     if len(kinds) > 1:
-        raise UnsupportedError(f"{parts[0].origin}: stored as {parts[0].dtype}, its neighbours as {', '.join(kinds)}")
+        raise UnsupportedError(
+            f"{parts[0].origin}: stored as {parts[0].dtype}, its neighbours as {', '.join(kinds)}"
+        )
     return Entry(role, concat_rows(parts), provenance=where)
 
 

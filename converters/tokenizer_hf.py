@@ -179,9 +179,10 @@ def merge_pairs(model: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """The merges of a BPE model in either spelling, ["a", "b"] or "a b". ValueError names one that is neither."""
     for i, merge in enumerate(model.get("merges") or []):
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
+        left, right = parts if isinstance(parts, list) and len(parts) == 2 else ("", "")
+        if not (left and right and isinstance(left, str) and isinstance(right, str)):
             raise ValueError(f"merge {i} is {show(merge)}, not a pair")
-        yield parts[0], parts[1]
+        yield left, right
 
 
 def _check_merges(model: Mapping[str, Any], vocab: Mapping[str, Any], wrong: Any) -> None:
@@ -189,9 +190,9 @@ def _check_merges(model: Mapping[str, Any], vocab: Mapping[str, Any], wrong: Any
         raise wrong("`model.merges` is missing")
     try:
         for left, right in merge_pairs(model):
-            for text in (left, right, left + right):
-                if text not in vocab:
-                    raise ValueError(f"the merge of {show(left)} and {show(right)} needs {show(text)}")
+            if left + right not in vocab or left not in vocab or right not in vocab:
+                text = next(t for t in (left, right, left + right) if t not in vocab)
+                raise ValueError(f"the merge of {show(left)} and {show(right)} needs {show(text)}")
     except ValueError as e:
         raise wrong(f"{e}, which is not in the vocabulary" if "needs" in str(e) else str(e)) from None
 

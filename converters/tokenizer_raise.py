@@ -268,9 +268,9 @@ def _merges(keys: Mapping[str, Value], vocab: Mapping[str, int]) -> tuple[list[l
     out, dropped = [], 0
     for line in _strings(keys, "merges"):
         cut = line.find(" ", 1)
-        pair = [line[:cut], line[cut + 1 :]]
-        if cut > 0 and all(p in vocab for p in (*pair, "".join(pair))):
-            out.append(pair)
+        left, right = line[:cut], line[cut + 1 :]
+        if cut > 0 and left in vocab and right in vocab and left + right in vocab:
+            out.append([left, right])
         else:
             dropped += 1
     return out, dropped

@@ -43,27 +43,6 @@ TABLE = 5e-8
 QUANTIZED = {"Q8_0": 0.02, "Q4_K_M": 1.0}
 
 
-class Built:
-    """A case's model on disk, read by lconvert and run by transformers."""
-
-    def __init__(self, case: Case, root: Path):
-        self.folder = random_models.build(case, root / case.name)
-        self.ids = random_models.prompt(case)
-        self.model = lconvert.read(self.folder)
-        self.losses = find(case.model_type).gguf.losses(self.model.arch)
-        self.hf = random_models.reference(self.folder)
-        self.reference = random_models.logits(self.hf, self.ids)
-        self.gguf = root / f"{case.name}.gguf"
-        lconvert.convert(self.model, self.gguf, ftype="F32", allow_loss=case.losses)
-
-    def in_llama_cpp(self, case: Case, path: Path) -> np.ndarray:
-        runtime = LlamaCpp(path, context=case.context, threads=2)
-        try:
-            return runtime.logits(self.ids)
-        finally:
-            runtime.close()
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Case -> Built, made when first asked for; pytest runs the tests of a case in any order."""
@@ -77,12 +56,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     yield get
 
 
-def kld(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) of every position."""
-    a, b = log_softmax(p), log_softmax(q)
-    return (np.exp(a) * (a - b)).sum(axis=-1)
-
-
 @every
 def test_parity(case: Case, built: Any) -> None:
     b = built(case)
@@ -92,7 +65,7 @@ def test_parity(case: Case, built: Any) -> None:
         with pytest.raises(InputError, match="llama.cpp cannot load"):
             b.in_llama_cpp(case, b.gguf)
         return
-    got = b.in_llama_cpp(case, b.gguf)
+    got = b.full(case)
     each = kld(b.reference, got)
     exact = each[: case.exact]
     assert not len(exact) or exact.mean() <= case.floor, f"{exact.mean():.2e}"
@@ -189,18 +162,15 @@ def test_gguf_both_ways(case: Case, built: Any) -> None:
         assert np.array_equal(effective(back, name), effective(b.model, name)), name
 
 
-def _quantized() -> list[Any]:
-    """Q8_0 for every case, the mixture for the first of each architecture."""
-    firsts = {c.model_type: c for c in reversed(CASES)}.values()
-    pairs = [(c, t) for t in QUANTIZED for c in CASES if c.loads and (t == "Q8_0" or c in firsts)]
-    return [pytest.param(c, t, id=f"{c.name}-{t}") for c, t in pairs]
+FIRST = [c for i, c in enumerate(CASES) if c.model_type not in {x.model_type for x in CASES[:i]}]
 
 
-@pytest.mark.parametrize(("case", "ftype"), _quantized())
+@pytest.mark.parametrize("ftype", QUANTIZED)
+@pytest.mark.parametrize("case", FIRST, ids=lambda c: c.name)
 def test_quantized(case: Case, ftype: str, built: Any, tmp_path: Path) -> None:
     """Quantized files load and keep the function; the median, since a rounding may send a token to other experts."""
     b = built(case)
     path = tmp_path / "model.gguf"
     lconvert.convert(b.model, path, ftype=ftype, allow_loss=case.losses)
-    each = kld(b.in_llama_cpp(case, b.gguf), b.in_llama_cpp(case, path))
+    each = kld(b.full(case), b.in_llama_cpp(case, path))
     assert 1e-7 < np.median(each) < QUANTIZED[ftype], f"{np.median(each):.2e}"

@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +163,24 @@ def paths(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 JUNK: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, "", "x", [], [None], [[]], {}, {"type": "Sequence"}, {"id": []}, "\ud800")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_any_junk_anywhere_is_a_clear_error_or_nothing(seed: int, tmp_path: Path) -> None:
+def unigram() -> dict[str, Any]:
+    """A sound unigram tokenizer.json."""
+    pieces = [["<unk>", 0.0], ["▁", -1.0], *([c, -2.0 - i] for i, c in enumerate(ALPHABET)), ["<s>", 0.0]]
+    data = small()
+    data["added_tokens"] = [{"id": 10, "content": "<s>", "special": True, "normalized": False}]
+    data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAAA"}
+    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    return {**data, "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False}}
+
+
+@pytest.mark.parametrize("base", [small, unigram])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_junk_anywhere_is_a_clear_error_or_nothing(base: Callable[[], Any], seed: int, tmp_path: Path) -> None:
     """Every place of the file replaced by things that do not belong there."""
     rng = random.Random(seed)
-    whole = small()
-    whole["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
+    whole = base()
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    whole["normalizer"] = whole["normalizer"] or {"type": "Sequence", "normalizers": [{"type": "NFC"}, replace]}
     for way in paths(whole):
         data = copy.deepcopy(whole)
         at = data

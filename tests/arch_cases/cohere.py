@@ -9,7 +9,7 @@ _PLUS = _COHERE | {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 64,
-    "logit_scale": 4.0,
+    "logit_scale": 1.0,
     "use_qk_norm": True,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}

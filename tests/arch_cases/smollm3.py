@@ -3,7 +3,7 @@
 from . import Case
 from .llama import SMALL
 
-_SMOL = SMALL | {"num_hidden_layers": 5, "pad_token_id": 0}
+_SMOL = SMALL | {"num_hidden_layers": 4, "pad_token_id": 0}
 _YARN = {"rope_type": "yarn", "rope_theta": 2e6, "factor": 4.0, "original_max_position_embeddings": 64}
 
 CASES = [
@@ -12,7 +12,7 @@ CASES = [
     Case(
         "other-step",
         "smollm3",
-        _SMOL | {"no_rope_layers": [1, 0, 1, 1, 0]},
+        _SMOL | {"no_rope_layers": [1, 0, 1, 1]},
         losses=("no_rope_layers",),
         refused=True,
         exact=1,

@@ -9,5 +9,7 @@ CASES = [
     Case("gqa", "stablelm", SMALL, dtype="bfloat16"),
     Case("biases-linear", "stablelm", SMALL | {"use_qkv_bias": True, "rope_parameters": _LINEAR}),
     Case("12b", "stablelm", SMALL | {"qk_layernorm": True, "use_parallel_residual": True}),
-    Case("tied", "stablelm", SMALL | {"tie_word_embeddings": True}, losses=("head",), refused=True, loads=False),
+    Case(
+        "tied", "stablelm", SMALL | {"tie_word_embeddings": True}, losses=("head",), refused=True, loads=False
+    ),
 ]

@@ -17,9 +17,7 @@ from .llamacpp import graph, map_layers
 
 _ATTENTION = "model.layers.{i}.self_attn."
 _LINK = "https://github.com/ggml-org/llama.cpp/blob/master/src/models/command-r.cpp"
-_GRAPH = graph(
-    "command-r.cpp", blocks=("parallel_shared",), qkv_bias="optional", square=True, head="tied"
-)
+_GRAPH = graph("command-r.cpp", blocks=("parallel_shared",), qkv_bias="optional", square=True, head="tied")
 
 #: llama.cpp expects norms on the heads in models with this many layers, and in no others.
 _NORMED = 64

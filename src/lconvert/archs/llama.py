@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lconvert.ir import Attention, Decoder, Layer, Mlp
 
 from .common import Arch, Gguf, Keys, activation, hf_activation, hf_rope, name, parse_rope, rope_parameters
+from .llamacpp import graph
 
 NAMES = (
     name("model.embed_tokens.weight", "embed"),
@@ -102,12 +103,22 @@ def _config(d: Decoder) -> dict[str, Any]:
     return base_config(d, ARCH.hf_class) | own
 
 
+#: llama.cpp's graph for Llama, Mistral and Mixtral.
+GRAPH = graph(
+    "llama.cpp",
+    qkv_bias="optional",
+    o_bias="optional",
+    mlp_bias="optional",
+    partial_rope=False,
+    ropes=("none", "linear", "yarn", "llama3"),
+)
+
 ARCH = Arch(
     model_type="llama",
     hf_class="LlamaForCausalLM",
     traits=_traits,
     config=_config,
     names=NAMES,
-    gguf=Gguf("llama", permute=True),
+    gguf=Gguf("llama", permute=True, losses=GRAPH),
     inert_tensors=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

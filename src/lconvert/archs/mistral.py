@@ -7,19 +7,8 @@ from typing import Any
 
 from lconvert.ir import Decoder, Layer, Mlp
 
-from .common import Arch, Gguf, Keys, Loss, activation
-from .llama import NAMES, attention, base_config, decoder
-
-_LINK = "https://github.com/ggml-org/llama.cpp/blob/master/src/models/llama.cpp"
-
-
-def window_losses(d: Decoder) -> tuple[Loss, ...]:
-    """llama.cpp's Llama graph attends over the whole cache: the window is ignored."""
-    window = d.default.attention.window
-    if window is None or window >= d.context:
-        return ()
-    reason = f"llama.cpp's graph has no sliding window for this architecture; the model's is {window}"
-    return (Loss("sliding_window", reason, limit=window, link=_LINK),)
+from .common import Arch, Gguf, Keys, activation
+from .llama import GRAPH, NAMES, attention, base_config, decoder
 
 
 def _traits(keys: Keys) -> Decoder:
@@ -40,6 +29,6 @@ ARCH = Arch(
     traits=_traits,
     config=_config,
     names=NAMES,
-    gguf=Gguf("llama", permute=True, losses=window_losses),
+    gguf=Gguf("llama", permute=True, losses=GRAPH),
     inert_tensors=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

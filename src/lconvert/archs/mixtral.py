@@ -8,8 +8,7 @@ from typing import Any
 from lconvert.ir import Decoder, Layer, Moe
 
 from .common import Arch, Gguf, Keys, activation, name
-from .llama import NAMES, attention, base_config, decoder
-from .mistral import window_losses
+from .llama import GRAPH, NAMES, attention, base_config, decoder
 
 _MOE = "model.layers.{i}.block_sparse_moe"
 
@@ -44,5 +43,5 @@ ARCH = Arch(
         name(_MOE + ".experts.{e}.w2.weight", "layers.{i}.moe.experts.{e}.down"),
         name(_MOE + ".experts.{e}.w3.weight", "layers.{i}.moe.experts.{e}.up"),
     ),
-    gguf=Gguf("llama", permute=True, losses=window_losses, moe=True),
+    gguf=Gguf("llama", permute=True, losses=GRAPH, moe=True),
 )

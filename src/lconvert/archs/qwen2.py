@@ -25,7 +25,9 @@ def sliding_layers(keys: Keys, window: int | None, default: Callable[[int], bool
         raise InputError(f"{keys.where}: layer_types must be {n} of {', '.join(known)}, found {kinds!r}")
     on = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
     if on and window is None:
-        raise InputError(f"{keys.where}: {len(on)} layers are sliding_attention, but there is no sliding_window")
+        raise InputError(
+            f"{keys.where}: {len(on)} layers are sliding_attention, but there is no sliding_window"
+        )
     return on
 
 

@@ -68,10 +68,14 @@ def _config(d: Decoder) -> dict[str, Any]:
 def _losses(d: Decoder) -> tuple[Loss, ...]:
     found = list(_GRAPH(d))
     if isinstance(d.default.mlp, Moe) and not d.default.mlp.normalize:
-        reason = "llama.cpp's graph divides the weights of the chosen experts by their sum; the model does not"
+        reason = (
+            "llama.cpp's graph divides the weights of the chosen experts by their sum; the model does not"
+        )
         found.append(Loss("expert_weights", reason, link=_LINK))
     if d.overrides:
-        reason = f"llama.cpp's graph has experts in every layer; in the model {len(d.overrides)} layers have none"
+        reason = (
+            f"llama.cpp's graph has experts in every layer; in the model {len(d.overrides)} layers have none"
+        )
         found.append(Loss("dense_layers", reason, link=_LINK))
     return tuple(found)
 

@@ -27,7 +27,9 @@ def _roped(keys: Keys) -> list[bool]:
     if listed is None:
         return [bool((i + 1) % step) for i in range(n)]
     if not isinstance(listed, list) or len(listed) < n or not all(v in (0, 1) for v in listed):
-        raise InputError(f"{keys.where}: no_rope_layers must be {n} of 0 (no rope) and 1 (rope), found {listed!r}")
+        raise InputError(
+            f"{keys.where}: no_rope_layers must be {n} of 0 (no rope) and 1 (rope), found {listed!r}"
+        )
     return [bool(v) for v in listed[:n]]
 
 
@@ -58,6 +60,7 @@ def _config(d: Decoder) -> dict[str, Any]:
         | {
             "attention_bias": d.default.attention.o_bias,
             "mlp_bias": d.default.mlp.bias,
+            "pad_token_id": None,  # the class's default is beyond a small vocabulary
             "no_rope_layers": [int(layer.attention.rope is not None) for _, layer in d.each()],
         }
     )
@@ -67,7 +70,9 @@ def _losses(d: Decoder) -> tuple[Loss, ...]:
     without = [i for i, layer in d.each() if layer.attention.rope is None]
     if without == list(range(_STEP - 1, d.layers, _STEP)):
         return _GRAPH(d)
-    reason = f"llama.cpp's graph leaves rope out of every layer number {_STEP}; the model out of layers {without}"
+    reason = (
+        f"llama.cpp's graph leaves rope out of every layer number {_STEP}; the model out of layers {without}"
+    )
     return (*_GRAPH(d), Loss("no_rope_layers", reason, link=_LINK))
 
 
