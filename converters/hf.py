@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from lconvert import kernels
 from lconvert.archs import find
-from lconvert.archs.common import Bind, Keys, binds
+from lconvert.archs.common import Bind, Keys, binds, plausible
 from lconvert.errors import InputError, MissingPackageError, UnsupportedError
 from lconvert.formats import safetensors
+from lconvert.formats.files import show
+from lconvert.formats.json_object import read_object
 from lconvert.forward import hf_tensor
 from lconvert.ir import DTYPE_SIZE, NUMPY_DTYPE, Entry, Model, Tensor, concat_rows, take_rows
 from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
@@ -29,32 +31,20 @@ from .tokenizer_hf import read_tokenizer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MAX_JSON = 256 << 20
 _FLOATS = ("F32", "F16", "BF16")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from an untrusted file."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"{path}: {path.stat().st_size} bytes is too large for a JSON file")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: file not found") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+#: Endings of files, which no hub name has.
+_FILES = (".gguf", ".lcir", ".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
 def resolve(source: str) -> Path:
     """A local path, or a hub name downloaded (weights, config, tokenizer only) through huggingface_hub."""
     path = Path(source).expanduser()
-    if path.exists():
+    if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"{source}: no such file or folder")
+    if path.exists():
+        raise InputError(f"{source}: neither a folder nor a model file")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) or path.suffix in _FILES:
+        raise InputError(f"{source}: no such file or folder; check the path")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -65,7 +55,8 @@ def resolve(source: str) -> Path:
         wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
         return Path(snapshot_download(source, allow_patterns=wanted))
     except Exception as e:  # noqa: BLE001 - the hub client raises dozens of types; the reason is in the text
-        raise InputError(f"{source}: not a local path, and not to be had from the hub ({e})") from None
+        reason = " ".join(str(e).split())
+        raise InputError(f"{source}: no such folder, and not to be had from the hub ({reason})") from None
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -73,15 +64,21 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index}: no weight_map")
-        names = sorted({str(v) for v in weight_map.values()})
+            raise InputError(f"{index}: no weight_map; download the index again")
+        wrong = next((v for v in weight_map.values() if not isinstance(v, str)), None)
+        if wrong is not None:
+            raise InputError(f"{index}: names {show(wrong)} instead of a file; download the index again")
+        names = sorted(set(weight_map.values()))
+        present = {p.name for p in folder.iterdir()}
         for name in names:
             if Path(name).name != name or name in ("", ".", ".."):
-                raise InputError(f"{index}: names a file outside the folder: {name!r}")
-            if not (folder / name).exists():
-                raise InputError(f"{folder}: shard {name} is missing (the index names {len(names)} shards)")
+                raise InputError(f"{index}: names a file outside the folder: {show(name)}")
+            if name not in present:
+                raise InputError(
+                    f"{folder}: shard {show(name)} is missing (the index names {len(names)} shards); download it"
+                )
         return [folder / name for name in names]
     if single.exists():
         return [single]
@@ -109,11 +106,11 @@ def _tensors(folder: Path) -> dict[str, tuple[safetensors.SafetensorsFile, safet
             out[name] = (file, info)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        listed = read_json(index)["weight_map"]
+        listed = read_object(index)["weight_map"]
         missing = sorted(set(listed) - set(out))
         if missing:
             raise InputError(
-                f"{folder}: the index lists {missing[0]} but no shard holds it ({len(missing)} missing)"
+                f"{folder}: the index lists {show(missing[0])} but no shard holds it ({len(missing)} missing)"
             )
     return out
 
@@ -144,12 +141,12 @@ def _as_row(vector: Tensor) -> Tensor:
 def read(source: str | Path) -> Model:
     """A Hugging Face folder (or hub name) as a Model; see the module docstring for what is guaranteed."""
     folder = resolve(str(source))
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     if config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UnsupportedError(
-            f"{folder}: already quantized ({method}); such checkpoints cannot be read so far"
+            f"{folder}: already quantized ({show(method)}); such checkpoints cannot be read so far"
         )
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -159,11 +156,12 @@ def read(source: str | Path) -> Model:
     decoder = arch.traits(keys)
     inert = keys.finish()
     # Only the class with a language-model head is the function that is converted and proved.
-    classes = config.get("architectures") or [arch.hf_class]
+    classes = keys.items("architectures", str) or [arch.hf_class]
     if arch.hf_class not in classes:
-        raise UnsupportedError(f"{folder / 'config.json'}: architectures {classes}, expected {arch.hf_class}")
+        raise UnsupportedError(f"{keys.where}: architectures is {show(classes)}, expected {arch.hf_class}")
 
     tensors = _tensors(folder)
+    plausible(decoder, keys.where, layers=len(tensors), experts=len(tensors))
     pieces: dict[str, list[tuple[Tensor, str]]] = {}
     report = [f"inert config keys: {', '.join(inert)}"] if inert else []
     for bind in binds(arch.names, decoder):
@@ -179,13 +177,13 @@ def read(source: str | Path) -> Model:
         left.remove("lm_head.weight")
         report.append("inert tensor: lm_head.weight (tied, equal to the embedding)")
     for pattern in arch.inert_tensors:
-        hit = [n for n in left if re.fullmatch(pattern, n)]
+        hit = dict.fromkeys(n for n in left if re.fullmatch(pattern, n))
         report += [f"inert tensor: {n}" for n in hit]
         left = [n for n in left if n not in hit]
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise UnsupportedError(
-            f"{folder}: unknown tensor {', '.join(left[:5])}{more}; lconvert does not guess what it does"
+            f"{folder}: unknown tensor {', '.join(show(n)[1:-1] for n in left[:5])}{more}; lconvert does not guess what it does"
         )
 
     generation = folder / "generation_config.json"
@@ -195,7 +193,7 @@ def read(source: str | Path) -> Model:
             config=config,
             entries=entries,
             tokenizer=read_tokenizer(folder),
-            generation=read_json(generation) if generation.exists() else {},
+            generation=read_object(generation) if generation.exists() else {},
             name=folder.resolve().name,
             source=str(folder),
             report=tuple(report),

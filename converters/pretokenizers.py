@@ -309,7 +309,11 @@ def _punctuation(part: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _metaspace(part: Mapping[str, Any]) -> tuple[str, ...]:
     old = "always" if part.get("add_prefix_space", True) else "never"
-    return (metaspace(str(part.get("prepend_scheme", old)), bool(part.get("split", True)), part.get("replacement")),)
+    return (
+        metaspace(
+            str(part.get("prepend_scheme", old)), bool(part.get("split", True)), part.get("replacement")
+        ),
+    )
 
 
 def metaspace(scheme: str, split: bool, replacement: object = "▁") -> str:

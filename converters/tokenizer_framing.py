@@ -104,14 +104,47 @@ def _template(processor: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str,
     return expand(marks[:place]), expand(marks[place + 1 :]), True
 
 
+def adds_separator(tokenizer: Tokenizer) -> bool | None:
+    """Whether two texts are joined by sep or eos, None if the post_processor says nothing of pairs.
+
+    As llama.cpp's converter reads it: a separator counts only where no other token ends the pair.
+    """
+    found = None
+    for part in _parts(tokenizer.json.get("post_processor")):
+        if part["type"] == "RobertaProcessing":
+            found = True
+        if part["type"] != "TemplateProcessing":
+            continue
+        single, pair = _names(part.get("single")), _names(part.get("pair"))
+        first, last = (single[i] if len(single) > 1 else None for i in (0, -1))
+        start = 1 if first and pair[:1] == [first] else 0
+        stop = len(pair) - (1 if last and pair[-1:] == [last] else 0)
+        middle = pair[start + 1 : stop - 1]
+        if not middle:
+            continue
+        names = {i: t for t, i in ids_by_text(tokenizer).items()}
+        ends = {names.get(i) for role in ("sep", "eos") for i in tokenizer.special.get(role, ())[:1]}
+        found = (middle[0] in ends and not last) or (len(middle) == 2 and middle[1] in ends)
+    return found
+
+
+def _parts(processor: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if processor is None:
+        return []
+    return [processor, *(p for part in processor.get("processors") or [] for p in _parts(part))]
+
+
+def _names(marks: list[Mapping[str, Any]] | None) -> list[str | None]:
+    """The special tokens of a template; None stands for a text."""
+    return [m["SpecialToken"]["id"] if "SpecialToken" in m else None for m in marks or []]
+
+
 def ids_by_text(tokenizer: Tokenizer) -> dict[str, int]:
     vocab = tokenizer.json["model"]["vocab"]
     pairs = vocab.items() if isinstance(vocab, Mapping) else ((text, i) for i, (text, _) in enumerate(vocab))
     return dict(pairs) | {t["content"]: t["id"] for t in tokenizer.json.get("added_tokens") or []}
 
 
-def kinds(processor: Mapping[str, Any] | None) -> list[str]:
-    if processor is None:
-        return []
-    parts = processor.get("processors") or []
-    return [str(processor.get("type")), *(k for p in parts for k in kinds(p))]
+def kinds(processor: Mapping[str, Any] | None) -> set[str]:
+    """The types of the post_processor's parts."""
+    return {part["type"] for part in _parts(processor)}

@@ -13,6 +13,7 @@ Notes that begin with `tokens differ` are texts or settings for which llama.cpp'
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from string import ascii_letters, digits
@@ -20,7 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from lconvert.converters import added_tokens, llamacpp_tokens, tokenizer_pieces, tokenizer_vocab
+from lconvert.converters import (
+    added_tokens,
+    llamacpp_tokens,
+    pretokenizers,
+    tokenizer_pieces,
+    tokenizer_vocab,
+)
 from lconvert.converters.llamacpp_tokens import KEYS, NameRule, general_name
 from lconvert.converters.sentencepiece_model import (
     BYTE,
@@ -33,7 +40,13 @@ from lconvert.converters.sentencepiece_model import (
 )
 from lconvert.converters.token_limits import Limit, framing
 from lconvert.converters.tokenizer_algorithm import Algorithm
-from lconvert.converters.tokenizer_framing import Framing, ids_by_text, kinds, read_framing
+from lconvert.converters.tokenizer_framing import (
+    Framing,
+    adds_separator,
+    ids_by_text,
+    kinds,
+    read_framing,
+)
 from lconvert.converters.tokenizer_raise import from_gguf
 from lconvert.errors import InputError
 from lconvert.formats.gguf_values import Value, array, boolean, string, u32
@@ -108,6 +121,7 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
     notes += _looks_special(added)
     notes += _eog_notes(tokenizer, special, texts, algorithm.model)
     notes += _not_loaded(tokenizer, added)
+    notes += _detokenizer_notes(tokenizer, algorithm)
 
     keys = {"tokenizer.ggml.model": string(algorithm.model)}
     if algorithm.pre:
@@ -126,6 +140,9 @@ def lower(tokenizer: Tokenizer, vocab_size: int, model_type: str) -> Lowered:
         if role in special:
             keys[f"tokenizer.ggml.{name}"] = u32(special[role])
     keys |= _flags(tokenizer, algorithm, frame, special, notes)
+    separator = adds_separator(tokenizer)
+    if separator is not None:
+        keys["tokenizer.ggml.add_sep_token"] = boolean(separator)
     if algorithm.model == "gemma4" and not frame.bos:
         found.append(
             Limit("llama.cpp adds bos to every text of a gemma4 tokenizer, the source does not", framing)
@@ -165,12 +182,13 @@ def _table(
         )
     unknown = _unknown(tokenizer, algorithm)
     visible = _VISIBLE.get(model_type.removesuffix("_text"), frozenset())
+    taken = set(by_id.values())
     texts: list[str] = []
     types: list[int] = []
     for i in range(rows):
         text = by_id.get(i)
         if text is None:
-            texts.append(_pad(i, vocab, added))
+            texts.append(_pad(i, taken))
             types.append(UNUSED)
             continue
         if text == f"[PAD{i}]" and i not in added and algorithm.model == "t5":
@@ -182,14 +200,13 @@ def _table(
         texts.append(text)
         types.append(USER_DEFINED if text in visible else kind)
     if len(set(texts)) != len(texts):
-        twice = next(t for t in texts if texts.count(t) > 1)
+        twice, _ = Counter(texts).most_common(1)[0]
         raise InputError(f"two tokens would have the text {twice!r}, which llama.cpp refuses")
     return texts, types, types.count(UNUSED)
 
 
-def _pad(i: int, vocab: Mapping[str, int], added: Mapping[int, Any]) -> str:
+def _pad(i: int, taken: set[str]) -> str:
     text = f"[PAD{i}]"
-    taken = {t["content"] for t in added.values()} if text not in vocab else vocab
     while text in taken:
         text += "_"
     return text
@@ -290,7 +307,7 @@ def _flags(
     """add_bos_token and add_eos_token: where the source says something, or llama.cpp would assume otherwise."""
     out: dict[str, Value] = {}
     processor = tokenizer.json.get("post_processor")
-    byte_level = "ByteLevel" in str(kinds(processor))
+    byte_level = "ByteLevel" in kinds(processor)
     for role, on, default in (("bos", frame.bos, a.add_bos), ("eos", frame.eos, a.add_eos)):
         said = on or byte_level or isinstance(tokenizer.config.get(f"add_{role}_token"), bool)
         if on and role not in special and role not in llamacpp_tokens.DEFAULT_IDS[a.model]:
@@ -337,6 +354,18 @@ def _eog_notes(tokenizer: Tokenizer, special: Mapping[str, int], texts: list[str
         if role in ("bos", "eos") and role not in special and i < len(texts):
             out.append(f"the source has no {role} token; llama.cpp takes token {i}, {texts[i]!r}")
     return out
+
+
+def _detokenizer_notes(tokenizer: Tokenizer, algorithm: Algorithm) -> list[str]:
+    """What the pre-tokenizer's name says about turning ids into text again; ids do not depend on it."""
+    row = pretokenizers.named(algorithm.pre) if algorithm.model == "gpt2" else None
+    asked = tokenizer.config.get("clean_up_tokenization_spaces")
+    if row is None or not isinstance(asked, bool) or asked == row.clean_spaces:
+        return []
+    does = "drops" if row.clean_spaces else "keeps"
+    return [
+        f"llama_detokenize {does} spaces before punctuation for {row.name!r}; the source does the opposite"
+    ]
 
 
 def _not_loaded(tokenizer: Tokenizer, added: Mapping[str, Any]) -> list[str]:

@@ -112,11 +112,14 @@ def _check_part(part: Any, where: str, wrong: Any) -> None:
             raise wrong(f"`{where}.{name}` is {show(inner)}, not a list")
         for i, child in enumerate(inner):
             _check_part(child, f"{where}.{name}[{i}]", wrong)
-    marks = part.get("single", [])
-    if not isinstance(marks, list) or not all(map(_is_mark, marks)):
-        raise wrong(f"`{where}.single` is {show(marks)}, not a list of special tokens and sequences")
+    for name in ("single", "pair"):
+        marks = part.get(name) or []
+        if not isinstance(marks, list) or not all(map(_is_mark, marks)):
+            raise wrong(f"`{where}.{name}` is {show(marks)}, not a list of special tokens and sequences")
     for name in ("cls", "sep"):
-        if name in part and not (isinstance(part[name], list) and part[name] and isinstance(part[name][0], str)):
+        if name in part and not (
+            isinstance(part[name], list) and part[name] and isinstance(part[name][0], str)
+        ):
             raise wrong(f"`{where}.{name}` is {show(part[name])}, not a token and its id")
     table = part.get("special_tokens", {})
     if not isinstance(table, Mapping) or not all(_is_expansion(e) for e in table.values()):

@@ -214,7 +214,7 @@ def _numbered(vocab: Mapping[str, int], order: list[str], added: frozenset[str])
     if order and len(late) <= _LATE:
         start = min((vocab[t] for t in order if t not in added), default=min(ids))
         scores = {t: float(min(0, start - i)) for t, i in vocab.items()}
-        scores |= {t: float(start - vocab[t]) for t in order}
+        scores |= {t: -float(vocab[t] - start) for t in order}  # the first is -0.0, as in SentencePiece
         return scores | {t: -1e9 - 64.0 * k for k, t in enumerate(late)}  # 64 is the step of float32 there
     ranked = {t: -float(i) for i, t in enumerate(order)}
     return {t: ranked.get(t, -float(len(order)) if len(t) == 1 else 0.0) for t in vocab}

@@ -35,7 +35,7 @@ _P = "tokenizer.ggml."
 _READ = {
     _P + name
     for name in (
-        "model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_eos_token",
+        "model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_eos_token", "add_sep_token",
         "add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap", *KEYS.values(),
     )
 }  # fmt: skip

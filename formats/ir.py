@@ -16,17 +16,20 @@ Activation specs, unfolded transforms, KV specs, masks, outliers and low-rank pa
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lconvert import __version__
+from lconvert.archs.common import plausible
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import safetensors
+from lconvert.formats.files import show
+from lconvert.formats.json_object import read_object
 from lconvert.ir import (
     Attention,
     Decoder,
@@ -45,6 +48,9 @@ from lconvert.spec import check
 
 SCHEMA = "lcir/1"
 META, DATA = "lcir.json", "tensors.safetensors"
+_LIMIT = 512 << 20  # bytes of lcir.json, which holds the tokenizer
+_F32_MAX = 3.4028234663852886e38
+_CODE_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,42 +138,65 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def _build(kind: type[Any], data: Any, where: str) -> Any:
-    """A flat dataclass from its JSON form; unknown and missing fields are errors."""
-    names = {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(data, dict) or set(data) - names:
-        raise InputError(
-            f"{where}: {kind.__name__} has unknown fields {sorted(set(data) - names) if data else data}"
-        )
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON (lists as tuples) is what a field's type says."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin in (Union, UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            return False
+        return args[1] is Any or all(_fits(v, args[1]) for v in value.values())
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= _F32_MAX
+    if hint is int:
+        return type(value) is int and abs(value) < 1 << 31
+    return isinstance(value, hint)
+
+
+def _build(kind: type[Any], data: Any, where: str, **ready: Any) -> Any:
+    """A dataclass from its JSON form; `ready` fields are given as objects. Every field has its declared type."""
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: {kind.__name__} is {show(data)}, expected an object")
+    hints = get_type_hints(kind)
+    fields = {k: _tuples(v) for k, v in data.items() if k not in ready}
+    if unknown := sorted(fields.keys() - hints.keys()):
+        raise InputError(f"{where}: {kind.__name__} has unknown fields {show(unknown)}")
+    for name, value in fields.items():
+        if not _fits(value, hints[name]):
+            raise InputError(f"{where}: {kind.__name__}.{name} is {show(value)}, which is not of its type")
     try:
-        return kind(**{k: _tuples(v) for k, v in data.items()})
+        return kind(**fields, **ready)
     except TypeError as e:
         raise InputError(f"{where}: {e}") from None
 
 
 def _layer(data: Any, where: str) -> Layer:
-    try:
-        attention, mlp = dict(data["attention"]), data["mlp"]
-        rope = attention.pop("rope")
-        built = _build(Attention, attention | {"rope": None}, where)
-        built = dataclasses.replace(built, rope=None if rope is None else _build(Rope, rope, where))
-        return Layer(built, _build(Moe if "experts" in mlp else Mlp, mlp, where), data["block"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{where}: a layer is incomplete ({e})") from None
+    part = data if isinstance(data, dict) else {}
+    attention, mlp = part.get("attention"), part.get("mlp")
+    rope = attention.get("rope") if isinstance(attention, dict) else None
+    turned = None if rope is None else _build(Rope, rope, where)
+    kind = Moe if isinstance(mlp, dict) and "experts" in mlp else Mlp
+    built = _build(Attention, attention, where, rope=turned)
+    layer = _build(Layer, data, where, attention=built, mlp=_build(kind, mlp, where))
+    assert isinstance(layer, Layer)
+    return layer
 
 
 def _arch(data: Any, where: str) -> Decoder:
     if not isinstance(data, dict) or "default" not in data:
         raise InputError(f"{where}: the traits are missing")
-    own = dict(data)
-    default = _layer(own.pop("default"), where)
-    try:
-        overrides = {int(i): _layer(layer, where) for i, layer in own.pop("overrides", {}).items()}
-    except (AttributeError, ValueError):
-        raise InputError(f"{where}: overrides must map layer numbers to layers") from None
-    built = _build(Decoder, own | {"default": None}, where)
+    listed = data.get("overrides", {})
+    if not isinstance(listed, dict) or not all(i.isdecimal() and len(i) < 10 for i in listed):
+        raise InputError(f"{where}: overrides must map layer numbers to layers")
+    overrides = {int(i): _layer(layer, where) for i, layer in listed.items()}
+    built = _build(Decoder, data, where, default=_layer(data["default"], where), overrides=overrides)
     assert isinstance(built, Decoder)
-    return dataclasses.replace(built, default=default, overrides=overrides)
+    return built
 
 
 class _Reader:
@@ -185,17 +214,38 @@ class _Reader:
             raise InputError(f"{self.where}: an entry is not a tensor node")
         if "tensor" in data:
             return self.tensor(data["tensor"])
-        try:
-            grid = _build(Grid, data["grid"], self.where)
-            shape, block = tuple(data["shape"]), tuple(data["block"])
-            codes = self.tensor(data["codes"])
-            scale = self.node(data["scale"], depth + 1)
-        except (KeyError, TypeError) as e:
-            raise InputError(f"{self.where}: a quantized entry is incomplete ({e})") from None
+        for key in ("grid", "shape", "block", "codes", "scale"):
+            if key not in data:
+                raise InputError(f"{self.where}: a quantized entry has no {key}")
+        grid = self.grid(data["grid"])
+        shape, block = self.sizes(data["shape"]), self.sizes(data["block"])
+        codes = self.tensor(data["codes"])
+        scale = self.node(data["scale"], depth + 1)
         sides = {k: self.node(data[k], depth + 1) for k in ("zero", "offset", "g_idx") if k in data}
+        for k in ("zero", "g_idx"):
+            if isinstance(sides.get(k), QTensor):
+                raise InputError(f"{self.where}: {k} of a quantized entry is quantized itself")
         if data.get("packed") == 4:
+            if codes.dtype != "U8" or not shape or (*shape[:-1], shape[-1] / 2) != codes.shape:
+                raise InputError(f"{self.where}: packed codes {codes.shape} do not unpack to {shape}")
             codes = _unpacked(codes, shape, signed=grid.kind == "int" and grid.signed)
+        elif codes.dtype not in _CODE_DTYPES:
+            raise InputError(f"{self.where}: codes are stored as {codes.dtype}, expected integers")
         return QTensor(shape, codes, grid, block, scale, **sides)  # type: ignore[arg-type]
+
+    def sizes(self, data: Any) -> tuple[int, ...]:
+        value = _tuples(data)
+        if not _fits(value, tuple[int, ...]):
+            raise InputError(f"{self.where}: {show(data)} is not a list of sizes")
+        return tuple(value)
+
+    def grid(self, data: Any) -> Grid:
+        grid = _build(Grid, data, self.where)
+        assert isinstance(grid, Grid)
+        small = grid.bits == grid.signed + grid.exponent + grid.mantissa and grid.exponent > 0 <= grid.mantissa
+        if not 1 <= grid.bits <= 16 or (grid.kind == "float" and not small):
+            raise InputError(f"{self.where}: no grid has {grid.bits} bits of which {show(data)}")
+        return grid
 
 
 def _unpacked(stored: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:
@@ -212,15 +262,11 @@ def _unpacked(stored: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:
 def read(folder: Path) -> Model:
     """A Model from its folder. InputError for damage, UnsupportedError for another schema version."""
     path = folder / META
-    try:
-        meta = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not readable as JSON ({e})") from None
-    schema = meta.get("schema") if isinstance(meta, dict) else None
-    if schema != SCHEMA:
+    meta = read_object(path, _LIMIT)
+    if (schema := meta.get("schema")) != SCHEMA:
         raise UnsupportedError(
-            f"{path}: schema {schema!r}, this lconvert reads {SCHEMA!r}; use the version that wrote it "
-            f"({meta.get('lconvert', 'unknown') if isinstance(meta, dict) else 'unknown'})"
+            f"{path}: schema {show(schema)}, this lconvert reads {SCHEMA!r}; use the version that wrote it "
+            f"({show(meta.get('lconvert', 'unknown'))})"
         )
     reader = _Reader(str(path), safetensors.read_header(folder / DATA))
     entries = {}
@@ -229,20 +275,21 @@ def read(folder: Path) -> Model:
         raise InputError(f"{path}: no entries")
     for name, node in listed.items():
         data = reader.node(node)
-        entries[name] = Entry(name, data, provenance=_tuples(node.get("provenance", [])))
+        entries[name] = Entry(name, data, provenance=_texts(node, "provenance", path))
     if reader.left:
         raise InputError(f"{path}: {DATA} holds tensors that no entry uses: {sorted(reader.left)[:3]}")
     tokenizer = meta.get("tokenizer")
+    arch = plausible(_arch(meta.get("arch"), str(path)), str(path), layers=len(entries), experts=len(entries))
     return check(
         Model(
-            arch=_arch(meta.get("arch"), str(path)),
+            arch=arch,
             config=_mapping(meta, "config", path),
             entries=entries,
             tokenizer=None if tokenizer is None else _tokenizer(tokenizer, str(path)),
             generation=_mapping(meta, "generation", path),
             name=str(meta.get("name", folder.stem)),
             source=str(folder),
-            report=_tuples(meta.get("report", [])),
+            report=_texts(meta, "report", path),
         )
     )
 
@@ -254,15 +301,24 @@ def _mapping(meta: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     return value
 
 
+def _texts(data: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+    value = _tuples(data.get(key, []))
+    if not _fits(value, tuple[str, ...]):
+        raise InputError(f"{path}: {key} must be a list of texts")
+    return tuple(value)
+
+
 def _tokenizer(data: Any, where: str) -> Tokenizer:
     if not isinstance(data, dict):
         raise InputError(f"{where}: the tokenizer must be an object")
-    special = {k: tuple(v) for k, v in data.get("special", {}).items()}
-    plain = {k: v for k, v in data.items() if k != "special"}
-    unknown = set(plain) - {f.name for f in dataclasses.fields(Tokenizer)}
-    if unknown:
-        raise InputError(f"{where}: the tokenizer has unknown fields {sorted(unknown)}")
-    return Tokenizer(**plain, special=special)
+    special = data.get("special", {})
+    ids = {k: _tuples(v) for k, v in special.items()} if isinstance(special, dict) else special
+    hints = get_type_hints(Tokenizer)
+    given = data | {"special": ids}
+    wrong = [k for k, v in given.items() if k not in hints or not _fits(v, hints[k])]
+    if wrong or "json" not in data:
+        raise InputError(f"{where}: the tokenizer's fields {show(wrong)} are unknown or not of their type")
+    return Tokenizer(**given)
 
 
 def stored_rows(s: Stored) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 // The Python module lconvert.kernels._native: picks an instruction set, feeds its kernels cache-sized chunks of rows.
 //
-// Arguments are validated in kernels/__init__.py; this layer only refuses what would read or write out of bounds.
+// kernels/__init__.py validates shapes and sizes before it calls in here, and words the errors; no other caller exists.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>

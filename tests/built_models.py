@@ -32,7 +32,6 @@ class Built:
         self.reference = random_models.logits(self.hf, self.ids)
         self.gguf = root / f"{case.name}.gguf"
         lconvert.convert(self.model, self.gguf, ftype="F32", allow_loss=case.losses)
-
         self.held: np.ndarray | None = None
 
     def full(self, case: Case) -> np.ndarray:

@@ -25,12 +25,13 @@ from lconvert.forward import Forward
 from lconvert.ir import Model, Tensor, as_f32
 from lconvert.kernels.qtensor import values
 from lconvert.spec import roles
-from lconvert.validators.logits import log_softmax
-from tests import arch_cases, random_models
+from tests import arch_cases
 from tests.arch_cases import Case
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-from lconvert.validators.runtimes.llamacpp import LlamaCpp
+for package in ("llama_cpp", "torch", "transformers"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+from tests import random_models
+from tests.built_models import Built, kld
 
 CASES = arch_cases.load()
 every = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -113,14 +113,17 @@ def test_refuses_blocks_of_the_wrong_size() -> None:
 
 @pytest.mark.parametrize("type", FAMILY)
 def test_shapes_and_buffers(type: str) -> None:
-    """out= is filled in place, and any view of x gives the bytes of its values."""
+    """out= is filled in place; read-only arrays and any view of x do."""
     row_bytes = kernels.BLOCKS[type].row_bytes(512)
     out = np.empty((6, row_bytes), np.uint8)
     blocks = kernels.quantize(type, X, weights=_weights(type), out=out)
     assert blocks is out
     reverse = np.asfortranarray(X)[::-1]
     assert np.array_equal(kernels.quantize(type, reverse, weights=_weights(type)), blocks[::-1])
-    values = kernels.dequantize(type, blocks, 512)
+    frozen, frozen_blocks = X.copy(), blocks.copy()
+    frozen.flags.writeable = frozen_blocks.flags.writeable = False
+    assert np.array_equal(kernels.quantize(type, frozen, weights=_weights(type)), blocks)
+    values = kernels.dequantize(type, frozen_blocks, 512)
     assert values.shape == (6, 512) and values.dtype == np.float32
     target = np.empty((6, 512), np.float32)
     assert kernels.dequantize(type, blocks, 512, out=target) is target

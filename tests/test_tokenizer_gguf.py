@@ -18,9 +18,11 @@ from lconvert.converters.pretokenizers import BYTES, LLAMA3, to_json
 from lconvert.converters.sentencepiece_model import template
 from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats import gguf
 from lconvert.ir import Tokenizer
 from lconvert.validators import corpus
 from lconvert.validators import tokens as token_proof
+from tests import upstream
 from tests.llama_vocab import loaded, prove, reference, write
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -169,7 +171,12 @@ def test_no_byte_fallback_is_refused(bpe_model: bytes, tmp_path: Path) -> None:
 def test_metaspace(scheme: str, split: bool, said: list[str], bpe_model: bytes, tmp_path: Path) -> None:
     data = copy.deepcopy(dict(read(tmp_path, bpe_model).json))
     data["normalizer"] = None
-    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+    data["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": scheme,
+        "split": split,
+    }
     report, lowered = prove(tmp_path, Tokenizer(data))
     assert report.equal, str(report)
     reasons = [x.reason for x in lowered.limits]
@@ -180,7 +187,12 @@ def test_metaspace(scheme: str, split: bool, said: list[str], bpe_model: bytes, 
 def test_splitting_at_spaces_matters_if_tokens_hold_them(tmp_path: Path) -> None:
     data = copy.deepcopy(dict(read(tmp_path, spm("bpe", split_by_whitespace=False)).json))
     data["normalizer"] = None
-    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}
+    data["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "never",
+        "split": True,
+    }
     report, lowered = prove(tmp_path, Tokenizer(data))
     assert report.equal, str(report)
     assert any(c.beyond_different for c in report.counts)
@@ -194,7 +206,11 @@ def test_splitting_at_spaces_matters_if_tokens_hold_them(tmp_path: Path) -> None
 @pytest.mark.parametrize("collapse", [False, True])
 @pytest.mark.parametrize("prefix", [False, True])
 def test_unigram(table: str, collapse: bool, prefix: bool, tmp_path: Path) -> None:
-    options = {"normalization_rule_name": table, "remove_extra_whitespaces": collapse, "add_dummy_prefix": prefix}
+    options = {
+        "normalization_rule_name": table,
+        "remove_extra_whitespaces": collapse,
+        "add_dummy_prefix": prefix,
+    }
     report, lowered = prove(tmp_path, read(tmp_path, spm("unigram", **options)))
     assert report.equal, str(report)
     assert lowered.keys["tokenizer.ggml.model"].data == "t5"
@@ -248,7 +264,9 @@ def test_added_tokens_of_sentencepiece_bpe(case: str, bpe_model: bytes, tmp_path
 def test_added_tokens_matched_in_normalized_text(bpe_model: bytes, tmp_path: Path) -> None:
     report, lowered = prove(tmp_path, with_added(read(tmp_path, bpe_model), ("<tool>", "normalized")))
     assert report.equal, str(report)
-    assert any("looks for the added token '<tool>' in normalized text (Prepend ▁" in x.reason for x in lowered.limits)
+    assert any(
+        "looks for the added token '<tool>' in normalized text (Prepend ▁" in x.reason for x in lowered.limits
+    )
     assert any(c.beyond_different for c in report.counts)
 
 
@@ -262,7 +280,10 @@ def test_overlapping_added_tokens(llama3: Tokenizer, tmp_path: Path) -> None:
     fast = reference(tokenizer)
     with loaded(write(tmp_path / "v.gguf", lowered.keys)) as llama:
         assert llama.tokenize("abcdef", special=True) != fast.encode("abcdef", add_special_tokens=False).ids
-        assert llama.tokenize("abc bcdef", special=True) == fast.encode("abc bcdef", add_special_tokens=False).ids
+        assert (
+            llama.tokenize("abc bcdef", special=True)
+            == fast.encode("abc bcdef", add_special_tokens=False).ids
+        )
 
 
 def test_ordinary_token_with_a_forced_text(bpe_model: bytes, tmp_path: Path) -> None:
@@ -285,7 +306,10 @@ def test_rows_without_a_token_are_unused_pads(llama3: Tokenizer, tmp_path: Path)
     texts, types = (lowered.keys[f"tokenizer.ggml.{k}"].data for k in ("tokens", "token_type"))
     assert texts[size:] == [f"[PAD{i}]" for i in range(size, size + 3)]  # type: ignore[index]
     assert list(types[size:]) == [5, 5, 5]  # type: ignore[index,arg-type]
-    assert f"3 embedding rows without a token are named [PAD<id>] and never produced by the tokenizer" in lowered.notes
+    assert (
+        "3 embedding rows without a token are named [PAD<id>] and never produced by the tokenizer"
+        in lowered.notes
+    )
     with loaded(write(tmp_path / "v.gguf", lowered.keys)) as llama:
         assert size not in llama.tokenize(f"[PAD{size}]", special=True)
 
@@ -301,7 +325,10 @@ def test_a_pad_never_takes_the_text_of_a_token(llama3: Tokenizer, tmp_path: Path
 
 def test_more_tokens_than_rows(llama3: Tokenizer) -> None:
     size = len(reference(llama3).get_vocab(with_added_tokens=True))
-    with pytest.raises(InputError, match=rf"has 1 tokens beyond the {size - 1} rows of the embedding, the first is .* with id {size - 1}"):
+    with pytest.raises(
+        InputError,
+        match=rf"has 1 tokens beyond the {size - 1} rows of the embedding, the first is .* with id {size - 1}",
+    ):
         tokenizer_gguf.to_gguf(llama3, size - 1, "llama")
 
 
@@ -320,7 +347,9 @@ def test_bos_and_eos_follow_the_post_processor(llama3: Tokenizer, tmp_path: Path
 
 
 def test_a_config_that_contradicts_the_post_processor_loses(llama3: Tokenizer) -> None:
-    tokenizer = Tokenizer(llama3.json, {"add_bos_token": False, "add_eos_token": True}, special=llama3.special)
+    tokenizer = Tokenizer(
+        llama3.json, {"add_bos_token": False, "add_eos_token": True}, special=llama3.special
+    )
     lowered = tokenizer_gguf.lower(tokenizer, 4200, "llama")
     assert (lowered.framing.bos, lowered.framing.eos) == (True, False)
     assert sum("post_processor the opposite, which counts" in n for n in lowered.notes) == 2
@@ -331,7 +360,9 @@ def test_a_long_prefix_is_a_limit(llama3: Tokenizer) -> None:
     a, b = sorted(names)[:2]
     marks = [{"SpecialToken": {"id": names[i], "type_id": 0}} for i in (a, b)]
     processor = {"type": "TemplateProcessing", "single": [*marks, {"Sequence": {"id": "A", "type_id": 0}}]}
-    lowered = tokenizer_gguf.lower(Tokenizer({**llama3.json, "post_processor": processor}, {}, special=llama3.special), 4200, "llama")
+    lowered = tokenizer_gguf.lower(
+        Tokenizer({**llama3.json, "post_processor": processor}, {}, special=llama3.special), 4200, "llama"
+    )
     assert any(f"begins every text with {names[a]} {names[b]}" in x.reason for x in lowered.limits)
     assert not any(x.reaches("text", True) for x in lowered.limits)
     assert lowered.keys["tokenizer.ggml.add_bos_token"].data is False
@@ -341,7 +372,9 @@ def test_every_end_token_of_the_source_ends_generation(llama3: Tokenizer, tmp_pa
     tokenizer = with_added(llama3, ("<stop1>", "special"), ("<stop2>", "special"))
     ids = {t["content"]: t["id"] for t in tokenizer.json["added_tokens"]}
     stops = (llama3.special["eos"][0], ids["<stop1>"])
-    lowered = tokenizer_gguf.lower(Tokenizer(tokenizer.json, special={**llama3.special, "eos": stops}), 4200, "llama")
+    lowered = tokenizer_gguf.lower(
+        Tokenizer(tokenizer.json, special={**llama3.special, "eos": stops}), 4200, "llama"
+    )
     assert lowered.keys["tokenizer.ggml.eom_token_id"].data == ids["<stop1>"]
     with loaded(write(tmp_path / "v.gguf", lowered.keys)) as llama:
         assert all(map(llama.ends_generation, stops))
@@ -354,12 +387,17 @@ def test_phi3_names(llama3: Tokenizer, bpe_model: bytes, tmp_path: Path) -> None
     name, note = tokenizer_gguf.general_name("wiki-Phi3-mini", plain.name_rule)
     assert (name, plain.name_rule) == ("wiki-Phi 3-mini", "not phi-3")
     assert note.startswith("general.name is 'wiki-Phi 3-mini' instead of 'wiki-Phi3-mini'")
-    with pytest.raises(AssertionError, match="does not load"), loaded(write(tmp_path / "a.gguf", plain.keys, "wiki-phi3")):
+    with (
+        pytest.raises(AssertionError, match="does not load"),
+        loaded(write(tmp_path / "a.gguf", plain.keys, "wiki-phi3")),
+    ):
         pass
     with loaded(write(tmp_path / "b.gguf", plain.keys, name)):
         pass
 
-    tokenizer = with_added(read(tmp_path, bpe_model), ("<|endoftext|>", "special"), ("<|assistant|>", "special rstrip"))
+    tokenizer = with_added(
+        read(tmp_path, bpe_model), ("<|endoftext|>", "special"), ("<|assistant|>", "special rstrip")
+    )
     for token in tokenizer.json["added_tokens"]:
         token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
     lowered = tokenizer_gguf.lower(tokenizer, 1500, "phi3")
@@ -372,7 +410,9 @@ def test_phi3_names(llama3: Tokenizer, bpe_model: bytes, tmp_path: Path) -> None
 
 
 def test_chat_templates(llama3: Tokenizer) -> None:
-    tokenizer = Tokenizer(llama3.json, chat_template="d", extra_templates={"tool use": "t", "rag": "r"}, special=llama3.special)
+    tokenizer = Tokenizer(
+        llama3.json, chat_template="d", extra_templates={"tool use": "t", "rag": "r"}, special=llama3.special
+    )
     keys, _ = tokenizer_gguf.to_gguf(tokenizer, 4200, "llama")
     found = {k: v.data for k, v in keys.items() if "chat_template" in k}
     assert found == {
@@ -394,3 +434,67 @@ def test_trained_models(name: str, shared: Path, tmp_path: Path) -> None:
     assert report.equal, str(report)
     texts = list(corpus.texts(corpus.added_texts(tokenizer.json)))
     assert token_proof.autotokenizer_differs(shared / "models" / name, texts) is None
+
+
+# --- llama.cpp's own converter ---------------------------------------------------------------------------
+
+
+def upstream_keys(source: Path, out: Path) -> dict[str, Any]:
+    reason = upstream.converter_available()
+    if reason is not None:
+        pytest.skip(reason)
+    upstream.convert(source, out, extra=["--vocab-only"])
+    return {k: v for k, v in gguf.read(out).metadata.items() if k.startswith("tokenizer.")}
+
+
+@pytest.mark.parametrize("name", ["wiki-llama-12m", "stories260K", "wiki-gemma3"])
+def test_keys_are_upstreams(name: str, shared: Path, tmp_path: Path) -> None:
+    """Same keys in the same order with the same bytes."""
+    source = shared / "models" / name
+    config = json.loads((source / "config.json").read_text())
+    tokenizer = read_tokenizer(source)
+    assert tokenizer is not None
+    keys, _ = tokenizer_gguf.to_gguf(tokenizer, config["vocab_size"], config["model_type"])
+    theirs = upstream_keys(source, tmp_path / "u.gguf")
+    assert list(keys) == list(theirs)
+    assert keys == theirs
+
+
+def test_keys_of_a_sentencepiece_model_are_upstreams(bpe_model: bytes, tmp_path: Path) -> None:
+    """But for user-defined pieces, whose types and scores upstream takes for those of ordinary ones."""
+    extra = {
+        str(i): {"content": t, "special": s, "normalized": False}
+        for i, t, s in ((1, "<s>", True), (1400, "<x>", False))
+    }
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1408, "hidden_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = read(tmp_path, bpe_model, added_tokens_decoder=extra, add_bos_token=True, add_eos_token=False)
+    keys, _ = tokenizer_gguf.to_gguf(tokenizer, 1408, "llama")
+    theirs = upstream_keys(tmp_path, tmp_path / "u.gguf")
+    own = {"<|user|>", "zz"}
+    texts = list(theirs["tokenizer.ggml.tokens"].data)
+    for name, value in theirs.items():
+        mine = keys[name]
+        if name in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
+            differ = {texts[i] for i, (a, b) in enumerate(zip(value.data, mine.data, strict=True)) if a != b}
+            assert differ <= own | {"<unk>"}, name
+        else:
+            assert mine == value, name
+
+
+def test_detokenizing_is_a_note(llama3: Tokenizer) -> None:
+    tokenizer = Tokenizer(llama3.json, {"clean_up_tokenization_spaces": False}, special=llama3.special)
+    said = "llama_detokenize drops spaces before punctuation for 'llama-bpe'; the source does the opposite"
+    assert said in tokenizer_gguf.lower(tokenizer, 4200, "llama").notes
+    assert not any("llama_detokenize" in n for n in tokenizer_gguf.lower(llama3, 4200, "llama").notes)
+
+
+def test_two_rows_of_one_text(bpe_model: bytes, tmp_path: Path) -> None:
+    tokenizer = read(tmp_path, spm("bpe", add_dummy_prefix=False))
+    clash = with_added(tokenizer, ("▁ x", "normalized"), ("  x", ""))
+    with pytest.raises(InputError, match="two tokens would have the text '  x', which llama.cpp refuses"):
+        tokenizer_gguf.to_gguf(clash, 1500, "llama")

@@ -54,7 +54,9 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tekken.json", "vocab.json", "vocab.txt", "qwen.tiktoken", "spiece.model"])
 def test_other_formats_get_advice(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UnsupportedError, match=f"{name} is .*there is no tokenizer.json; load the folder with transformers"):
+    with pytest.raises(
+        UnsupportedError, match=f"{name} is .*there is no tokenizer.json; load the folder with transformers"
+    ):
         read_tokenizer(tmp_path)
 
 
@@ -62,7 +64,11 @@ def test_special_ids_and_templates(tmp_path: Path) -> None:
     write(
         tmp_path,
         tokenizer_dot_json=small(),
-        tokenizer_config_dot_json={"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "nowhere"},
+        tokenizer_config_dot_json={
+            "bos_token": "<s>",
+            "eos_token": {"content": "</s>"},
+            "pad_token": "nowhere",
+        },
         special_tokens_map_dot_json={"unk_token": "a"},
         config_dot_json={"eos_token_id": [12, 9], "pad_token_id": 3, "text_config": {"sep_token_id": 4}},
         generation_config_dot_json={"eos_token_id": [9, 8], "bos_token_id": 5},
@@ -109,7 +115,10 @@ TOKEN = {"id": 12, "content": "<tool>"}
         (broken(model__merges=None), "`model.merges` is missing"),
         (broken(model__merges=[["a"]]), r"merge 0 is \['a'\], not a pair"),
         (broken(model__merges=["a b c"]), "merge 0 is 'a b c', not a pair"),
-        (broken(model__merges=[["a", "c"]]), "the merge of 'a' and 'c' needs 'ac', which is not in the vocabulary"),
+        (
+            broken(model__merges=[["a", "c"]]),
+            "the merge of 'a' and 'c' needs 'ac', which is not in the vocabulary",
+        ),
         (broken(model__vocab__z=3), "'d' and 'z' both have the id 3"),
         (broken(model__vocab__z=-1), "'z' has the id -1"),
         (broken(model__vocab__z=2**31), "'z' has the id 2147483648"),
@@ -121,7 +130,10 @@ TOKEN = {"id": 12, "content": "<tool>"}
         (broken(added_tokens=[{"id": 4}]), "an added token without content"),
         (broken(added_tokens=[TOKEN, TOKEN]), "the added token '<tool>' is there twice"),
         (broken(added_tokens=[{"id": 3, "content": "x"}]), "'d' and 'x' both have the id 3"),
-        (broken(added_tokens=[{"id": 3, "content": "a"}]), "'a' has id 0 in the vocabulary and 3 as added token"),
+        (
+            broken(added_tokens=[{"id": 3, "content": "a"}]),
+            "'a' has id 0 in the vocabulary and 3 as added token",
+        ),
         (broken(normalizer=[]), r"`normalizer` is \[\], not an object with a type"),
         (broken(model={"type": "Unigram", "vocab": [["a", 0.5], ["a", 1]]}), "the piece 'a' is there twice"),
         (broken(model={"type": "Unigram", "vocab": [["a"]]}), r"item 0 of `model.vocab` is \['a'\]"),
@@ -138,7 +150,9 @@ def test_damaged_tokenizer_json(data: Any, said: str, tmp_path: Path) -> None:
     assert str(e.value).startswith(str(tmp_path / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("template", [3, [{"name": "x"}], [{"name": "x", "template": "a"}, {"name": "x", "template": "b"}]])
+@pytest.mark.parametrize(
+    "template", [3, [{"name": "x"}], [{"name": "x", "template": "a"}, {"name": "x", "template": "b"}]]
+)
 def test_damaged_templates(template: Any, tmp_path: Path) -> None:
     write(tmp_path, tokenizer_dot_json=small(), tokenizer_config_dot_json={"chat_template": template})
     with pytest.raises(InputError, match="chat.template"):
@@ -156,11 +170,28 @@ def test_a_post_processor_of_unknown_tokens(tmp_path: Path) -> None:
 def paths(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if way:
         yield way
-    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, child in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from paths(child, (*way, key))
 
 
-JUNK: tuple[Any, ...] = (None, True, -1, 2**70, 1.5, "", "x", [], [None], [[]], {}, {"type": "Sequence"}, {"id": []}, "\ud800")
+JUNK: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    2**70,
+    1.5,
+    "",
+    "x",
+    [],
+    [None],
+    [[]],
+    {},
+    {"type": "Sequence"},
+    {"id": []},
+    "\ud800",
+)
 
 
 def unigram() -> dict[str, Any]:
@@ -169,25 +200,39 @@ def unigram() -> dict[str, Any]:
     data = small()
     data["added_tokens"] = [{"id": 10, "content": "<s>", "special": True, "normalized": False}]
     data["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAAA"}
-    data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    data["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "always",
+        "split": False,
+    }
     return {**data, "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False}}
 
 
 @pytest.mark.parametrize("base", [small, unigram])
 @pytest.mark.parametrize("seed", range(3))
-def test_any_junk_anywhere_is_a_clear_error_or_nothing(base: Callable[[], Any], seed: int, tmp_path: Path) -> None:
+def test_any_junk_anywhere_is_a_clear_error_or_nothing(
+    base: Callable[[], Any], seed: int, tmp_path: Path
+) -> None:
     """Every place of the file replaced by things that do not belong there."""
     rng = random.Random(seed)
     whole = base()
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    whole["normalizer"] = whole["normalizer"] or {"type": "Sequence", "normalizers": [{"type": "NFC"}, replace]}
+    whole["normalizer"] = whole["normalizer"] or {
+        "type": "Sequence",
+        "normalizers": [{"type": "NFC"}, replace],
+    }
     for way in paths(whole):
         data = copy.deepcopy(whole)
         at = data
         for step in way[:-1]:
             at = at[step]
         at[way[-1]] = rng.choice(JUNK)
-        write(tmp_path, tokenizer_dot_json=data, tokenizer_config_dot_json={"added_tokens_decoder": rng.choice(JUNK)})
+        write(
+            tmp_path,
+            tokenizer_dot_json=data,
+            tokenizer_config_dot_json={"added_tokens_decoder": rng.choice(JUNK)},
+        )
         try:
             tokenizer = read_tokenizer(tmp_path)
             assert tokenizer is not None
@@ -219,7 +264,7 @@ def test_sentencepiece_model_alone(model: bytes, tmp_path: Path) -> None:
     assert tokenizer is not None
     assert tokenizer.special == {"bos": (1,), "eos": (2,), "unk": (0,), "pad": (3,)}
     single = tokenizer.json["post_processor"]["single"]
-    assert [list(p.values())[0]["id"] for p in single] == ["<s>", "A", "</s>"]
+    assert [next(iter(p.values()))["id"] for p in single] == ["<s>", "A", "</s>"]
     assert tokenizer.json["added_tokens"][-1]["content"] == "<|x|>"
 
 
@@ -240,7 +285,9 @@ def test_damaged_sentencepiece_model(model: bytes, tmp_path: Path) -> None:
     rng = random.Random(0)
     with pytest.raises(InputError, match="no SentencePiece model"):
         sentencepiece_model.parse(b"", "m")
-    with pytest.raises(InputError, match=r"m: no SentencePiece model \(a field of .* bytes where .* are left\)"):
+    with pytest.raises(
+        InputError, match=r"m: no SentencePiece model \(a field of .* bytes where .* are left\)"
+    ):
         sentencepiece_model.parse(model[: len(model) // 2], "m")
     for _ in range(300):
         bad = bytearray(model)

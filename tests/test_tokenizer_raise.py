@@ -63,7 +63,10 @@ def same_keys(name: str, source: Any, ours: dict[str, Value]) -> None:
             texts = ours["tokenizer.ggml.tokens"].data
             differ = np.flatnonzero(np.asarray(theirs.data) != np.asarray(mine.data))
             assert all(texts[i] == f"[PAD{i}]" and mine.data[i] == 5 for i in differ)  # type: ignore[index]
-        elif key == "tokenizer.ggml.scores" and name in ("llama-spm", "phi-3"):  # runs of spaces, all -1e9 there
+        elif key == "tokenizer.ggml.scores" and name in (
+            "llama-spm",
+            "phi-3",
+        ):  # runs of spaces, all -1e9 there
             differ = np.flatnonzero(np.asarray(theirs.data) != np.asarray(mine.data))
             texts = ours["tokenizer.ggml.tokens"].data
             assert len(differ) < 20
@@ -73,7 +76,9 @@ def same_keys(name: str, source: Any, ours: dict[str, Value]) -> None:
         else:
             assert mine == theirs, key
     extra = {k for k in ours if k not in source}
-    assert extra <= ({"tokenizer.ggml.add_bos_token"} if name == "llama-bpe" else set())
+    assert extra - {"tokenizer.ggml.add_sep_token"} <= (
+        {"tokenizer.ggml.add_bos_token"} if name == "llama-bpe" else set()
+    )
 
 
 @pytest.mark.parametrize("name", ["aquila", "baichuan", "gpt-neox", "nomic-bert-moe"])
@@ -144,7 +149,10 @@ def test_bos_that_a_name_assumes() -> None:
         ({"token_type": gguf.array("f32", [1.0] * 6)}, "tokenizer.ggml.token_type is no array of i32"),
         ({"bos_token_id": gguf.string("x")}, "bos_token_id is of kind str, not u32"),
         ({"add_bos_token": gguf.boolean(True), "bos_token_id": None}, "no key says which token that is"),
-        ({"model": gguf.string("llama"), "scores": gguf.array("f32", [0.0])}, "scores has 1 items for 6 tokens"),
+        (
+            {"model": gguf.string("llama"), "scores": gguf.array("f32", [0.0])},
+            "scores has 1 items for 6 tokens",
+        ),
         (
             {"model": gguf.string("llama"), "tokens": gguf.array("str", ["a", "a"]), "token_type": None},
             "the piece 'a' twice",
@@ -161,7 +169,10 @@ def test_damaged_keys(changes: dict[str, Value | None], said: str) -> None:
     ("changes", "said"),
     [
         ({"model": gguf.string("rwkv")}, "tokenizer.ggml.model is 'rwkv', which has no tokenizer.json"),
-        ({"pre": gguf.string("kimi-k2")}, "tokenizer.ggml.pre is 'kimi-k2'; this pre-tokenizer has no tokenizer.json"),
+        (
+            {"pre": gguf.string("kimi-k2")},
+            "tokenizer.ggml.pre is 'kimi-k2'; this pre-tokenizer has no tokenizer.json",
+        ),
     ],
 )
 def test_tokenizers_that_cannot_be_raised(changes: dict[str, Value | None], said: str) -> None:

@@ -30,15 +30,12 @@ def load(path: Path) -> dict[str, Any]:
 
 def float_gate(gates: dict[str, Any], activation: str) -> float:
     """Mean KLD allowed when all weights are floats: the common gate, or the floor of an activation."""
-    floor: float = gates["float_floor"].get(activation, gates["float"]["kld_mean"])
-    return floor
+    return float(gates["float_floor"].get(activation, gates["float"]["kld_mean"]))
 
 
 def cost_gate(gates: dict[str, Any], bits: float) -> float:
     """Mean KLD allowed for an artifact of so many bits per quantized weight."""
     for row in reversed(gates["cost"]):
-        if bits <= row["bits"]:
-            found: float = row["kld_mean"]
-            return found
-    first: float = gates["cost"][0]["kld_mean"]
-    return first
+        if bits <= float(row["bits"]):
+            return float(row["kld_mean"])
+    return float(gates["cost"][0]["kld_mean"])

@@ -7,6 +7,8 @@ required runtime is missing.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +20,7 @@ from lconvert.archs import find
 from lconvert.converters import read
 from lconvert.errors import InputError, MissingPackageError, OptionError
 from lconvert.ir import Model, QTensor
+from lconvert.plan import manifest_path
 from lconvert.validators import gates as gate_file
 from lconvert.validators.logits import LogitStats, compare, windows
 from lconvert.validators.tensors import TensorCheck, check_gguf
@@ -199,6 +202,7 @@ class _Run:
                 not found.structure,
             )
             self.notes += found.structure[:5]
+            self.manifest()
         if "tensors" in tiers:
             difference = f"max |difference| {found.max_difference:g}"
             self.add("tensors", "independent dequantization", difference, "0", found.max_difference == 0)
@@ -210,9 +214,27 @@ class _Run:
                 "all floats",
                 not found.worst_exact,
             )
+            limits = self.gates["block_error"]
+            for type_, (error, role) in found.block_error.items():
+                gate = float(limits.get(type_, limits["default"]))
+                self.add("tensors", f"{type_}: worst block", f"{error:.3g} in {role}", f"<= {gate:g}", error <= gate)
             self.notes += [f"not equal to the source: {name}" for name in found.worst_exact[:5]]
             for type_, error in found.relative_error.items():
                 self.notes.append(f"relative error of {type_} tensors against the source: {error:.3e}")
+
+    def manifest(self) -> None:
+        """The file's hash against the manifest that was written with it, where there is one."""
+        beside = manifest_path(self.path)
+        if not beside.is_file():
+            return
+        try:
+            wanted = json.loads(beside.read_text())["files"][self.path.name]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            self.notes.append(f"{beside}: not readable as a manifest")
+            return
+        with open(self.path, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        self.add("structure", "sha256 of the manifest", found[:16], f"{str(wanted)[:16]}", found == wanted)
 
     # --- tokens
 
@@ -331,7 +353,7 @@ class _Run:
         if quantized:
             gate = gate_file.cost_gate(self.gates, self.bits)
         elif rounded:
-            gate = self.gates["cost"][0]["kld_mean"]
+            gate = float(self.gates["cost"][0]["kld_mean"])
         else:
             gate = gate_file.float_gate(self.gates, self.source.arch.default.mlp.activation)
         self.details["cost"] = stats.to_json()
@@ -339,7 +361,7 @@ class _Run:
 
     def fidelity(self, stats: LogitStats) -> None:
         self.details["fidelity"] = stats.to_json()
-        self._logit_rows("fidelity", stats, self.gates["fidelity"]["kld_mean"])
+        self._logit_rows("fidelity", stats, float(self.gates["fidelity"]["kld_mean"]))
 
     def _logit_rows(self, what: str, s: LogitStats, gate: float) -> None:
         value = f"mean {s.kld_mean:.2e}  median {s.kld_median:.2e}  99% {s.kld_p99:.2e}  max {s.kld_max:.2e}"

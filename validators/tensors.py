@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lconvert.errors import MissingPackageError
 from lconvert.formats import gguf
 from lconvert.ir import Model, QTensor
+from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
 
 _SLAB = 1 << 22  # values compared at a time
@@ -28,6 +29,7 @@ class TensorCheck:
     exact: int  # tensors whose values equal the source's
     worst_exact: tuple[str, ...]  # tensors promised exact that are not
     relative_error: dict[str, float]  # by stored type, against the source: RMS error / RMS of the source
+    block_error: dict[str, tuple[float, str]]  # by stored type: the worst block's max |error| / max |source|, where
     bits_per_weight: float  # of all weights with two or more dimensions
     types: dict[str, int]
 
@@ -74,11 +76,14 @@ def check_gguf(
     promised: list[str] = []
     exact = 0
     sums: dict[str, list[float]] = {}
+    blocks: dict[str, tuple[float, str]] = {}
     for role, entry in artifact.entries.items():
         original = source.entries[role]
         type_ = _type(entry.data)
         lossless = isinstance(entry.data, QTensor) is False and type_ in ("F32", _type(original.data))
-        equal, squared_error, squared_norm = _difference(entry.data, original.data, artifact, source, role)
+        equal, squared_error, squared_norm, block = _difference(entry.data, original.data, artifact, source, role)
+        if block > blocks.get(type_, (0.0, ""))[0]:
+            blocks[type_] = (block, role)
         exact += equal
         if lossless and not equal:
             promised.append(role)
@@ -98,6 +103,7 @@ def check_gguf(
         exact=exact,
         worst_exact=tuple(promised),
         relative_error={t: (e / n) ** 0.5 if n else 0.0 for t, (e, n) in sorted(sums.items())},
+        block_error=dict(sorted(blocks.items())),
         bits_per_weight=sum(8 * t.nbytes for t in matrices) / max(weights, 1),
         types=types,
     )
@@ -132,13 +138,12 @@ def _independent_difference(package: Any, own: gguf.GGUFFile, name: str, other: 
 
 def _difference(
     data: Any, original: Any, artifact: Model, source: Model, role: str
-) -> tuple[bool, float, float]:
-    """(equal everywhere, squared error, squared norm) of an entry against the source's."""
+) -> tuple[bool, float, float, float]:
+    """(equal everywhere, squared error, squared norm, worst block) of an entry against the source's."""
     step = max(1, _SLAB // max(1, int(np.prod(data.shape[1:]))))
-    equal, error, norm = True, 0.0, 0.0
-    shift = (
-        np.float32(source.arch.norm_offset) - np.float32(artifact.arch.norm_offset) if "norm" in role else 0
-    )
+    equal, error, norm, worst = True, 0.0, 0.0, 0.0
+    width = BLOCKS[_type(data)].elems if isinstance(data, QTensor) and _type(data) in BLOCKS else 0
+    shift = np.float32(source.arch.norm_offset) - np.float32(artifact.arch.norm_offset) if "norm" in role else 0
     for start in range(0, data.rows, step):
         stop = min(start + step, data.rows)
         a: NDArray[np.float32] = values(data, start, stop)
@@ -149,4 +154,9 @@ def _difference(
         delta = a.astype(np.float64) - b
         error += float(np.vdot(delta, delta))
         norm += float(np.vdot(b.astype(np.float64), b.astype(np.float64)))
-    return equal, error, norm
+        if width:
+            wrong = np.abs(delta).reshape(-1, width).max(axis=1)
+            largest = np.abs(b).reshape(-1, width).max(axis=1)
+            ratio = np.divide(wrong, largest, out=np.where(wrong > 0, np.inf, 0.0), where=largest > 0)
+            worst = max(worst, float(ratio.max(initial=0.0)))
+    return equal, error, norm, worst

@@ -3,7 +3,8 @@
 from . import Case
 from .llama import SMALL
 
-_COHERE = SMALL | {"logit_scale": 2.0, "pad_token_id": 0}
+_COHERE = {k: v for k, v in SMALL.items() if k != "rms_norm_eps"}
+_COHERE |= {"layer_norm_eps": 1e-3, "logit_scale": 2.0, "pad_token_id": 0}
 #: llama.cpp knows Command R+ by its 64 layers.
 _PLUS = _COHERE | {
     "hidden_size": 64,

@@ -8,6 +8,7 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 384,
+    "layer_norm_epsilon": 1e-3,
     "max_position_embeddings": 512,
 }
 _ERF = {"losses": ("gelu_erf",), "floor": 1e-6}

@@ -8,6 +8,7 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 384,
+    "layer_norm_eps": 1e-3,
     "max_position_embeddings": 512,
 }
 _ROPE = {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0, "partial_rotary_factor": 0.5}

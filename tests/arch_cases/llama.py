@@ -9,13 +9,14 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 384,
+    "rms_norm_eps": 1e-3,
     "max_position_embeddings": 512,
 }
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
 
 CASES = [
     Case("gqa", "llama", SMALL, dtype="bfloat16"),
@@ -23,6 +24,7 @@ CASES = [
     Case("biases", "llama", SMALL | {"attention_bias": True, "mlp_bias": True}),
     Case("linear", "llama", SMALL | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     Case("llama3", "llama", SMALL | {"rope_parameters": _LLAMA3}),
-    Case("yarn", "llama", SMALL | {"rope_parameters": _YARN}),
+    Case("yarn", "llama", SMALL | {"max_position_embeddings": 4096, "rope_parameters": _YARN}),
     Case("yarn-factor", "llama", SMALL | {"rope_parameters": _YARN | {"attention_factor": 0.8, "beta_fast": 24.0}}),
+    Case("relu", "llama", SMALL | {"hidden_act": "relu"}, losses=("activation",), refused=True, exact=0, wrong=1e-3),
 ]

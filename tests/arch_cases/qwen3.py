@@ -3,7 +3,7 @@
 from . import Case
 from .llama import SMALL
 
-_QWEN3 = SMALL | {"head_dim": 96}
+_QWEN3 = SMALL | {"head_dim": 32}
 _LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
 _KINDS = ["sliding_attention", "full_attention"]
 

@@ -4,7 +4,7 @@ from . import Case
 from .llama import SMALL
 
 _MOE = SMALL | {
-    "head_dim": 96,
+    "head_dim": 32,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 256,

@@ -1,8 +1,9 @@
 """StarCoder2: biases everywhere; llama.cpp knows no window for it."""
 
 from . import Case
-from .llama import SMALL
+from .llama import SMALL as LLAMA
 
+SMALL = {k: v for k, v in LLAMA.items() if k != "rms_norm_eps"} | {"norm_epsilon": 1e-3}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 
 CASES = [

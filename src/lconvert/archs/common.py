@@ -7,7 +7,7 @@ and, for each target, what is peculiar there, as data.
 from __future__ import annotations
 
 import dataclasses
-import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -113,6 +113,17 @@ INERT = frozenset(
 
 _MISSING: Any = object()
 
+#: Numbers of a config are used in fp32; this also excludes NaN and infinities, which Python's JSON accepts.
+_F32_MAX = 3.4028234663852886e38
+#: More layers or experts than any model has, few enough to list them.
+_MOST: Mapping[str, int] = dict.fromkeys(
+    ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts"), 1 << 14
+)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+show = _SHORT.repr  # a value out of a config, short enough for a message
+
 
 class Keys:
     """A config being consumed. Every key must be read or be known inert; `finish` refuses what is left.
@@ -142,14 +153,14 @@ class Keys:
         value = self.get(name, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"{self.where}: {name} is {value!r}, expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _F32_MAX:
+            raise InputError(f"{self.where}: {name} is {show(value)}, expected a number")
         return value
 
     def int(self, name: str, default: Any = _MISSING) -> int:
         value = self._number(name, default)
         if value is not default and (value != int(value) or abs(value) > 2**31):
-            raise InputError(f"{self.where}: {name} is {value!r}, expected a 32-bit integer")
+            raise InputError(f"{self.where}: {name} is {show(value)}, expected a 32-bit integer")
         return value if value is None else int(value)
 
     def size(self, name: str, default: Any = _MISSING) -> Any:
@@ -157,7 +168,36 @@ class Keys:
         value = self.int(name, default)
         if value is not None and value <= 0:
             raise InputError(f"{self.where}: {name} is {value}, expected a positive integer")
+        if value is not None and value > _MOST.get(name, value):
+            raise InputError(f"{self.where}: {name} is {value}; no model has more than {_MOST[name]}")
         return value
+
+    def positive(self, name: str, default: Any = _MISSING) -> Any:
+        """A number above zero."""
+        value = self.float(name, default)
+        if value is not None and value <= 0:
+            raise InputError(f"{self.where}: {name} is {value}, expected a positive number")
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        """An object; empty where the key is absent."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise InputError(f"{self.where}: {name} is {show(value)}, expected an object")
+        return value
+
+    def items(self, name: str, kind: type[Any]) -> list[Any] | None:
+        """A list whose items are all of one type; None where the key is absent."""
+        value = self.get(name, None)
+        if value is not None and not (isinstance(value, list) and all(type(v) is kind for v in value)):
+            raise InputError(f"{self.where}: {name} is {show(value)}, expected a list of {kind.__name__}")
+        return value
+
+    def head_dim(self, hidden: Any, heads: Any) -> Any:
+        """The size of a head that no key states: `hidden` must divide evenly among `heads`."""
+        if hidden < heads or hidden % heads:
+            raise InputError(f"{self.where}: a hidden size of {hidden} does not divide into {heads} heads")
+        return hidden // heads
 
     def window(self, name: str, absent: Any) -> Any:
         """A sliding window; null means none, while an absent key takes the class default `absent`."""
@@ -174,7 +214,7 @@ class Keys:
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise InputError(f"{self.where}: {name} is {value!r}, expected true or false")
+            raise InputError(f"{self.where}: {name} is {show(value)}, expected true or false")
         return value
 
     def must(self, name: str, *allowed: Any, default: Any = _MISSING) -> Any:
@@ -182,7 +222,7 @@ class Keys:
         value = self.get(name, allowed[0] if default is _MISSING else default)
         if value not in allowed:
             options = " or ".join(repr(a) for a in allowed)
-            raise UnsupportedError(f"{self.where}: {name} = {value!r} is not supported, only {options}")
+            raise UnsupportedError(f"{self.where}: {name} = {show(value)} is not supported, only {options}")
         return value
 
     def inert(self, *names: str) -> None:
@@ -195,9 +235,10 @@ class Keys:
             k for k, v in self._config.items() if k not in self._seen and k not in INERT and v is not None
         ]
         if left:
+            more = f" and {len(left) - 8} more" if len(left) > 8 else ""
             raise UnsupportedError(
-                f"{self.where}: unknown key {', '.join(map(repr, sorted(left)))}; it may change what the model "
-                "computes, so lconvert does not guess"
+                f"{self.where}: unknown key {', '.join(map(show, sorted(left)[:8]))}{more}; it may change what the "
+                "model computes, so lconvert does not guess"
             )
         return tuple(sorted(k for k in self._config if k in INERT and k not in self._seen))
 
@@ -213,8 +254,8 @@ def activation(keys: Keys, *names: str) -> str:
     present = [n for n in names if keys.has(n)] or [names[0]]
     keys.inert(*names)
     value = keys.get(present[0])
-    if value not in ACTIVATIONS:
-        raise UnsupportedError(f"{keys.where}: {present[0]} = {value!r} is an unknown activation")
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise UnsupportedError(f"{keys.where}: {present[0]} = {show(value)} is an unknown activation")
     return ACTIVATIONS[value]
 
 
@@ -225,18 +266,16 @@ def hf_activation(name: str) -> str:
 def rope_parameters(keys: Keys, layer_type: str | None = None) -> dict[str, Any]:
     """rope_type, rope_theta and the rest, from transformers 5's `rope_parameters` or from the older
     `rope_theta` + `rope_scaling`. `layer_type` picks one of transformers 5's per-layer-type dicts."""
-    nested = keys.get("rope_parameters", None)
-    scaling = keys.get("rope_scaling", None)
+    nested = keys.table("rope_parameters")
+    scaling = keys.table("rope_scaling")
     theta = keys.float("rope_theta", None)
     partial = keys.float("partial_rotary_factor", None)
-    for name, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
-        if value is not None and not isinstance(value, dict):
-            raise InputError(f"{keys.where}: {name} is {value!r}, expected an object")
     if nested and scaling and scaling != nested:
         raise InputError(f"{keys.where}: rope_parameters and rope_scaling are both given and differ")
-    rope: dict[str, Any] = dict(scaling or {})
-    if nested is not None:
-        rope = dict(nested.get(layer_type, nested) if layer_type else nested)
+    rope = dict(scaling)
+    if keys.has("rope_parameters"):
+        one = layer_type is not None and layer_type in nested
+        rope = dict(Keys(nested, f"{keys.where}: rope_parameters").table(str(layer_type)) if one else nested)
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     if theta is not None:
@@ -262,50 +301,56 @@ def parse_rope(
     if kind == "su":
         kind = "longrope"
     if kind not in allowed:
-        raise UnsupportedError(f"{keys.where}: rope_type {kind!r} is not supported for this architecture")
+        raise UnsupportedError(f"{keys.where}: rope_type {show(kind)} is not supported for this architecture")
     dim = int(head_dim * r.float("partial_rotary_factor", 1.0))
-    out = Rope(theta=r.float("rope_theta", theta), dim=dim, layout=layout)
-    original = r.size("original_max_position_embeddings", keys.get("original_max_position_embeddings", None))
+    out = Rope(theta=r.positive("rope_theta", theta), dim=dim, layout=layout)
+    original = r.size("original_max_position_embeddings", keys.size("original_max_position_embeddings", None))
     match kind:
         case "linear":
-            out = dataclasses.replace(out, scaling="linear", factor=r.float("factor"))
+            out = dataclasses.replace(out, scaling="linear", factor=r.positive("factor"))
         case "llama3":
             out = dataclasses.replace(
                 out,
                 scaling="llama3",
-                factor=r.float("factor"),
-                low_freq_factor=r.float("low_freq_factor"),
-                high_freq_factor=r.float("high_freq_factor"),
+                factor=r.positive("factor"),
+                low_freq_factor=r.positive("low_freq_factor"),
+                high_freq_factor=r.positive("high_freq_factor"),
                 original_context=original or context,
             )
+            if out.low_freq_factor >= out.high_freq_factor:
+                raise InputError(f"{r.where}: low_freq_factor must be less than high_freq_factor")
         case "yarn":
             r.must("truncate", True)
             out = dataclasses.replace(
                 out,
                 scaling="yarn",
-                factor=r.float("factor"),
+                factor=r.positive("factor"),
                 original_context=original or context,
-                beta_fast=r.float("beta_fast", 32.0),
-                beta_slow=r.float("beta_slow", 1.0),
-                attention_factor=r.float("attention_factor", None),
+                beta_fast=r.positive("beta_fast", 32.0),
+                beta_slow=r.positive("beta_slow", 1.0),
+                attention_factor=r.positive("attention_factor", None),
                 mscale=r.float("mscale", 0.0),
                 mscale_all_dim=r.float("mscale_all_dim", 0.0),
             )
+            if out.mscale < 0 or out.mscale_all_dim < 0:
+                raise InputError(f"{r.where}: mscale and mscale_all_dim must not be negative")
         case "longrope":
             factors = {}
             for name in ("short_factor", "long_factor"):
                 value = r.get(name)
-                ok = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
-                if not ok or len(value) != dim // 2:
-                    raise InputError(f"{r.where}: {name} must be a list of {dim // 2} numbers")
+                ok = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+                if not ok or len(value) != dim // 2 or not all(0 < v <= _F32_MAX for v in value):
+                    raise InputError(f"{r.where}: {name} must be a list of {dim // 2} positive numbers")
                 factors[name] = tuple(float(v) for v in value)
             base = original or context
+            if base < 2:
+                raise InputError(f"{r.where}: original_max_position_embeddings is {base}, too short for longrope")
             out = dataclasses.replace(
                 out,
                 scaling="longrope",
-                factor=r.float("factor", context / base),
+                factor=r.positive("factor", context / base),
                 original_context=base,
-                attention_factor=r.float("attention_factor", None),
+                attention_factor=r.positive("attention_factor", None),
                 short_factors=factors["short_factor"],
                 long_factors=factors["long_factor"],
             )
@@ -438,6 +483,22 @@ def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
             for e in experts if "{e}" in n.hf else range(1):
                 parts = tuple(r.format(i=i, e=e) for r in n.roles)
                 yield from one(n, parts, layer.attention.kv_heads, i, e)
+
+
+def plausible(d: Decoder, where: str, *, layers: int, experts: int) -> Decoder:
+    """The traits, unless they claim more layers or experts in all than the source's tensors can hold.
+
+    Everything that lists roles costs their number: this comes first, so that a lying count costs nothing.
+    """
+    if d.layers > layers:
+        raise InputError(f"{where}: {d.layers} layers are claimed, but there are only {layers} tensors")
+    claimed = sum(layer.mlp.experts for _, layer in d.each() if isinstance(layer.mlp, Moe))
+    if claimed > experts:
+        raise InputError(f"{where}: {claimed} experts in all are claimed, but the tensors hold {experts} at most")
+    heads = sum(layer.attention.kv_heads for _, layer in d.each())
+    if heads > 1 << 20:
+        raise InputError(f"{where}: {heads} key-value heads in all are claimed, which no model has")
+    return d
 
 
 # --- targets ---------------------------------------------------------------------------------------------

@@ -176,6 +176,7 @@ _GRAPH = graph(
     qkv_bias="optional",
     window=True,
     scale=scale(46),
+    embed_scale=lambda d: math.sqrt(d.hidden),
     softcap=True,
     head="tied",
 )

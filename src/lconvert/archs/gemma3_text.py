@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +75,7 @@ _GRAPH = graph(
     qkv_bias="optional",
     window=True,
     scale=gemma2.scale(62),
+    embed_scale=lambda d: math.sqrt(d.hidden),
     ropes=("none", "linear"),
 )
 

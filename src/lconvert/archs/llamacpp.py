@@ -36,7 +36,8 @@ class Graph:
 
     window: it masks by a sliding window. partial_rope: it can turn a part of a head only. square: it assumes that all
     heads together are as wide as the model. scale: the attention scale it uses. ropes: rope scalings it applies.
-    softcap: it caps attention scores. head: the output matrix is the embedding, its own tensor, or either.
+    softcap: it caps attention scores. embed_scale: what it multiplies embeddings by, None where a key says it.
+    experts: it takes a softmax over the chosen experts and scales no further, None where not stated. head: the output matrix is the embedding, its own tensor, or either.
     """
 
     file: str
@@ -51,6 +52,8 @@ class Graph:
     scale: Callable[[Decoder, Layer], float] = head_dim_scale
     ropes: tuple[str, ...] = ("none", "linear", "yarn")
     softcap: bool = False
+    embed_scale: Callable[[Decoder], float] | None = None
+    experts: Literal["softmax over the chosen"] | None = None
     head: Literal["tied", "own", "either"] = "either"
 
 
@@ -64,6 +67,9 @@ def graph(file: str, **fixed: Any) -> Callable[[Decoder], tuple[Loss, ...]]:
         if g.head == ("own" if d.tied else "tied"):
             reason = "needs an output matrix of its own" if d.tied else "uses the embedding as the output matrix"
             found["head"] = Loss("head", f"llama.cpp's graph {reason}", link=_MODELS + file)
+        if g.embed_scale is not None and not math.isclose(d.embed_scale, g.embed_scale(d), rel_tol=1e-6):
+            reason = f"multiplies embeddings by {g.embed_scale(d):.6g}, the model by {d.embed_scale:.6g}"
+            found["embed_scale"] = Loss("embed_scale", f"llama.cpp's graph {reason}", link=_MODELS + file)
         return tuple(found.values())
 
     return losses
@@ -82,6 +88,8 @@ def _layer(g: Graph, d: Decoder, layer: Layer) -> Iterator[Loss]:
             yield loss("activation", f"uses {g.activation}; the model's activation is {m.activation}")
     if layer.block not in g.blocks:
         yield loss("block", f"places norms and residuals as {' or '.join(g.blocks)}; the model's are {layer.block}")
+    if isinstance(m, Moe) and g.experts and (m.scoring, m.normalize, m.scale) != ("softmax", True, 1.0):
+        yield loss("expert_weights", "weighs experts by a softmax over the chosen ones; the model does not")
     mlp_bias = () if isinstance(m, Moe) else (("mlp", m.bias, g.mlp_bias),)
     for part, has, want in (("qkv", a.qkv_bias, g.qkv_bias), ("output", a.o_bias, g.o_bias), *mlp_bias):
         if has and want == "absent":
