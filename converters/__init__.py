@@ -20,7 +20,10 @@ def read(source: str | Path) -> Model:
     try:
         path = Path(source).expanduser()
         kind = "file" if path.is_file() else "lcir" if (path / "lcir.json").exists() else "other"
-    except (OSError, RuntimeError) as e:  # a name too long, an unknown user's ~, a folder that is closed to us
+    except (
+        OSError,
+        RuntimeError,
+    ) as e:  # a name too long, an unknown user's ~, a folder that is closed to us
         reason = getattr(e, "strerror", None) or e
         raise InputError(f"{str(source)[:80]!r}: cannot be read: {reason}") from None
     if kind == "file":

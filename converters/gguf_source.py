@@ -17,10 +17,12 @@ import numpy as np
 
 from lconvert.archs import find
 from lconvert.archs import names as arch_names
-from lconvert.archs.common import Arch
+from lconvert.archs.common import Arch, plausible
 from lconvert.converters import gguf_keys, gguf_names, tokenizer_raise
-from lconvert.errors import InputError, UnsupportedError
+from lconvert.converters.gguf_meta import Meta, readable, short, unused
+from lconvert.errors import InputError, LconvertError, UnsupportedError
 from lconvert.formats import gguf
+from lconvert.formats.files import show
 from lconvert.formats.gguf_blocks import SCHEMES, raised
 from lconvert.ir import (
     NUMPY_DTYPE,
@@ -41,87 +43,54 @@ from lconvert.spec import check, roles
 _FLOATS = ("F32", "F16", "BF16")
 
 
-class _Meta:
-    """Typed access to the "<arch>.*" keys of a file."""
-
-    def __init__(self, file: gguf.GGUFFile) -> None:
-        self.file = file
-        self.arch = self._text("general.architecture")
-
-    def _text(self, key: str) -> str:
-        value = self.file.metadata.get(key)
-        if value is None or not isinstance(value.data, str):
-            raise InputError(f"{self.file.path}: the required key {key!r} is missing or not a string")
-        return value.data
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.file.metadata.get(f"{self.arch}.{key}")
-        return default if value is None else value.data
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"{self.file.path}: key {self.arch}.{key} is {value!r}, expected a number")
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if value != int(value) or not 0 < value < 2**31:
-            raise InputError(
-                f"{self.file.path}: key {self.arch}.{key} is {value!r}, expected a positive integer"
-            )
-        return int(value)
-
-    def list_of(self, key: str, n: int) -> list[Any] | None:
-        """A per-layer array, or None where the key is absent or a single value."""
-        value = self.get(key)
-        if not isinstance(value, np.ndarray):
-            return None
-        if len(value) != n:
-            raise InputError(f"{self.file.path}: key {self.arch}.{key} has {len(value)} items for {n} layers")
-        return list(value.tolist())
-
-
-def _find_arch(file: gguf.GGUFFile, meta: _Meta) -> Arch:
-    experts = meta.get("expert_count", 0) > 0
+def _find_arch(file: gguf.GGUFFile, meta: Meta) -> Arch:
+    experts = meta.number("expert_count", 0) > 0
     known = [find(n) for n in arch_names()]
     found = [a for a in known if a.gguf.arch == meta.arch]
     if not found:
         raise UnsupportedError(
-            f"{file.path}: architecture {meta.arch!r} is not supported; supported: "
+            f"{file.path}: architecture {show(meta.arch)} is not supported; supported: "
             f"{', '.join(sorted({a.gguf.arch for a in known}))}"
         )
     return next((a for a in found if a.gguf.moe == experts), found[0])
 
 
-def _rope(file: gguf.GGUFFile, meta: _Meta, head_dim: int, context: int) -> Rope | None:
+def _rope(file: gguf.GGUFFile, meta: Meta, head_dim: int, context: int) -> Rope | None:
     if meta.get("rope.freq_base") is None and meta.get("rope.dimension_count") is None:
         return None
     dim = meta.count("rope.dimension_count", head_dim)
-    rope = Rope(theta=short(meta.number("rope.freq_base", 10000.0)), dim=dim)
-    kind = meta.get("rope.scaling.type")
+    if dim > head_dim:
+        raise meta.error("rope.dimension_count", f"at most the head's {head_dim}")
+    rope = Rope(theta=meta.positive("rope.freq_base", 10000.0), dim=dim)
+    kind = meta.text("rope.scaling.type")
     original = meta.count("rope.scaling.original_context_length", context)
     if "rope_freqs.weight" in file.tensors:
         return _llama3(file, rope)
     if kind == "linear":
-        return replace(rope, scaling="linear", factor=short(meta.number("rope.scaling.factor")))
+        return replace(rope, scaling="linear", factor=meta.positive("rope.scaling.factor"))
     if kind == "yarn":
-        factor = short(meta.number("rope.scaling.factor"))
-        extra = meta.get("rope.scaling.attn_factor")
+        factor = meta.positive("rope.scaling.factor")
+        extra = meta.maybe("rope.scaling.attn_factor")
         own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         return replace(
             rope,
             scaling="yarn",
             factor=factor,
             original_context=original,
-            beta_fast=short(meta.number("rope.scaling.yarn_beta_fast", 32.0)),
-            beta_slow=short(meta.number("rope.scaling.yarn_beta_slow", 1.0)),
+            beta_fast=meta.positive("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=meta.positive("rope.scaling.yarn_beta_slow", 1.0),
             attention_factor=None if extra is None else short(extra * own),
         )
     if kind == "longrope" or "rope_factors_long.weight" in file.tensors:
+        if original < 2:
+            raise meta.error("rope.scaling.original_context_length", "a length that longrope can scale")
         factors = {}
         for side in ("long", "short"):
             values = gguf_values(file, f"rope_factors_{side}.weight")
+            if len(values) != dim // 2 or not (np.isfinite(values) & (values > 0)).all():
+                raise InputError(
+                    f"{file.path}: rope_factors_{side}.weight must hold {dim // 2} positive numbers"
+                )
             factors[side] = tuple(short(v) for v in values.tolist())
         rope = replace(
             rope,
@@ -131,18 +100,13 @@ def _rope(file: gguf.GGUFFile, meta: _Meta, head_dim: int, context: int) -> Rope
             short_factors=factors["short"],
             long_factors=factors["long"],
         )
-        attention = meta.number("rope.scaling.attn_factor", 1.0)
+        attention = meta.positive("rope.scaling.attn_factor", 1.0)
         own = gguf_keys.longrope_attention(rope, context)
         same = math.isclose(attention, own, rel_tol=1e-6)
-        return replace(rope, attention_factor=None if same else short(attention))
+        return replace(rope, attention_factor=None if same else attention)
     if kind in (None, "none"):
         return rope
-    raise UnsupportedError(f"{file.path}: rope scaling {kind!r} is not supported")
-
-
-def short(x: float) -> float:
-    """The shortest decimal that is this fp32 number: 1e-5 was written, 9.99999974e-06 came back."""
-    return float(str(np.float32(x)))
+    raise UnsupportedError(f"{file.path}: rope scaling {show(kind)} is not supported")
 
 
 def gguf_values(file: gguf.GGUFFile, name: str) -> Any:
@@ -156,6 +120,8 @@ def gguf_values(file: gguf.GGUFFile, name: str) -> Any:
 def _llama3(file: gguf.GGUFFile, rope: Rope) -> Rope:
     """Llama 3's scaling parameters from the divisors that were made from them."""
     stored = gguf_values(file, "rope_freqs.weight")
+    if len(stored) != rope.dim // 2 or not (np.isfinite(stored) & (stored > 0)).all():
+        raise InputError(f"{file.path}: rope_freqs.weight must hold {rope.dim // 2} positive numbers")
     factor = short(float(stored.max()))
     for original in (8192, *(1 << k for k in range(6, 18))):
         for low in (1.0, 2.0, 0.5):
@@ -176,40 +142,52 @@ def _llama3(file: gguf.GGUFFile, rope: Rope) -> Rope:
     raise UnsupportedError(f"{file.path}: rope_freqs.weight does not follow Llama 3's formula")
 
 
-def _traits(file: gguf.GGUFFile, meta: _Meta, arch: Arch) -> Decoder:
+def _traits(file: gguf.GGUFFile, meta: Meta, arch: Arch) -> Decoder:
     t = file.tensors
     if "token_embd.weight" not in t:
         raise InputError(f"{file.path}: tensor token_embd.weight is missing")
+    if len(t["token_embd.weight"].shape) != 2:
+        raise InputError(
+            f"{file.path}: token_embd.weight has shape {t['token_embd.weight'].shape}, not two axes"
+        )
     vocab, hidden = t["token_embd.weight"].shape
     layers, context = meta.count("block_count"), meta.count("context_length")
+    if layers > len(t):
+        raise meta.error("block_count", f"at most the number of tensors, {len(t)}")
     heads = meta.count("attention.head_count")
+    if heads > hidden:
+        raise meta.error("attention.head_count", f"at most the width of the model, {hidden}")
     head_dim = meta.count("attention.key_length", hidden // heads)
     fused = arch.gguf.fused
     qkv = "attn_qkv" if "attn_qkv" in fused else "attn_q"
     norm = t.get("blk.0.attn_q_norm.weight")
+    if norm and len(norm.shape) > 2:
+        raise InputError(
+            f"{file.path}: blk.0.attn_q_norm.weight has shape {norm.shape}, expected one or two axes"
+        )
     shapes = {1: "head" if norm and norm.shape[0] == head_dim else "full", 2: "per_head"}
     attention = Attention(
         heads=heads,
         kv_heads=meta.count("attention.head_count_kv", heads),
         head_dim=head_dim,
-        scale=short(meta.number("attention.scale")) if meta.get("attention.scale") else head_dim**-0.5,
+        scale=meta.nonzero("attention.scale") or head_dim**-0.5,
         rope=_rope(file, meta, head_dim, context),
         window=None,
-        softcap=_optional(meta, "attn_logit_softcapping"),
+        softcap=meta.nonzero("attn_logit_softcapping"),
         qk_norm=shapes[len(norm.shape)] if norm else "none",  # type: ignore[arg-type]
         qkv_bias=f"blk.0.{qkv}.bias" in t,
         o_bias="blk.0.attn_output.bias" in t,
-        clip_qkv=_optional(meta, "attention.clamp_kqv"),
+        clip_qkv=meta.nonzero("attention.clamp_kqv"),
     )
     mlp: Mlp | Moe
-    if meta.get("expert_count", 0) > 0:
+    if meta.number("expert_count", 0) > 0:
         size = meta.count("expert_feed_forward_length", meta.count("feed_forward_length"))
         mlp = Moe(meta.count("expert_count"), meta.count("expert_used_count"), size, "silu")
     else:
         gated = "blk.0.ffn_gate.weight" in t or any("mlp.gate" in parts for parts in fused.values())
         up_bias = "blk.0.ffn_up.bias" in t
         mlp = Mlp("gated" if gated else "plain", "silu", meta.count("feed_forward_length"), up_bias)
-    rms = meta.get("attention.layer_norm_rms_epsilon")
+    rms = meta.maybe("attention.layer_norm_rms_epsilon")
     positions = t.get("position_embd.weight")
     layer = Layer(attention, mlp, _block(file, meta))
     d = Decoder(
@@ -219,7 +197,7 @@ def _traits(file: gguf.GGUFFile, meta: _Meta, arch: Arch) -> Decoder:
         vocab=vocab,
         context=context,
         norm="rms" if rms is not None else "layer",
-        norm_eps=short(rms if rms is not None else meta.number("attention.layer_norm_epsilon")),
+        norm_eps=rms if rms is not None else short(meta.number("attention.layer_norm_epsilon")),
         default=layer,
         overrides=_dense_layers(file, layer, layers),
         norm_bias="output_norm.bias" in t,
@@ -229,20 +207,19 @@ def _traits(file: gguf.GGUFFile, meta: _Meta, arch: Arch) -> Decoder:
         embed_scale=short(meta.number("embedding_scale", 1.0)),
         residual_scale=short(meta.number("residual_scale", 1.0)),
         logit_scale=short(meta.number("logit_scale", 1.0)),
-        final_softcap=_optional(meta, "final_logit_softcapping"),
+        final_softcap=meta.nonzero("final_logit_softcapping"),
     )
-    window, pattern = (
-        meta.get("attention.sliding_window"),
-        meta.list_of("attention.sliding_window_pattern", layers),
-    )
+    has_window = meta.number("attention.sliding_window", 0) != 0
+    window = meta.count("attention.sliding_window") if has_window else None
+    pattern = meta.list_of("attention.sliding_window_pattern", layers)
     if window and pattern:
-        local = meta.get("rope.freq_base_swa")
+        local = meta.maybe("rope.freq_base_swa")
         rope = attention.rope
-        inner = rope if rope is None or local is None else replace(rope, theta=short(local))
-        sliding = replace(layer, attention=replace(attention, window=int(window), rope=inner))
+        inner = rope if rope is None or local is None else replace(rope, theta=local)
+        sliding = replace(layer, attention=replace(attention, window=window, rope=inner))
         d = replace(d, overrides={i: sliding for i, on in enumerate(pattern) if on})
     elif window:
-        d = replace(d, default=replace(layer, attention=replace(attention, window=int(window))))
+        d = replace(d, default=replace(layer, attention=replace(attention, window=window)))
     return arch.gguf.restore(d)
 
 
@@ -257,7 +234,7 @@ def _dense_layers(file: gguf.GGUFFile, layer: Layer, layers: int) -> dict[int, L
     return {i: replace(layer, mlp=mlp) for i, mlp in plain.items()}
 
 
-def _block(file: gguf.GGUFFile, meta: _Meta) -> Any:
+def _block(file: gguf.GGUFFile, meta: Meta) -> Any:
     """The order of norms and residuals, from the norms that a layer has (spec.NORMS)."""
     t = file.tensors
     before, after = "blk.0.ffn_norm.weight" in t, "blk.0.post_ffw_norm.weight" in t
@@ -265,12 +242,7 @@ def _block(file: gguf.GGUFFile, meta: _Meta) -> Any:
         return "sandwich" if before else "post"
     if not before:
         return "parallel" if "blk.0.attn_norm_2.weight" in t else "parallel_shared"
-    return "parallel" if meta.get("use_parallel_residual") else "pre"
-
-
-def _optional(meta: _Meta, key: str) -> float | None:
-    value = meta.get(key)
-    return None if not value else short(meta.number(key))
+    return "parallel" if meta.flag("use_parallel_residual") else "pre"
 
 
 def _entry_data(file: gguf.GGUFFile, name: str, cols: int) -> Tensor | QTensor:
@@ -333,9 +305,12 @@ def _flat(t: Tensor) -> Tensor:
 def read(path: str | Path) -> Model:
     """A GGUF file (or the first of its shards) as a Model."""
     file = gguf.read(path)
-    meta = _Meta(file)
+    meta = Meta(file)
     arch = _find_arch(file, meta)
-    d = _traits(file, meta, arch)
+    routers = (t for name, t in file.tensors.items() if name.endswith(".ffn_gate_inp.weight"))
+    experts = sum(t.shape[0] for t in routers)
+    d = plausible(_traits(file, meta, arch), str(file.path), layers=len(file.tensors), experts=experts)
+    inert = unused(meta, arch, d)
     shapes: Mapping[str, tuple[int, ...]] = roles(d)
     entries: dict[str, Entry] = {}
     left = set(file.tensors) - set(gguf_keys.rope_tensors(d))
@@ -347,13 +322,18 @@ def read(path: str | Path) -> Model:
             raise InputError(
                 f"{file.path}: tensor {stored.name} has shape {info.shape}, the metadata implies {stored.shape}"
             )
-        left -= {stored.name, stored.name.removesuffix(".weight") + ".scale"}
+        left -= {stored.name}
+        if info.type == "NVFP4":
+            left -= {stored.name.removesuffix(".weight") + ".scale"}
         whole = _entry_data(file, stored.name, stored.cols)
         at = 0
         for role in stored.roles:
             n = shapes[role][0] if len(shapes[role]) > 1 or len(stored.shape) == 1 else 1
             if len(stored.shape) == 1:
-                assert isinstance(whole, Tensor)
+                if not isinstance(whole, Tensor):
+                    raise UnsupportedError(
+                        f"{file.path}: tensor {stored.name} is a vector in {info.type}, expected a float type"
+                    )
                 vector = take_rows(_flat(whole), ((at, at + n),))
                 part: Tensor | QTensor = (
                     gguf_names.interleave(vector, stored.head_dim, inverse=True)
@@ -366,9 +346,13 @@ def read(path: str | Path) -> Model:
             entries[role] = Entry(role, part, provenance=(f"{file.path.name}:{stored.name}",))
     if left:
         raise UnsupportedError(
-            f"{file.path}: unknown tensor {', '.join(sorted(left)[:5])}; lconvert does not guess"
+            f"{file.path}: unknown tensor {', '.join(show(n)[1:-1] for n in sorted(left)[:5])}; lconvert does not guess "
+            "what it does"
         )
-    tokenizer, notes = tokenizer_raise.from_gguf(file.metadata)
+    try:
+        tokenizer, notes = tokenizer_raise.from_gguf(file.metadata)
+    except LconvertError as e:
+        raise type(e)(f"{file.path}: {e}") from None
     name = file.metadata.get("general.name")
     return check(
         Model(
@@ -376,9 +360,9 @@ def read(path: str | Path) -> Model:
             config=arch.config(d) | _special_config(file),
             entries=entries,
             tokenizer=tokenizer,
-            name=name.data if name is not None and isinstance(name.data, str) else file.path.stem,
+            name=readable(name.data) if name is not None and isinstance(name.data, str) else file.path.stem,
             source=str(path),
-            report=("config.json is reconstructed from GGUF metadata", *notes),
+            report=("config.json is reconstructed from GGUF metadata", *inert, *notes),
         )
     )
 

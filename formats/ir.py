@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert import __version__
-from lconvert.archs.common import plausible
+from lconvert.archs.common import F32_MAX, plausible
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import safetensors
 from lconvert.formats.files import show
@@ -49,7 +49,6 @@ from lconvert.spec import check
 SCHEMA = "lcir/1"
 META, DATA = "lcir.json", "tensors.safetensors"
 _LIMIT = 512 << 20  # bytes of lcir.json, which holds the tokenizer
-_F32_MAX = 3.4028234663852886e38
 _CODE_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
@@ -152,7 +151,7 @@ def _fits(value: Any, hint: Any) -> bool:
             return False
         return args[1] is Any or all(_fits(v, args[1]) for v in value.values())
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= _F32_MAX
+        return type(value) in (int, float) and abs(value) <= F32_MAX
     if hint is int:
         return type(value) is int and abs(value) < 1 << 31
     return isinstance(value, hint)
@@ -176,13 +175,14 @@ def _build(kind: type[Any], data: Any, where: str, **ready: Any) -> Any:
 
 
 def _layer(data: Any, where: str) -> Layer:
-    part = data if isinstance(data, dict) else {}
-    attention, mlp = part.get("attention"), part.get("mlp")
-    rope = attention.get("rope") if isinstance(attention, dict) else None
-    turned = None if rope is None else _build(Rope, rope, where)
-    kind = Moe if isinstance(mlp, dict) and "experts" in mlp else Mlp
-    built = _build(Attention, attention, where, rope=turned)
-    layer = _build(Layer, data, where, attention=built, mlp=_build(kind, mlp, where))
+    if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in ("attention", "mlp")):
+        raise InputError(f"{where}: a layer is incomplete: it needs attention and mlp")
+    attention, mlp = data["attention"], data["mlp"]
+    rope = None if attention.get("rope") is None else _build(Rope, attention["rope"], where)
+    built = _build(Attention, attention, where, rope=rope)
+    layer = _build(
+        Layer, data, where, attention=built, mlp=_build(Moe if "experts" in mlp else Mlp, mlp, where)
+    )
     assert isinstance(layer, Layer)
     return layer
 
@@ -216,7 +216,7 @@ class _Reader:
             return self.tensor(data["tensor"])
         for key in ("grid", "shape", "block", "codes", "scale"):
             if key not in data:
-                raise InputError(f"{self.where}: a quantized entry has no {key}")
+                raise InputError(f"{self.where}: a quantized entry is incomplete: it has no {key}")
         grid = self.grid(data["grid"])
         shape, block = self.sizes(data["shape"]), self.sizes(data["block"])
         codes = self.tensor(data["codes"])
@@ -231,7 +231,15 @@ class _Reader:
             codes = _unpacked(codes, shape, signed=grid.kind == "int" and grid.signed)
         elif codes.dtype not in _CODE_DTYPES:
             raise InputError(f"{self.where}: codes are stored as {codes.dtype}, expected integers")
-        return QTensor(shape, codes, grid, block, scale, **sides)  # type: ignore[arg-type]
+        if isinstance(g_idx := sides.get("g_idx"), Tensor):
+            groups = g_idx.load()
+            if groups.dtype.kind not in "iu" or not scale.shape or groups.min(initial=0) < 0:
+                raise InputError(f"{self.where}: {g_idx.origin} does not number groups")
+            if groups.max(initial=0) >= scale.shape[-1]:
+                raise InputError(
+                    f"{self.where}: {g_idx.origin} names group {groups.max()} of {scale.shape[-1]}"
+                )
+        return QTensor(shape, _checked(codes, grid), grid, block, scale, **sides)  # type: ignore[arg-type]
 
     def sizes(self, data: Any) -> tuple[int, ...]:
         value = _tuples(data)
@@ -242,10 +250,26 @@ class _Reader:
     def grid(self, data: Any) -> Grid:
         grid = _build(Grid, data, self.where)
         assert isinstance(grid, Grid)
-        small = grid.bits == grid.signed + grid.exponent + grid.mantissa and grid.exponent > 0 <= grid.mantissa
-        if not 1 <= grid.bits <= 16 or (grid.kind == "float" and not small):
-            raise InputError(f"{self.where}: no grid has {grid.bits} bits of which {show(data)}")
+        parts = (int(grid.signed), grid.exponent, grid.mantissa)
+        whole = min(parts) >= 0 and 0 < grid.exponent <= 8 and sum(parts) == grid.bits
+        if not 1 <= grid.bits <= 16 or (grid.kind == "float" and not whole):
+            raise InputError(f"{self.where}: {show(data)} is not a grid")
         return grid
+
+
+def _checked(codes: Tensor, grid: Grid) -> Tensor:
+    """The codes; a slab with one that the grid does not have is an InputError."""
+    low, high = 0, (len(grid.values) if grid.kind == "codebook" else 1 << grid.bits) - 1
+    if grid.kind == "int" and grid.signed:
+        low, high = -(1 << (grid.bits - 1)), (1 << (grid.bits - 1)) - 1
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        x = codes.read(start, stop)
+        if x.size and not low <= int(x.min()) <= int(x.max()) <= high:
+            raise InputError(f"{codes.origin}: holds codes outside {low}..{high}, the range of its grid")
+        return x
+
+    return dataclasses.replace(codes, read=read)
 
 
 def _unpacked(stored: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         keys = sorted(k for k, _ in pairs)
-        raise ValueError(f"the key {show(next(a for a, b in zip(keys, keys[1:]) if a == b))} is there twice")
+        raise ValueError(f"the key {show(next(a for a, b in pairwise(keys) if a == b))} is there twice")
     return out
 
 
@@ -29,7 +30,9 @@ def read_object(path: Path, limit: int = LIMIT) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes; InputError says what is wrong with it."""
     with reading(path) as (f, stamp):
         if stamp.size > limit:
-            raise InputError(f"{path}: {stamp.size} bytes are too many for this JSON file, {limit} is the most")
+            raise InputError(
+                f"{path}: {stamp.size} bytes are too many for this JSON file, {limit} is the most"
+            )
         raw = f.readall()
     if not raw.strip():
         raise InputError(f"{path}: the file is empty; download it again")

@@ -496,5 +496,5 @@ def test_detokenizing_is_a_note(llama3: Tokenizer) -> None:
 def test_two_rows_of_one_text(bpe_model: bytes, tmp_path: Path) -> None:
     tokenizer = read(tmp_path, spm("bpe", add_dummy_prefix=False))
     clash = with_added(tokenizer, ("▁ x", "normalized"), ("  x", ""))
-    with pytest.raises(InputError, match="two tokens would have the text '  x', which llama.cpp refuses"):
+    with pytest.raises(InputError, match=r"two tokens would have the text '  x', which llama.cpp refuses"):
         tokenizer_gguf.to_gguf(clash, 1500, "llama")

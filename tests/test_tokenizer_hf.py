@@ -155,7 +155,7 @@ def test_damaged_tokenizer_json(data: Any, said: str, tmp_path: Path) -> None:
 )
 def test_damaged_templates(template: Any, tmp_path: Path) -> None:
     write(tmp_path, tokenizer_dot_json=small(), tokenizer_config_dot_json={"chat_template": template})
-    with pytest.raises(InputError, match="chat.template"):
+    with pytest.raises(InputError, match=r"chat.template"):
         read_tokenizer(tmp_path)
 
 

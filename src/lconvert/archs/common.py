@@ -114,7 +114,7 @@ INERT = frozenset(
 _MISSING: Any = object()
 
 #: Numbers of a config are used in fp32; this also excludes NaN and infinities, which Python's JSON accepts.
-_F32_MAX = 3.4028234663852886e38
+F32_MAX = 3.4028234663852886e38
 #: More layers or experts than any model has, few enough to list them.
 _MOST: Mapping[str, int] = dict.fromkeys(
     ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts"), 1 << 14
@@ -153,11 +153,11 @@ class Keys:
         value = self.get(name, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _F32_MAX:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= F32_MAX:
             raise InputError(f"{self.where}: {name} is {show(value)}, expected a number")
         return value
 
-    def int(self, name: str, default: Any = _MISSING) -> int:
+    def int(self, name: str, default: Any = _MISSING) -> Any:
         value = self._number(name, default)
         if value is not default and (value != int(value) or abs(value) > 2**31):
             raise InputError(f"{self.where}: {name} is {show(value)}, expected a 32-bit integer")
@@ -339,12 +339,14 @@ def parse_rope(
             for name in ("short_factor", "long_factor"):
                 value = r.get(name)
                 ok = isinstance(value, list) and all(type(v) in (int, float) for v in value)
-                if not ok or len(value) != dim // 2 or not all(0 < v <= _F32_MAX for v in value):
+                if not ok or len(value) != dim // 2 or not all(0 < v <= F32_MAX for v in value):
                     raise InputError(f"{r.where}: {name} must be a list of {dim // 2} positive numbers")
                 factors[name] = tuple(float(v) for v in value)
             base = original or context
             if base < 2:
-                raise InputError(f"{r.where}: original_max_position_embeddings is {base}, too short for longrope")
+                raise InputError(
+                    f"{r.where}: original_max_position_embeddings is {base}, too short for longrope"
+                )
             out = dataclasses.replace(
                 out,
                 scaling="longrope",
@@ -494,7 +496,9 @@ def plausible(d: Decoder, where: str, *, layers: int, experts: int) -> Decoder:
         raise InputError(f"{where}: {d.layers} layers are claimed, but there are only {layers} tensors")
     claimed = sum(layer.mlp.experts for _, layer in d.each() if isinstance(layer.mlp, Moe))
     if claimed > experts:
-        raise InputError(f"{where}: {claimed} experts in all are claimed, but the tensors hold {experts} at most")
+        raise InputError(
+            f"{where}: {claimed} experts in all are claimed, but the tensors hold {experts} at most"
+        )
     heads = sum(layer.attention.kv_heads for _, layer in d.each())
     if heads > 1 << 20:
         raise InputError(f"{where}: {heads} key-value heads in all are claimed, which no model has")
