@@ -230,20 +230,9 @@ def hyper(arch: Arch, model: Model) -> gguf_mixture.Hyper:
     return gguf_mixture.Hyper(arch.gguf.arch, d.layers, a.heads, a.kv_heads, experts)
 
 
-def _general(arch: Arch, model: Model, options: Options) -> dict[str, gguf.Value]:
-    name = options.name or model.name
-    if name and "phi-3" in name.lower() and arch.gguf.arch != "phi3":
-        # llama.cpp turns off a tokenizer cleanup for any model whose name contains it (llama-vocab.cpp).
-        raise OptionError(
-            f"general.name {name!r} contains 'phi-3', which changes llama.cpp's tokenizer; pass --name"
-        )
-    out = {
-        "general.architecture": gguf.string(arch.gguf.arch),
-        "general.type": gguf.string("model"),
-    }
-    if name:
-        out["general.name"] = gguf.string(name)
-    return out
+def _general(arch: Arch, name: str) -> dict[str, gguf.Value]:
+    out = {"general.architecture": gguf.string(arch.gguf.arch), "general.type": gguf.string("model")}
+    return out | ({"general.name": gguf.string(name)} if name else {})
 
 
 def _losses(arch: Arch, d: Decoder, allowed: tuple[str, ...]) -> tuple[Verdict, ...]:
@@ -278,16 +267,16 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
     items = {i.name: i for i in (*made, *generated)}
     ordered = [items[name] for name in gguf_mixture.tensor_order(list(items))]
 
-    metadata = _general(arch, model, options)
-    metadata |= gguf_keys.metadata(arch, d)
-    notes: tuple[str, ...] = ()
+    name = options.name or model.name
     if model.tokenizer is not None:
-        keys, tokenizer_notes = tokenizer_gguf.to_gguf(model.tokenizer, d.vocab, d.family)
-        metadata |= keys
-        notes = tuple(tokenizer_notes)
+        lowered = tokenizer_gguf.lower(model.tokenizer, d.vocab, d.family)
+        name, renamed = tokenizer_gguf.general_name(name, lowered.name_rule)
+        notes: tuple[str, ...] = (*lowered.notes, *([renamed] if renamed else []))
+        tokenizer_keys: Mapping[str, gguf.Value] = lowered.keys
     else:
-        metadata["tokenizer.ggml.model"] = gguf.string("no_vocab")
+        tokenizer_keys = {"tokenizer.ggml.model": gguf.string("no_vocab")}
         notes = ("the source has no tokenizer: the file holds none, and llama.cpp can only be fed token ids",)
+    metadata = _general(arch, name) | gguf_keys.metadata(arch, d) | tokenizer_keys
     metadata["general.quantization_version"] = gguf.u32(2)
     if options.imatrix is not None:
         metadata |= quantize_keys(options.imatrix)

@@ -206,7 +206,7 @@ def _entry(role: str, parts: tuple[Tensor, ...], where: tuple[str, ...]) -> Entr
     kinds = {p.dtype for p in parts}
     if len(kinds) > 1:
         raise UnsupportedError(
-            f"{parts[0].origin}: stored as {parts[0].dtype}, its neighbours as {', '.join(kinds)}"
+            f"{parts[0].origin}: stored as {parts[0].dtype}, its neighbours as {', '.join(sorted(kinds))}"
         )
     return Entry(role, concat_rows(parts), provenance=where)
 

@@ -120,7 +120,8 @@ LANE_FN void quantize_q2_k_group(const Group& group) {
     for (int j = 0; j < 16; ++j) {
         put_byte(words, j, ls[j] | lm[j] << 4);
         const I stored = get_byte(words, j);
-        const F step = half_value(half_d) * to_float(stored & 15), offset = half_value(half_dmin) * to_float(stored >> 4);
+        const F step = half_value(half_d) * to_float(stored & 15);
+        const F offset = half_value(half_dmin) * to_float(stored >> 4);
         affine_codes<16, 3>(x + 16 * j, fit[j], step, offset, code + 16 * j);
     }
     for (int k = 0; k < 16; ++k) words[4 + k] = pack_word<4, 2, 32>(code + k / 8 * 128 + k % 8 * 4, 0, 3);

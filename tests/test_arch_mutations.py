@@ -142,11 +142,13 @@ def _traits(d: Decoder) -> Iterator[tuple[str, Decoder]]:
     if d.overrides:
         full, local = d.default, next(iter(d.overrides.values()))
         moved = {(i + 1) % d.layers: layer for i, layer in d.overrides.items()}
-        yield "which layers are local", replace(d, overrides=moved)
+        yield "which layers differ", replace(d, overrides=moved)
         if full.attention.rope != local.attention.rope:
             rope = full.attention.rope
             same = replace(local, attention=replace(local.attention, rope=rope))
             yield "local rope", replace(d, overrides=dict.fromkeys(d.overrides, same))
+        if local.attention.window is None:
+            return
         wide = replace(local, attention=replace(local.attention, window=None))
         yield "no window", replace(d, overrides=dict.fromkeys(d.overrides, wide))
 

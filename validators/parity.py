@@ -190,7 +190,7 @@ class _Run:
     def tensors(self, tiers: Sequence[str]) -> None:
         self.progress("tensors")
         found: TensorCheck = check_gguf(self.path, self.artifact, self.source)
-        self.bits = found.bits_per_weight
+        self.bits = found.typical_bits
         self.details["tensors"] = asdict(found)
         if "structure" in tiers:
             types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))

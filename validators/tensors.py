@@ -31,6 +31,7 @@ class TensorCheck:
     relative_error: dict[str, float]  # by stored type, against the source: RMS error / RMS of the source
     block_error: dict[str, tuple[float, str]]  # by stored type: the worst block's max |error| / max |source|, where
     bits_per_weight: float  # of all weights with two or more dimensions
+    typical_bits: float  # weighted median over the matrices of the decoder layers: what the file type is about
     types: dict[str, int]
 
 
@@ -105,8 +106,23 @@ def check_gguf(
         relative_error={t: (e / n) ** 0.5 if n else 0.0 for t, (e, n) in sorted(sums.items())},
         block_error=dict(sorted(blocks.items())),
         bits_per_weight=sum(8 * t.nbytes for t in matrices) / max(weights, 1),
+        typical_bits=_typical_bits(matrices),
         types=types,
     )
+
+
+def _typical_bits(matrices: list[gguf.TensorInfo]) -> float:
+    """Bits per weight that at least half of the layers' weights have at most; small models store much of their
+    size in the embedding and the output, which have rules of their own."""
+    sizes = sorted(
+        (BLOCKS[t.type].bits_per_weight, int(np.prod(t.shape))) for t in matrices if t.name.startswith("blk.")
+    )
+    half, seen = sum(n for _, n in sizes) / 2, 0
+    for bits, n in sizes:
+        seen += n
+        if seen >= half:
+            return bits
+    return 32.0
 
 
 def _type(data: Any) -> str:

@@ -17,6 +17,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+_LONG = SMALL | {"max_position_embeddings": 4096}
 
 CASES = [
     Case("gqa", "llama", SMALL, dtype="bfloat16"),
@@ -24,7 +25,16 @@ CASES = [
     Case("biases", "llama", SMALL | {"attention_bias": True, "mlp_bias": True}),
     Case("linear", "llama", SMALL | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     Case("llama3", "llama", SMALL | {"rope_parameters": _LLAMA3}),
-    Case("yarn", "llama", SMALL | {"max_position_embeddings": 4096, "rope_parameters": _YARN}),
-    Case("yarn-factor", "llama", SMALL | {"rope_parameters": _YARN | {"attention_factor": 0.8, "beta_fast": 24.0}}),
+    Case("yarn", "llama", _LONG | {"rope_parameters": _YARN}),
+    Case("yarn-factor", "llama", _LONG | {"rope_parameters": _YARN | {"attention_factor": 0.8}}),
+    Case(
+        "yarn-betas",
+        "llama",
+        _LONG | {"rope_parameters": _YARN | {"beta_fast": 16.0, "beta_slow": 2.0}},
+        losses=("yarn_betas",),
+        refused=True,
+        exact=1,
+        wrong=1e-3,
+    ),
     Case("relu", "llama", SMALL | {"hidden_act": "relu"}, losses=("activation",), refused=True, exact=0, wrong=1e-3),
 ]

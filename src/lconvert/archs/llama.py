@@ -111,7 +111,7 @@ GRAPH = graph(
     mlp_bias="optional",
     partial_rope=False,
     ropes=("none", "linear", "yarn", "llama3"),
-    experts="softmax over the chosen",
+    normalizes=True,
 )
 
 ARCH = Arch(

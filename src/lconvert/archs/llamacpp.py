@@ -37,7 +37,7 @@ class Graph:
     window: it masks by a sliding window. partial_rope: it can turn a part of a head only. square: it assumes that all
     heads together are as wide as the model. scale: the attention scale it uses. ropes: rope scalings it applies.
     softcap: it caps attention scores. embed_scale: what it multiplies embeddings by, None where a key says it.
-    experts: it takes a softmax over the chosen experts and scales no further, None where not stated. head: the output matrix is the embedding, its own tensor, or either.
+    normalizes: it divides the weights of the chosen experts by their sum. head: the output matrix is the embedding, its own tensor, or either.
     """
 
     file: str
@@ -53,7 +53,7 @@ class Graph:
     ropes: tuple[str, ...] = ("none", "linear", "yarn")
     softcap: bool = False
     embed_scale: Callable[[Decoder], float] | None = None
-    experts: Literal["softmax over the chosen"] | None = None
+    normalizes: bool = False
     head: Literal["tied", "own", "either"] = "either"
 
 
@@ -88,8 +88,11 @@ def _layer(g: Graph, d: Decoder, layer: Layer) -> Iterator[Loss]:
             yield loss("activation", f"uses {g.activation}; the model's activation is {m.activation}")
     if layer.block not in g.blocks:
         yield loss("block", f"places norms and residuals as {' or '.join(g.blocks)}; the model's are {layer.block}")
-    if isinstance(m, Moe) and g.experts and (m.scoring, m.normalize, m.scale) != ("softmax", True, 1.0):
-        yield loss("expert_weights", "weighs experts by a softmax over the chosen ones; the model does not")
+    if isinstance(m, Moe):
+        if g.normalizes and not m.normalize:
+            yield loss("expert_weights", "divides the weights of the chosen experts by their sum; the model does not")
+        if (m.scoring, m.scale) != ("softmax", 1.0):
+            yield loss("expert_scoring", f"weighs experts by a softmax; the model by {m.scoring} times {m.scale}")
     mlp_bias = () if isinstance(m, Moe) else (("mlp", m.bias, g.mlp_bias),)
     for part, has, want in (("qkv", a.qkv_bias, g.qkv_bias), ("output", a.o_bias, g.o_bias), *mlp_bias):
         if has and want == "absent":
@@ -111,6 +114,8 @@ def _layer(g: Graph, d: Decoder, layer: Layer) -> Iterator[Loss]:
         yield loss("partial_rope", f"turns whole heads of {a.head_dim}; the model turns {rope.dim} dimensions")
     if rope.scaling not in g.ropes:
         yield loss("rope_scaling", f"does not apply {rope.scaling} rope scaling")
+    elif rope.scaling == "yarn" and (rope.beta_fast, rope.beta_slow) != (32.0, 1.0):
+        yield loss("yarn_betas", f"uses 32 and 1; the model's are {rope.beta_fast:g} and {rope.beta_slow:g}")
     elif rope.scaling == "longrope" and rope.original_context < d.context:
         yield loss(
             "longrope_switch",
