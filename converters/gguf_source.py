@@ -234,6 +234,16 @@ def _dense_layers(file: gguf.GGUFFile, layer: Layer, layers: int) -> dict[int, L
     return {i: replace(layer, mlp=mlp) for i, mlp in plain.items()}
 
 
+def _pattern(meta: _Meta, layers: int) -> list[Any] | None:
+    """Which layers have the window: a list, or a period p of which the last layer has not (0: all have)."""
+    key = "attention.sliding_window_pattern"
+    found = meta.list_of(key, layers)
+    if found is not None or meta.get(key) is None:
+        return found
+    p = int(meta.number(key))
+    return [p == 0 or i % p < p - 1 for i in range(layers)]
+
+
 def _block(file: gguf.GGUFFile, meta: Meta) -> Any:
     """The order of norms and residuals, from the norms that a layer has (spec.NORMS)."""
     t = file.tensors

@@ -23,7 +23,7 @@ from lconvert.ir import Model, QTensor
 from lconvert.plan import manifest_path
 from lconvert.validators import gates as gate_file
 from lconvert.validators.logits import LogitStats, compare, windows
-from lconvert.validators.tensors import TensorCheck, check_gguf
+from lconvert.validators.tensors import TensorCheck, check_gguf, typical_bits
 
 #: Largest temporary file for the check of the graph with F32 weights.
 _GRAPH_LIMIT = 8 << 30
@@ -163,7 +163,6 @@ class _Run:
         self.notes: list[str] = []
         self.details: dict[str, Any] = {}
         self.missing_required = False
-        self.bits = 32.0
 
     def add(self, tier: str, name: str, value: str, gate: str, passed: bool | None) -> None:
         self.checks.append(Check(tier, name, value, gate, passed))
@@ -190,7 +189,6 @@ class _Run:
     def tensors(self, tiers: Sequence[str]) -> None:
         self.progress("tensors")
         found: TensorCheck = check_gguf(self.path, self.artifact, self.source)
-        self.bits = found.typical_bits
         self.details["tensors"] = asdict(found)
         if "structure" in tiers:
             types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))
@@ -217,7 +215,13 @@ class _Run:
             limits = self.gates["block_error"]
             for type_, (error, role) in found.block_error.items():
                 gate = float(limits.get(type_, limits["default"]))
-                self.add("tensors", f"{type_}: worst block", f"{error:.3g} in {role}", f"<= {gate:g}", error <= gate)
+                self.add(
+                    "tensors",
+                    f"{type_}: worst block",
+                    f"{error:.3g} in {role}",
+                    f"<= {gate:g}",
+                    error <= gate,
+                )
             self.notes += [f"not equal to the source: {name}" for name in found.worst_exact[:5]]
             for type_, error in found.relative_error.items():
                 self.notes.append(f"relative error of {type_} tensors against the source: {error:.3e}")
@@ -303,7 +307,9 @@ class _Run:
 
         size = 4 * sum(e.data.size for e in self.artifact.entries.values())
         if size > _GRAPH_LIMIT:
-            self.not_proven.append(f"logits: the graph with F32 weights, because they would take {size / 1e9:.0f} GB")
+            self.not_proven.append(
+                f"logits: the graph with F32 weights, because they would take {size / 1e9:.0f} GB"
+            )
             return
         self.progress("graph")
         losses = tuple(loss.name for loss in find(self.artifact.arch.family).gguf.losses(self.artifact.arch))
@@ -351,7 +357,7 @@ class _Run:
             for n, e in self.artifact.entries.items()
         )
         if quantized:
-            gate = gate_file.cost_gate(self.gates, self.bits)
+            gate = gate_file.cost_gate(self.gates, typical_bits(self.path))
         elif rounded:
             gate = float(self.gates["cost"][0]["kld_mean"])
         else:

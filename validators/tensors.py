@@ -29,9 +29,10 @@ class TensorCheck:
     exact: int  # tensors whose values equal the source's
     worst_exact: tuple[str, ...]  # tensors promised exact that are not
     relative_error: dict[str, float]  # by stored type, against the source: RMS error / RMS of the source
-    block_error: dict[str, tuple[float, str]]  # by stored type: the worst block's max |error| / max |source|, where
+    block_error: dict[
+        str, tuple[float, str]
+    ]  # by stored type: the worst block's max |error| / max |source|, where
     bits_per_weight: float  # of all weights with two or more dimensions
-    typical_bits: float  # weighted median over the matrices of the decoder layers: what the file type is about
     types: dict[str, int]
 
 
@@ -82,7 +83,9 @@ def check_gguf(
         original = source.entries[role]
         type_ = _type(entry.data)
         lossless = isinstance(entry.data, QTensor) is False and type_ in ("F32", _type(original.data))
-        equal, squared_error, squared_norm, block = _difference(entry.data, original.data, artifact, source, role)
+        equal, squared_error, squared_norm, block = _difference(
+            entry.data, original.data, artifact, source, role
+        )
         if block > blocks.get(type_, (0.0, ""))[0]:
             blocks[type_] = (block, role)
         exact += equal
@@ -106,16 +109,17 @@ def check_gguf(
         relative_error={t: (e / n) ** 0.5 if n else 0.0 for t, (e, n) in sorted(sums.items())},
         block_error=dict(sorted(blocks.items())),
         bits_per_weight=sum(8 * t.nbytes for t in matrices) / max(weights, 1),
-        typical_bits=_typical_bits(matrices),
         types=types,
     )
 
 
-def _typical_bits(matrices: list[gguf.TensorInfo]) -> float:
+def typical_bits(path: Path) -> float:
     """Bits per weight that at least half of the layers' weights have at most; small models store much of their
     size in the embedding and the output, which have rules of their own."""
     sizes = sorted(
-        (BLOCKS[t.type].bits_per_weight, int(np.prod(t.shape))) for t in matrices if t.name.startswith("blk.")
+        (BLOCKS[t.type].bits_per_weight, int(np.prod(t.shape)))
+        for t in gguf.read(path).tensors.values()
+        if t.name.startswith("blk.") and len(t.shape) > 1
     )
     half, seen = sum(n for _, n in sizes) / 2, 0
     for bits, n in sizes:
@@ -159,7 +163,9 @@ def _difference(
     step = max(1, _SLAB // max(1, int(np.prod(data.shape[1:]))))
     equal, error, norm, worst = True, 0.0, 0.0, 0.0
     width = BLOCKS[_type(data)].elems if isinstance(data, QTensor) and _type(data) in BLOCKS else 0
-    shift = np.float32(source.arch.norm_offset) - np.float32(artifact.arch.norm_offset) if "norm" in role else 0
+    shift = (
+        np.float32(source.arch.norm_offset) - np.float32(artifact.arch.norm_offset) if "norm" in role else 0
+    )
     for start in range(0, data.rows, step):
         stop = min(start + step, data.rows)
         a: NDArray[np.float32] = values(data, start, stop)

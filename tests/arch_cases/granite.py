@@ -16,7 +16,9 @@ _LLAMA3 = {
 
 CASES = [
     Case("multipliers", "granite", _GRANITE, dtype="bfloat16"),
-    Case("head-dim", "granite", _GRANITE | {"head_dim": 32, "tie_word_embeddings": True, "logits_scaling": 1.5}),
+    Case(
+        "head-dim", "granite", _GRANITE | {"head_dim": 32, "tie_word_embeddings": True, "logits_scaling": 1.5}
+    ),
     Case("biases", "granite", _GRANITE | {"attention_bias": True, "mlp_bias": True}),
     Case("llama3", "granite", _GRANITE | {"rope_parameters": _LLAMA3}),
 ]

@@ -109,15 +109,26 @@ def config(d: Decoder, hf_class: str) -> dict[str, Any]:
     }
 
 
+def period(d: Decoder) -> int | None:
+    """p where every p-th layer is global and all others are local; 0 where all are local; None for any other order."""
+    local = [i in d.overrides for i in range(d.layers)]
+    found = (p for p in range(1, d.layers + 1) if local == [i % p < p - 1 for i in range(d.layers)])
+    return 0 if all(local) else next(found, None)
+
+
 def window_keys(d: Decoder) -> dict[str, tuple[str, Any]]:
-    """The window, and which layers have it. Upstream writes no pattern and relies on the graph's own."""
-    if not d.overrides:
-        return {}
-    window = next(iter(d.overrides.values())).attention.window
-    return {
-        "attention.sliding_window": ("u32", window),
-        "attention.sliding_window_pattern": ("bools", [i in d.overrides for i in range(d.layers)]),
-    }
+    """The window, and which layers have it. Upstream writes no pattern and relies on the graph's own.
+
+    A number is what llama.cpp has read here since 2025; it ignored a list in these two graphs until September 2026
+    (load_swa_pattern), so only an irregular order is written as one.
+    """
+    p = period(d)
+    out: dict[str, tuple[str, Any]] = {"attention.sliding_window_pattern": ("u32", p)}
+    if p is None:
+        out = {"attention.sliding_window_pattern": ("bools", [i in d.overrides for i in range(d.layers)])}
+    if d.overrides:
+        out["attention.sliding_window"] = ("u32", next(iter(d.overrides.values())).attention.window)
+    return out
 
 
 def scale(largest: int) -> Callable[[Decoder, Layer], float]:
