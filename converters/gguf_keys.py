@@ -88,17 +88,23 @@ def rope_tensors(d: Decoder) -> dict[str, NDArray[np.float32]]:
 
 
 def llama3_factors(rope: Rope) -> NDArray[np.float32]:
-    """Divisor of every frequency (transformers `_compute_llama3_parameters`); frequencies in fp32 as there."""
+    """Divisor of every frequency (transformers `_compute_llama3_parameters`), every step in fp32 as there and in
+    llama.cpp's converter; torch divides a number by a tensor as number * (1 / tensor)."""
     import numpy as np
 
+    one = np.float32(1)
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    wavelength = 2 * math.pi * np.power(np.float32(rope.theta), exponent).astype(np.float64)
+    power = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(np.float32)  # correctly rounded
+    frequency = one / power
+    wavelength = (one / frequency) * np.float32(2 * math.pi)
     low, high = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor
-    smooth = (rope.original_context / wavelength - rope.low_freq_factor) / (
+    turns = (one / wavelength) * np.float32(rope.original_context)
+    smooth = (turns - np.float32(rope.low_freq_factor)) / np.float32(
         rope.high_freq_factor - rope.low_freq_factor
     )
-    between = 1 / ((1 - smooth) / rope.factor + smooth)
-    return np.where(wavelength < high, 1.0, np.where(wavelength > low, rope.factor, between)).astype(np.float32)
+    between = one / ((one - smooth) / np.float32(rope.factor) + smooth)
+    factor = np.where(wavelength > low, np.float32(rope.factor), between)
+    return np.where(wavelength < high, one, factor).astype(np.float32)
 
 
 def metadata(arch: Arch, d: Decoder) -> dict[str, Value]:

@@ -211,7 +211,7 @@ def _traits(file: gguf.GGUFFile, meta: Meta, arch: Arch) -> Decoder:
     )
     has_window = meta.number("attention.sliding_window", 0) != 0
     window = meta.count("attention.sliding_window") if has_window else None
-    pattern = meta.list_of("attention.sliding_window_pattern", layers)
+    pattern = _pattern(meta, layers)
     if window and pattern:
         local = meta.maybe("rope.freq_base_swa")
         rope = attention.rope

@@ -67,9 +67,8 @@ def _shards(folder: Path) -> list[Path]:
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: no weight_map; download the index again")
-        wrong = next((v for v in weight_map.values() if not isinstance(v, str)), None)
-        if wrong is not None:
-            raise InputError(f"{index}: names {show(wrong)} instead of a file; download the index again")
+        if wrong := [v for v in weight_map.values() if not isinstance(v, str)]:
+            raise InputError(f"{index}: names {show(wrong[0])} instead of a file; download the index again")
         names = sorted(set(weight_map.values()))
         present = {p.name for p in folder.iterdir()}
         for name in names:

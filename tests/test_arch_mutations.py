@@ -149,7 +149,7 @@ def _traits(d: Decoder) -> Iterator[tuple[str, Decoder]]:
             yield "local rope", replace(d, overrides=dict.fromkeys(d.overrides, same))
         if local.attention.window is None:
             return
-        wide = replace(local, attention=replace(local.attention, window=None))
+        wide = replace(local, attention=replace(local.attention, window=d.context))
         yield "no window", replace(d, overrides=dict.fromkeys(d.overrides, wide))
 
 

@@ -74,7 +74,7 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
         assert (type_, shape) == b[name][:2], f"{name}: {type_} {shape}, llama.cpp {b[name][:2]}"
         if name == "rope_freqs.weight":
             x, y = np.frombuffer(data, "<f4"), np.frombuffer(b[name][2], "<f4")
-            assert (np.abs(x.view("<i4") - y.view("<i4")) <= 1).all(), "rope_freqs differ by more than 1 ulp"
+            assert (np.abs(x.view("<i4") - y.view("<i4")) == 0).all(), "rope_freqs differ"
         elif data != b[name][2]:
             different.append(f"{name} {type_}")
     assert not different, f"bytes differ: {different}"

@@ -38,7 +38,7 @@ def _traits(keys: Keys) -> Decoder:
     stated = keys.size("num_kv_heads", heads)
     new, multi_query = keys.flag("new_decoder_architecture", False), keys.flag("multi_query", True)
     kv_heads = stated if new else 1 if multi_query else heads
-    head_dim, context = hidden // heads, keys.size("max_position_embeddings", 2048)
+    head_dim, context = keys.head_dim(hidden, heads), keys.size("max_position_embeddings", 2048)
     rope = parse_rope(
         keys, rope_parameters(keys), head_dim, context=context, allowed=("default", "linear", "yarn")
     )

@@ -14,7 +14,7 @@ from typing import Any
 from lconvert.errors import InputError
 from lconvert.ir import Attention, Decoder, Layer, Mlp, Rope
 
-from .common import Arch, Gguf, Keys, activation, hf_activation, name, parse_rope, rope_parameters
+from .common import Arch, Gguf, Keys, activation, hf_activation, name, parse_rope, rope_parameters, show
 from .llama import NAMES as LLAMA_NAMES
 from .llama import base_config
 from .llamacpp import graph, map_layers
@@ -42,12 +42,12 @@ def _cap(value: float | None) -> float | None:
 def layer_types(keys: Keys, pattern: int) -> list[bool]:
     """Which layers are local: `layer_types`, or all but every `pattern`-th."""
     n = keys.size("num_hidden_layers")
-    kinds = keys.get("layer_types", None)
+    kinds = keys.items("layer_types", str)
     if kinds is None:
         return [bool((i + 1) % pattern) for i in range(n)]
     known = {"sliding_attention": True, "full_attention": False}
-    if not isinstance(kinds, list) or len(kinds) != n or not all(k in known for k in kinds):
-        raise InputError(f"{keys.where}: layer_types must be {n} of {', '.join(known)}, found {kinds!r}")
+    if len(kinds) != n or not all(k in known for k in kinds):
+        raise InputError(f"{keys.where}: layer_types must be {n} of {', '.join(known)}, found {show(kinds)}")
     return [known[k] for k in kinds]
 
 
@@ -174,10 +174,21 @@ def _traits(keys: Keys) -> Decoder:
 
 
 def _keys(d: Decoder) -> dict[str, tuple[str, Any]]:
-    return window_keys(d) | {
+    """Without any local layer llama.cpp stops at an assertion: then all are local, with a window as long as the context."""
+    pattern = window_keys(d) if d.overrides else {
+        "attention.sliding_window": ("u32", d.context),
+        "attention.sliding_window_pattern": ("u32", 0),
+    }
+    return pattern | {
         "attn_logit_softcapping": ("f32", d.default.attention.softcap or NO_CAP),
         "final_logit_softcapping": ("f32", d.final_softcap or NO_CAP),
     }
+
+
+def _restore(d: Decoder) -> Decoder:
+    windows = {layer.attention.window or 0 for layer in d.overrides.values()}
+    whole = len(d.overrides) == d.layers and min(windows) >= d.context
+    return restore(46, 2)(replace(d, overrides={}) if whole else d)
 
 
 _GRAPH = graph(
@@ -198,6 +209,6 @@ ARCH = Arch(
     traits=_traits,
     config=lambda d: config(d, "Gemma2ForCausalLM"),
     names=NAMES,
-    gguf=Gguf("gemma2", keys=_keys, losses=_GRAPH, restore=restore(46, 2)),
+    gguf=Gguf("gemma2", keys=_keys, losses=_GRAPH, restore=_restore),
     traits_offset=1.0,
 )

@@ -10,7 +10,7 @@ from lconvert.errors import UnsupportedError
 from lconvert.ir import Decoder, Layer, Rope
 
 from . import gemma2
-from .common import Arch, Gguf, Keys, hf_rope, name, parse_rope, rope_parameters
+from .common import Arch, Gguf, Keys, hf_rope, name, parse_rope, rope_parameters, show
 from .llamacpp import graph
 
 
@@ -19,11 +19,11 @@ def _traits(keys: Keys) -> Decoder:
     head_dim = keys.size("head_dim", 256)
     local_theta = keys.float("rope_local_base_freq", 10000.0)
     pattern = keys.size("sliding_window_pattern", 6)
-    nested = keys.get("rope_parameters", None)
-    if nested is not None and "full_attention" not in nested:
-        raise UnsupportedError(f"{keys.where}: rope_parameters names no full_attention: {sorted(nested)}")
+    nested = keys.table("rope_parameters")
+    if nested and "full_attention" not in nested:
+        raise UnsupportedError(f"{keys.where}: rope_parameters names no full_attention: {show(sorted(nested))}")
     full = rope_parameters(keys, "full_attention")
-    sliding = (nested or {}).get("sliding_attention") or {"rope_type": "default"}
+    sliding = Keys(nested, f"{keys.where}: rope_parameters").table("sliding_attention") or {"rope_type": "default"}
     ropes = (
         parse_rope(keys, full, head_dim, context=context, theta=1e6),
         parse_rope(keys, sliding, head_dim, context=context, theta=local_theta, allowed=("default",)),

@@ -24,7 +24,8 @@ def _traits(keys: Keys) -> Decoder:
     keys.must("scale_attn_by_inverse_layer_idx", False)
     hidden, heads = keys.size("n_embd"), keys.size("n_head")
     positions = keys.size("n_positions", 1024)
-    attention = Attention(heads, heads, hidden // heads, (hidden // heads) ** -0.5, None, qkv_bias=True, o_bias=True)
+    head_dim = keys.head_dim(hidden, heads)
+    attention = Attention(heads, heads, head_dim, head_dim**-0.5, None, qkv_bias=True, o_bias=True)
     act = activation(keys, "activation_function") if keys.has("activation_function") else "gelu_tanh"
     mlp = Mlp("plain", act, keys.size("n_inner", None) or 4 * hidden, bias=True)
     return Decoder(

@@ -14,9 +14,9 @@ _LAYER = "gpt_neox.layers.{i}."
 
 def _traits(keys: Keys) -> Decoder:
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
-    head_dim, context = hidden // heads, keys.size("max_position_embeddings", 2048)
+    head_dim, context = keys.head_dim(hidden, heads), keys.size("max_position_embeddings", 2048)
     rope = rope_parameters(keys)
-    nested = keys.get("rope_parameters", None) or {}
+    nested = keys.table("rope_parameters")
     for key, old, default in (("rope_theta", "rotary_emb_base", 10000.0), ("partial_rotary_factor", "rotary_pct", 0.25)):
         value = keys.float(old, None)
         if key not in nested and value is not None:

@@ -36,7 +36,7 @@ def attention(
 ) -> Attention:
     """The grouped-query attention with RoPE that the Llama family shares. `head_dim`: where the config has none."""
     heads = keys.size("num_attention_heads")
-    head_dim = keys.size("head_dim", head_dim) or keys.size("hidden_size") // heads
+    head_dim = keys.size("head_dim", head_dim) or keys.head_dim(keys.size("hidden_size"), heads)
     context = keys.size("max_position_embeddings")
     rope = parse_rope(keys, rope_parameters(keys), head_dim, context=context, theta=theta, layout=layout)
     return Attention(

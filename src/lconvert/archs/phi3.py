@@ -18,7 +18,7 @@ _ATTENTION = "model.layers.{i}.self_attn."
 
 def _attention(keys: Keys) -> Attention:
     heads = keys.size("num_attention_heads")
-    head_dim = keys.size("head_dim", None) or keys.size("hidden_size") // heads
+    head_dim = keys.size("head_dim", None) or keys.head_dim(keys.size("hidden_size"), heads)
     context = keys.size("max_position_embeddings", 4096)
     original = keys.size("original_max_position_embeddings", 4096)
     rope = rope_parameters(keys)

@@ -9,7 +9,7 @@ from typing import Any
 from lconvert.errors import InputError
 from lconvert.ir import Decoder, Layer, Mlp
 
-from .common import Arch, Gguf, Keys, activation
+from .common import Arch, Gguf, Keys, activation, show
 from .llama import NAMES, attention, base_config, decoder
 from .llamacpp import graph
 
@@ -17,12 +17,12 @@ from .llamacpp import graph
 def sliding_layers(keys: Keys, window: int | None, default: Callable[[int], bool]) -> list[int]:
     """Layers with a sliding window: those of `layer_types`, or where `default` says so if there is a window."""
     n = keys.size("num_hidden_layers")
-    kinds = keys.get("layer_types", None)
+    kinds = keys.items("layer_types", str)
     if kinds is None:
         return [i for i in range(n) if window is not None and default(i)]
     known = ("sliding_attention", "full_attention")
-    if not isinstance(kinds, list) or len(kinds) != n or not all(k in known for k in kinds):
-        raise InputError(f"{keys.where}: layer_types must be {n} of {', '.join(known)}, found {kinds!r}")
+    if len(kinds) != n or not all(k in known for k in kinds):
+        raise InputError(f"{keys.where}: layer_types must be {n} of {', '.join(known)}, found {show(kinds)}")
     on = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
     if on and window is None:
         raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lconvert.errors import InputError
 from lconvert.ir import Decoder, Layer, Mlp, Moe
 
 from .common import Arch, Gguf, Keys, Loss, activation, name
@@ -15,15 +14,13 @@ from .qwen3 import NAMES, attention
 
 _MLP = "model.layers.{i}.mlp."
 _LINK = "https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen3moe.cpp"
-_GRAPH = graph("qwen3moe.cpp", qkv_bias="optional", partial_rope=False)
+_GRAPH = graph("qwen3moe.cpp", qkv_bias="optional", partial_rope=False, normalizes=True)
 
 
 def _dense_layers(keys: Keys) -> list[int]:
     """Layers with a plain MLP, as transformers' decoder layer decides it."""
     n, step = keys.size("num_hidden_layers"), keys.size("decoder_sparse_step", 1)
-    listed = keys.get("mlp_only_layers", [])
-    if not isinstance(listed, list) or not all(isinstance(i, int) for i in listed):
-        raise InputError(f"{keys.where}: mlp_only_layers must be a list of layer numbers, found {listed!r}")
+    listed = set(keys.items("mlp_only_layers", int) or [])
     return [i for i in range(n) if i in listed or (i + 1) % step]
 
 
@@ -66,18 +63,11 @@ def _config(d: Decoder) -> dict[str, Any]:
 
 
 def _losses(d: Decoder) -> tuple[Loss, ...]:
-    found = list(_GRAPH(d))
-    if isinstance(d.default.mlp, Moe) and not d.default.mlp.normalize:
-        reason = (
-            "llama.cpp's graph divides the weights of the chosen experts by their sum; the model does not"
-        )
-        found.append(Loss("expert_weights", reason, link=_LINK))
-    if d.overrides:
-        reason = (
-            f"llama.cpp's graph has experts in every layer; in the model {len(d.overrides)} layers have none"
-        )
-        found.append(Loss("dense_layers", reason, link=_LINK))
-    return tuple(found)
+    dense = [i for i, layer in d.each() if isinstance(layer.mlp, Mlp)]
+    if not dense:
+        return _GRAPH(d)
+    reason = f"llama.cpp's graph has experts in every layer; in the model layers {dense} have none"
+    return (*_GRAPH(d), Loss("dense_layers", reason, link=_LINK))
 
 
 ARCH = Arch(

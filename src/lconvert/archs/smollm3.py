@@ -8,7 +8,7 @@ from typing import Any
 from lconvert.errors import InputError
 from lconvert.ir import Decoder, Layer, Mlp
 
-from .common import Arch, Gguf, Keys, Loss, activation
+from .common import Arch, Gguf, Keys, Loss, activation, show
 from .llama import NAMES, attention, base_config, decoder
 from .llamacpp import graph
 from .qwen2 import sliding_layers, window_config
@@ -23,12 +23,12 @@ _STEP = 4
 def _roped(keys: Keys) -> list[bool]:
     """Which layers turn their queries and keys."""
     n, step = keys.size("num_hidden_layers"), keys.size("no_rope_layer_interval", _STEP)
-    listed = keys.get("no_rope_layers", None)
+    listed = keys.items("no_rope_layers", int)
     if listed is None:
         return [bool((i + 1) % step) for i in range(n)]
-    if not isinstance(listed, list) or len(listed) < n or not all(v in (0, 1) for v in listed):
+    if len(listed) < n or not all(v in (0, 1) for v in listed):
         raise InputError(
-            f"{keys.where}: no_rope_layers must be {n} of 0 (no rope) and 1 (rope), found {listed!r}"
+            f"{keys.where}: no_rope_layers must be {n} of 0 (no rope) and 1 (rope), found {show(listed)}"
         )
     return [bool(v) for v in listed[:n]]
 

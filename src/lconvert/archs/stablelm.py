@@ -17,7 +17,8 @@ _ATTENTION = "model.layers.{i}.self_attn."
 
 def _attention(keys: Keys) -> Attention:
     heads = keys.size("num_attention_heads")
-    head_dim, context = keys.size("hidden_size") // heads, keys.size("max_position_embeddings", 4096)
+    head_dim = keys.head_dim(keys.size("hidden_size"), heads)
+    context = keys.size("max_position_embeddings", 4096)
     rope = {"partial_rotary_factor": 0.25} | rope_parameters(keys)
     return Attention(
         heads=heads,
