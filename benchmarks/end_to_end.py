@@ -27,10 +27,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # for tests.upstream; appended, so that no folder here hides a package
 
-from lconvert.archs import find  # noqa: E402
-from lconvert.archs.common import Keys, binds  # noqa: E402
-from lconvert.formats import gguf, safetensors  # noqa: E402
-from tests import upstream  # noqa: E402
+from tests import upstream
+
+from lconvert.archs import find
+from lconvert.archs.common import Keys, binds
+from lconvert.formats import gguf, safetensors
 
 DEMO = ROOT / "examples" / "demo_model"
 

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lconvert import kernels
 from lconvert.archs import find
 from lconvert.archs.common import Arch
-from lconvert.errors import InputError, OptionError, UnsupportedError
+from lconvert.converters import gguf_carry, gguf_keys, gguf_mixture, gguf_names, tokenizer_gguf
+from lconvert.converters.gguf_mixture import Options as MixtureOptions
+from lconvert.converters.gguf_names import Stored
+from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import gguf
 from lconvert.formats.imatrix import Imatrix, quantize_keys
 from lconvert.ir import Decoder, Model, QTensor, Tensor, as_f32, concat_rows
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
-
-from . import gguf_carry, gguf_keys, gguf_mixture, gguf_names, tokenizer_gguf
-from .gguf_mixture import Options as MixtureOptions
-from .gguf_names import Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,7 +271,7 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
         lowered = tokenizer_gguf.lower(model.tokenizer, d.vocab, d.family)
         name, renamed = tokenizer_gguf.general_name(name, lowered.name_rule)
         notes: tuple[str, ...] = (*lowered.notes, *([renamed] if renamed else []))
-        tokenizer_keys: Mapping[str, gguf.Value] = lowered.keys
+        tokenizer_keys: dict[str, gguf.Value] = dict(lowered.keys)
     else:
         tokenizer_keys = {"tokenizer.ggml.model": gguf.string("no_vocab")}
         notes = ("the source has no tokenizer: the file holds none, and llama.cpp can only be fed token ids",)

@@ -6,6 +6,7 @@ Key names and their meaning: llama.cpp src/llama-arch.cpp (LLM_KV_NAMES) and src
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lconvert.archs.common import Arch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_MAKE = {
+_MAKE: Mapping[str, Callable[[Any], Value]] = {
     "u32": u32,
     "f32": f32,
     "str": string,
@@ -94,7 +95,9 @@ def llama3_factors(rope: Rope) -> NDArray[np.float32]:
 
     one = np.float32(1)
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    power = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(np.float32)  # correctly rounded
+    power = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(
+        np.float32
+    )  # correctly rounded
     frequency = one / power
     wavelength = (one / frequency) * np.float32(2 * math.pi)
     low, high = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor

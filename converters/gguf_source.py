@@ -234,7 +234,7 @@ def _dense_layers(file: gguf.GGUFFile, layer: Layer, layers: int) -> dict[int, L
     return {i: replace(layer, mlp=mlp) for i, mlp in plain.items()}
 
 
-def _pattern(meta: _Meta, layers: int) -> list[Any] | None:
+def _pattern(meta: Meta, layers: int) -> list[Any] | None:
     """Which layers have the window: a list, or a period p of which the last layer has not (0: all have)."""
     key = "attention.sliding_window_pattern"
     found = meta.list_of(key, layers)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lconvert import kernels
 from lconvert.archs import find
 from lconvert.archs.common import Bind, Keys, binds, plausible
+from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, MissingPackageError, UnsupportedError
 from lconvert.formats import safetensors
 from lconvert.formats.files import show
@@ -25,8 +26,6 @@ from lconvert.forward import hf_tensor
 from lconvert.ir import DTYPE_SIZE, NUMPY_DTYPE, Entry, Model, Tensor, concat_rows, take_rows
 from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
 from lconvert.spec import check
-
-from .tokenizer_hf import read_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

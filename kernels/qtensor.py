@@ -46,8 +46,11 @@ def grid_values(grid: Grid, codes: NDArray[Any]) -> NDArray[np.float32]:
     if grid.kind == "int":
         return codes.astype(_F32)
     if grid.kind == "codebook":
-        return np.asarray(grid.values, _F32)[codes]
-    return float_values(grid.exponent, grid.mantissa, grid.signed, grid.bits)[codes]
+        table = np.asarray(grid.values, _F32)
+    else:
+        table = float_values(grid.exponent, grid.mantissa, grid.signed, grid.bits)
+    out: NDArray[np.float32] = table[codes]
+    return out
 
 
 def _side(value: Tensor | QTensor, start: int, stop: int) -> NDArray[np.float32]:

@@ -32,7 +32,10 @@ from tests.built_models import Built, kld
 
 #: (case, mutation) -> why llama.cpp computes the same.
 UNNOTICED: Mapping[tuple[str, str], str] = {
-    ("gpt2-tied", "without attn.k.bias"): "adds the same to all scores of a query, which a softmax does not see",
+    (
+        "gpt2-tied",
+        "without attn.k.bias",
+    ): "adds the same to all scores of a query, which a softmax does not see",
     ("phi3-long", "rope.short_factors"): "used only by contexts up to the original one",
     ("phi3-short", "rope.long_factors"): "used only by contexts beyond the original one",
 }
@@ -107,7 +110,9 @@ def _changed(table: Mapping[str, Callable[[Any], Any]], x: Any) -> Iterator[tupl
 
 def _attentions(d: Decoder) -> Iterator[tuple[str, Decoder]]:
     a = d.default.attention
-    fields = {f for layer in (d.default, *d.overrides.values()) for f, _ in _changed(ATTENTION, layer.attention)}
+    fields = {
+        f for layer in (d.default, *d.overrides.values()) for f, _ in _changed(ATTENTION, layer.attention)
+    }
     for field in sorted(fields):
 
         def spoil(layer: Layer, field: str = field) -> Layer:
@@ -162,7 +167,9 @@ def _values(entry: Entry) -> np.ndarray:
 
 
 def _with(model: Model, new: Mapping[str, np.ndarray]) -> Model:
-    return model.with_entries({k: replace(model.entries[k], data=dense(v.astype(np.float32))) for k, v in new.items()})
+    return model.with_entries(
+        {k: replace(model.entries[k], data=dense(v.astype(np.float32))) for k, v in new.items()}
+    )
 
 
 def _kinds(d: Decoder) -> dict[str, list[str]]:
@@ -199,7 +206,11 @@ def _swapped(model: Model) -> Iterator[Mutant]:
     """Two tensors of one shape in each other's place, in every layer."""
     d, have = model.arch, set(_kinds(model.arch))
     pairs = [("attn.q", "attn.k"), ("attn.k", "attn.v"), ("mlp.gate", "mlp.up"), ("attn_norm", "mlp_norm")]
-    pairs += [("attn_norm", "attn_post_norm"), ("attn_post_norm", "mlp_post_norm"), ("attn.q_norm", "attn.k_norm")]
+    pairs += [
+        ("attn_norm", "attn_post_norm"),
+        ("attn_post_norm", "mlp_post_norm"),
+        ("attn.q_norm", "attn.k_norm"),
+    ]
     pairs += [("moe.experts.gate", "moe.experts.up")]
     for left, right in pairs:
         new = {}
@@ -222,7 +233,11 @@ def _kind(name: str) -> str:
 
 
 def _partner(name: str, one: str, two: str) -> str:
-    return name.removesuffix(one.rsplit(".", 1)[-1]) + two.rsplit(".", 1)[-1] if "." in one else name.replace(one, two)
+    return (
+        name.removesuffix(one.rsplit(".", 1)[-1]) + two.rsplit(".", 1)[-1]
+        if "." in one
+        else name.replace(one, two)
+    )
 
 
 def _reordered(model: Model) -> Iterator[Mutant]:
@@ -231,7 +246,9 @@ def _reordered(model: Model) -> Iterator[Mutant]:
     a = d.default.attention
     sides = [n for n in roles(d) if n.endswith(("attn.q", "attn.k", "attn.q.bias", "attn.k.bias"))]
     if a.rope is not None:
-        turned = {n: gguf_names.interleave(dense(_values(model.entries[n])), a.head_dim).load() for n in sides}
+        turned = {
+            n: gguf_names.interleave(dense(_values(model.entries[n])), a.head_dim).load() for n in sides
+        }
         yield "rotary order", _with(model, turned)
     if a.kv_heads > 1:
         heads = [n for n in sides if "attn.q" in n]

@@ -204,7 +204,11 @@ def test_q4_k_file_to_ir_is_the_independent_dequantization(checkpoint: Path, tmp
 def test_what_can_be_carried_exactly(change: dict[str, object], expected: str | None) -> None:
     rng = np.random.default_rng(4)
     unsigned = change.get("grid") == int_grid(4, False)
-    codes = rng.integers(0, 16, (4, 64)).astype(np.uint8) if unsigned else rng.integers(-8, 8, (4, 64), dtype=np.int8)
+    codes = (
+        rng.integers(0, 16, (4, 64)).astype(np.uint8)
+        if unsigned
+        else rng.integers(-8, 8, (4, 64), dtype=np.int8)
+    )
     scale = dense(np.full((4, 2), 0.25, np.float16))
     q = replace(QTensor((4, 64), dense(codes), int_grid(4, True), (1, 32), scale), **change)  # type: ignore[arg-type]
     found = carry(q)
@@ -225,7 +229,9 @@ def test_asymmetric_int4_with_long_scales_goes_to_q5_0() -> None:
 
 def test_requantizing_is_refused_unless_allowed(checkpoint: Path, tmp_path: Path) -> None:
     first = _written(checkpoint, tmp_path / "a.gguf", "Q8_0")
-    with pytest.raises(UnsupportedError, match="is quantized already, and Q4_0 cannot hold its values exactly"):
+    with pytest.raises(
+        UnsupportedError, match="is quantized already, and Q4_0 cannot hold its values exactly"
+    ):
         lconvert.convert(first, tmp_path / "b.gguf", ftype="Q4_0")
     assert not list(tmp_path.glob("b.gguf*"))
     result = lconvert.convert(first, tmp_path / "b.gguf", ftype="Q4_0", allow_requantize=True)

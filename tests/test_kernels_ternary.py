@@ -93,5 +93,7 @@ def test_parts_mean_what_they_say(type: str) -> None:
         2 * x.astype(np.float64) / np.repeat(largest, 256, axis=1)
     )  # no value lies near a tie
     assert np.array_equal(parts["codes"], np.sign(expected) + 1)
-    values = (parts["codes"].astype(np.float32) - 1) * np.repeat(parts["scale"].astype(np.float32), 256, axis=1)
+    values = (parts["codes"].astype(np.float32) - 1) * np.repeat(
+        parts["scale"].astype(np.float32), 256, axis=1
+    )
     assert np.array_equal(kernels.dequantize(type, blocks, COLS, isa="reference"), values)

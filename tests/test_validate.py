@@ -21,7 +21,8 @@ from lconvert.validators.logits import compare, log_softmax, windows
 from tests.conftest import DEMO
 
 needs_runtimes = [
-    pytest.importorskip(name, reason=f"{name} is not installed") for name in ("torch", "transformers", "llama_cpp", "gguf")
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    for name in ("torch", "transformers", "llama_cpp", "gguf")
 ]
 
 
@@ -61,7 +62,9 @@ def test_good_artifacts_pass(artifacts: Path, ftype: str, lowest: float, highest
         assert report.details["fidelity"]["kld_mean"] < report.details["cost"]["kld_mean"]
 
 
-def test_validation_does_not_use_our_reading_for_the_reference(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_does_not_use_our_reading_for_the_reference(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Break every weight that lconvert reads from the folder: the logits against transformers do not change."""
     from lconvert.validators.runtimes import hf
 
@@ -149,12 +152,16 @@ def test_a_missing_runtime_is_said_plainly(artifacts: Path, monkeypatch: pytest.
     report = lconvert.validate(DEMO, artifacts / "Q8_0.gguf")
     assert report.passed and report.exit_code == 0
     assert len(report.not_proven) == 2
-    assert all("llama.cpp is not installed, so nothing was proven in it: pip install" in x for x in report.not_proven)
+    assert all(
+        "llama.cpp is not installed, so nothing was proven in it: pip install" in x for x in report.not_proven
+    )
     report = lconvert.validate(DEMO, artifacts / "Q8_0.gguf", require=["llamacpp"])
     assert report.exit_code == 3
 
 
-def test_a_missing_gguf_package_is_an_error_with_advice(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gguf_package_is_an_error_with_advice(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'lconvert\[llamacpp\]'"):
         lconvert.validate(DEMO, artifacts / "Q8_0.gguf", tiers=["tensors"])
@@ -177,7 +184,9 @@ def test_stricter_gates_fail(artifacts: Path, tmp_path: Path) -> None:
     own = dict(gates.shipped())
     own["cost"] = [{"bits": 9.0, "kld_mean": 1e-9}]
     (tmp_path / "g.yaml").write_text(json.dumps(own))
-    report = lconvert.validate(DEMO, artifacts / "Q8_0.gguf", max_windows=1, gates=tmp_path / "g.yaml", tiers=["logits"])
+    report = lconvert.validate(
+        DEMO, artifacts / "Q8_0.gguf", max_windows=1, gates=tmp_path / "g.yaml", tiers=["logits"]
+    )
     assert report.exit_code == 1
 
 
@@ -204,7 +213,12 @@ def test_kl_divergence_is_torchs() -> None:
 def test_equal_models_are_at_distance_zero() -> None:
     x = np.random.default_rng(1).standard_normal((9, 40)).astype(np.float32)
     stats = compare(lambda ids: x, lambda ids: x, [list(range(9))])
-    assert stats.kld_max == 0 and stats.same_top1 == 1 and stats.ppl_ratio == 1 and stats.max_logit_difference == 0
+    assert (
+        stats.kld_max == 0
+        and stats.same_top1 == 1
+        and stats.ppl_ratio == 1
+        and stats.max_logit_difference == 0
+    )
 
 
 def test_log_softmax_of_huge_logits_is_finite() -> None:

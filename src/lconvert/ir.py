@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:  # numpy is imported by whoever reads data, never by `lconvert --help`
     import numpy as np
@@ -81,7 +81,7 @@ def dense(array: NDArray[Any], dtype: Dtype | None = None, origin: str = "") -> 
     import numpy as np
 
     names = {np.dtype(v): k for k, v in NUMPY_DTYPE.items() if k != "BF16"}
-    name = dtype or names[array.dtype]
+    name = cast(Dtype, dtype or names[array.dtype])
     if np.dtype(NUMPY_DTYPE[name]) != array.dtype:
         raise ValueError(f"array of {array.dtype} cannot be held as {name}")
     fixed: NDArray[Any] = np.ascontiguousarray(array)

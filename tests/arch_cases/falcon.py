@@ -17,10 +17,19 @@ _NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 CASES = [
     Case("7b", "falcon", SMALL, dtype="bfloat16", **_ERF),
     Case("40b", "falcon", SMALL | _NEW | {"activation": "gelu_pytorch_tanh"}, floor=1e-6),
-    Case("11b", "falcon", SMALL | _NEW | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}, **_ERF),
+    Case(
+        "11b", "falcon", SMALL | _NEW | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}, **_ERF
+    ),
     Case("rw", "falcon", SMALL | {"multi_query": False, "activation": "gelu_pytorch_tanh"}, floor=1e-6),
     Case(
-        "sequential", "falcon", SMALL | {"parallel_attn": False}, losses=("gelu_erf", "block"), refused=True, loads=False
+        "sequential",
+        "falcon",
+        SMALL | {"parallel_attn": False},
+        losses=("gelu_erf", "block"),
+        refused=True,
+        loads=False,
     ),
-    Case("biases", "falcon", SMALL | {"bias": True}, losses=("gelu_erf", "biases"), refused=True, loads=False),
+    Case(
+        "biases", "falcon", SMALL | {"bias": True}, losses=("gelu_erf", "biases"), refused=True, loads=False
+    ),
 ]

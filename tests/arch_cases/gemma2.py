@@ -21,7 +21,12 @@ CASES = [
     ),
     Case("all-local", "gemma2", GEMMA | {"layer_types": ["sliding_attention"] * 3}, floor=1e-6),
     Case("all-global", "gemma2", GEMMA | {"layer_types": ["full_attention"] * 3}, floor=1e-6),
-    Case("no-caps", "gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}, floor=1e-6),
+    Case(
+        "no-caps",
+        "gemma2",
+        GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        floor=1e-6,
+    ),
     Case(
         "scale",
         "gemma2",

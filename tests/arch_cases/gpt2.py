@@ -2,7 +2,14 @@
 
 from . import Case
 
-SMALL = {"n_embd": 256, "n_head": 4, "n_layer": 2, "vocab_size": 384, "n_positions": 256, "layer_norm_epsilon": 1e-3}
+SMALL = {
+    "n_embd": 256,
+    "n_head": 4,
+    "n_layer": 2,
+    "vocab_size": 384,
+    "n_positions": 256,
+    "layer_norm_epsilon": 1e-3,
+}
 
 CASES = [
     Case("tied", "gpt2", SMALL, floor=1e-6, dtype="bfloat16"),

@@ -27,6 +27,11 @@ CASES = [
         loads=False,
     ),
     Case(
-        "tied", "gpt_neox", SMALL | {"tie_word_embeddings": True}, losses=("gelu_erf", "head"), refused=True, loads=False
+        "tied",
+        "gpt_neox",
+        SMALL | {"tie_word_embeddings": True},
+        losses=("gelu_erf", "head"),
+        refused=True,
+        loads=False,
     ),
 ]

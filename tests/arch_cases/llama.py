@@ -23,7 +23,11 @@ CASES = [
     Case("gqa", "llama", SMALL, dtype="bfloat16"),
     Case("head-dim", "llama", SMALL | {"head_dim": 32, "tie_word_embeddings": True}),
     Case("biases", "llama", SMALL | {"attention_bias": True, "mlp_bias": True}),
-    Case("linear", "llama", SMALL | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    Case(
+        "linear",
+        "llama",
+        SMALL | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     Case("llama3", "llama", SMALL | {"rope_parameters": _LLAMA3}),
     Case("yarn", "llama", _LONG | {"rope_parameters": _YARN}),
     Case("yarn-factor", "llama", _LONG | {"rope_parameters": _YARN | {"attention_factor": 0.8}}),
@@ -36,5 +40,13 @@ CASES = [
         exact=1,
         wrong=1e-3,
     ),
-    Case("relu", "llama", SMALL | {"hidden_act": "relu"}, losses=("activation",), refused=True, exact=0, wrong=1e-3),
+    Case(
+        "relu",
+        "llama",
+        SMALL | {"hidden_act": "relu"},
+        losses=("activation",),
+        refused=True,
+        exact=0,
+        wrong=1e-3,
+    ),
 ]

@@ -34,6 +34,7 @@ CASES = [
     Case(
         "partial",
         "phi3",
-        _PHI | {"rope_parameters": _PARTIAL, "original_max_position_embeddings": 512, "tie_word_embeddings": True},
+        _PHI
+        | {"rope_parameters": _PARTIAL, "original_max_position_embeddings": 512, "tie_word_embeddings": True},
     ),
 ]

@@ -38,7 +38,6 @@ def _cap(value: float | None) -> float | None:
     return None if value is not None and value > 1e12 else value
 
 
-
 def layer_types(keys: Keys, pattern: int) -> list[bool]:
     """Which layers are local: `layer_types`, or all but every `pattern`-th."""
     n = keys.size("num_hidden_layers")
@@ -103,7 +102,9 @@ def config(d: Decoder, hf_class: str) -> dict[str, Any]:
         "attention_bias": a.qkv_bias,
         "attn_logit_softcapping": a.softcap,
         "final_logit_softcapping": d.final_softcap,
-        "layer_types": ["sliding_attention" if i in d.overrides else "full_attention" for i in range(d.layers)],
+        "layer_types": [
+            "sliding_attention" if i in d.overrides else "full_attention" for i in range(d.layers)
+        ],
         "query_pre_attn_scalar": round(a.scale**-2),
         "sliding_window": next(iter(windows), 4096),
     }
@@ -136,7 +137,7 @@ def scale(largest: int) -> Callable[[Decoder, Layer], float]:
 
     def of(d: Decoder, layer: Layer) -> float:
         a = layer.attention
-        return float(d.hidden // a.heads if d.layers == largest else a.head_dim) ** -0.5
+        return 1 / math.sqrt(d.hidden // a.heads if d.layers == largest else a.head_dim)
 
     return of
 
@@ -175,10 +176,14 @@ def _traits(keys: Keys) -> Decoder:
 
 def _keys(d: Decoder) -> dict[str, tuple[str, Any]]:
     """Without any local layer llama.cpp stops at an assertion: then all are local, with a window as long as the context."""
-    pattern = window_keys(d) if d.overrides else {
-        "attention.sliding_window": ("u32", d.context),
-        "attention.sliding_window_pattern": ("u32", 0),
-    }
+    pattern = (
+        window_keys(d)
+        if d.overrides
+        else {
+            "attention.sliding_window": ("u32", d.context),
+            "attention.sliding_window_pattern": ("u32", 0),
+        }
+    )
     return pattern | {
         "attn_logit_softcapping": ("f32", d.default.attention.softcap or NO_CAP),
         "final_logit_softcapping": ("f32", d.final_softcap or NO_CAP),

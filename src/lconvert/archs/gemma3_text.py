@@ -21,9 +21,13 @@ def _traits(keys: Keys) -> Decoder:
     pattern = keys.size("sliding_window_pattern", 6)
     nested = keys.table("rope_parameters")
     if nested and "full_attention" not in nested:
-        raise UnsupportedError(f"{keys.where}: rope_parameters names no full_attention: {show(sorted(nested))}")
+        raise UnsupportedError(
+            f"{keys.where}: rope_parameters names no full_attention: {show(sorted(nested))}"
+        )
     full = rope_parameters(keys, "full_attention")
-    sliding = Keys(nested, f"{keys.where}: rope_parameters").table("sliding_attention") or {"rope_type": "default"}
+    sliding = Keys(nested, f"{keys.where}: rope_parameters").table("sliding_attention") or {
+        "rope_type": "default"
+    }
     ropes = (
         parse_rope(keys, full, head_dim, context=context, theta=1e6),
         parse_rope(keys, sliding, head_dim, context=context, theta=local_theta, allowed=("default",)),

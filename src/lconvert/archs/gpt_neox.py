@@ -17,7 +17,10 @@ def _traits(keys: Keys) -> Decoder:
     head_dim, context = keys.head_dim(hidden, heads), keys.size("max_position_embeddings", 2048)
     rope = rope_parameters(keys)
     nested = keys.table("rope_parameters")
-    for key, old, default in (("rope_theta", "rotary_emb_base", 10000.0), ("partial_rotary_factor", "rotary_pct", 0.25)):
+    for key, old, default in (
+        ("rope_theta", "rotary_emb_base", 10000.0),
+        ("partial_rotary_factor", "rotary_pct", 0.25),
+    ):
         value = keys.float(old, None)
         if key not in nested and value is not None:
             rope[key] = value

@@ -27,7 +27,7 @@ ERF_COST = 1e-6
 
 
 def head_dim_scale(d: Decoder, layer: Layer) -> float:
-    return layer.attention.head_dim**-0.5
+    return 1 / math.sqrt(layer.attention.head_dim)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def graph(file: str, **fixed: Any) -> Callable[[Decoder], tuple[Loss, ...]]:
         layers = dict.fromkeys(layer for _, layer in d.each())
         found = {loss.name: loss for layer in layers for loss in _layer(g, d, layer)}
         if g.head == ("own" if d.tied else "tied"):
-            reason = "needs an output matrix of its own" if d.tied else "uses the embedding as the output matrix"
+            reason = (
+                "needs an output matrix of its own" if d.tied else "uses the embedding as the output matrix"
+            )
             found["head"] = Loss("head", f"llama.cpp's graph {reason}", link=_MODELS + file)
         if g.embed_scale is not None and not math.isclose(d.embed_scale, g.embed_scale(d), rel_tol=1e-6):
             reason = f"multiplies embeddings by {g.embed_scale(d):.6g}, the model by {d.embed_scale:.6g}"
@@ -83,16 +85,24 @@ def _layer(g: Graph, d: Decoder, layer: Layer) -> Iterator[Loss]:
 
     if m.activation != g.activation:
         if {m.activation, g.activation} == {"gelu", "gelu_tanh"}:
-            yield loss("gelu_erf", "computes GELU by its tanh approximation; the model's is exact", cost=ERF_COST)
+            yield loss(
+                "gelu_erf", "computes GELU by its tanh approximation; the model's is exact", cost=ERF_COST
+            )
         else:
             yield loss("activation", f"uses {g.activation}; the model's activation is {m.activation}")
     if layer.block not in g.blocks:
-        yield loss("block", f"places norms and residuals as {' or '.join(g.blocks)}; the model's are {layer.block}")
+        yield loss(
+            "block", f"places norms and residuals as {' or '.join(g.blocks)}; the model's are {layer.block}"
+        )
     if isinstance(m, Moe):
         if g.normalizes and not m.normalize:
-            yield loss("expert_weights", "divides the weights of the chosen experts by their sum; the model does not")
+            yield loss(
+                "expert_weights", "divides the weights of the chosen experts by their sum; the model does not"
+            )
         if (m.scoring, m.scale) != ("softmax", 1.0):
-            yield loss("expert_scoring", f"weighs experts by a softmax; the model by {m.scoring} times {m.scale}")
+            yield loss(
+                "expert_scoring", f"weighs experts by a softmax; the model by {m.scoring} times {m.scale}"
+            )
     mlp_bias = () if isinstance(m, Moe) else (("mlp", m.bias, g.mlp_bias),)
     for part, has, want in (("qkv", a.qkv_bias, g.qkv_bias), ("output", a.o_bias, g.o_bias), *mlp_bias):
         if has and want == "absent":
@@ -102,7 +112,9 @@ def _layer(g: Graph, d: Decoder, layer: Layer) -> Iterator[Loss]:
     if a.window is not None and a.window < d.context and not g.window:
         yield loss("sliding_window", f"has no sliding window; the model's is {a.window}", limit=a.window)
     if not math.isclose(a.scale, g.scale(d, layer), rel_tol=1e-6):
-        yield loss("attention_scale", f"scales attention by {g.scale(d, layer):.6g}, the model by {a.scale:.6g}")
+        yield loss(
+            "attention_scale", f"scales attention by {g.scale(d, layer):.6g}, the model by {a.scale:.6g}"
+        )
     if a.softcap is not None and not g.softcap:
         yield loss("attention_softcap", f"does not cap attention scores; the model caps them at {a.softcap}")
     if g.square and a.heads * a.head_dim != d.hidden:
@@ -111,7 +123,9 @@ def _layer(g: Graph, d: Decoder, layer: Layer) -> Iterator[Loss]:
     if rope is None:
         return
     if rope.dim != a.head_dim and not g.partial_rope:
-        yield loss("partial_rope", f"turns whole heads of {a.head_dim}; the model turns {rope.dim} dimensions")
+        yield loss(
+            "partial_rope", f"turns whole heads of {a.head_dim}; the model turns {rope.dim} dimensions"
+        )
     if rope.scaling not in g.ropes:
         yield loss("rope_scaling", f"does not apply {rope.scaling} rope scaling")
     elif rope.scaling == "yarn" and (rope.beta_fast, rope.beta_slow) != (32.0, 1.0):

@@ -41,11 +41,11 @@ def command(as_json: bool) -> int:
     for module, distribution, use, extra in PACKAGES:
         found = find_spec(module) is not None
         try:
-            state = version(distribution) if found else "not installed"
+            installed = version(distribution) if found else "not installed"
         except PackageNotFoundError:
-            state = "installed, version unknown"
+            installed = "installed, version unknown"
         advice = "" if found or not extra else f"pip install 'lconvert[{extra}]'"
-        rows.append((distribution, state, use, advice))
+        rows.append((distribution, installed, use, advice))
     native = kernels.native_available()
     state = {
         "lconvert": __version__,

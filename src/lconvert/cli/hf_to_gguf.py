@@ -171,7 +171,7 @@ def command(
 
 def _summary(result: Any, proof: Any, as_json: bool) -> None:
     if as_json:
-        out = {"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}
+        out: dict[str, Any] = {"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}
         out["validation"] = proof.to_json() if proof else None
         click.echo(json.dumps(out, indent=1))
         return

@@ -50,8 +50,8 @@ def command(path: str, tensors: bool, as_json: bool) -> int:
         ]
         table("Tensors", ("role", "shape", "type", "bits/weight", "size"), rows, right=(3, 4))
     click.echo()
-    rows = [(n, t["tensors"], t["weights"], human(t["bytes"])) for n, t in found["totals"].items()]
-    table("Totals", ("type", "tensors", "weights", "size"), rows, right=(1, 2, 3))
+    totals = [(n, t["tensors"], t["weights"], human(t["bytes"])) for n, t in found["totals"].items()]
+    table("Totals", ("type", "tensors", "weights", "size"), totals, right=(1, 2, 3))
     if found["tokenizer"]:
         click.echo()
         table("Tokenizer", ("", ""), [(k, str(v)) for k, v in found["tokenizer"].items()])

@@ -103,7 +103,8 @@ def short_scale(s: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
     import numpy as np
 
     mantissa, exponent = np.frexp(s)
-    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits).astype(np.float32)
+    out: NDArray[np.float32] = np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits).astype(np.float32)
+    return out
 
 
 def _portable(t: Tensor, options: Options) -> QTensor:
@@ -150,7 +151,8 @@ def _best(
 
     def loss(codes: NDArray[Any], zero: Any, s: NDArray[np.float32]) -> NDArray[np.float64]:
         w = (codes.astype(np.float32) - (0 if zero is None else zero)) * s
-        return ((w - x).astype(np.float64) ** 2).sum(-1, keepdims=True)
+        out: NDArray[np.float64] = ((w - x).astype(np.float64) ** 2).sum(-1, keepdims=True)
+        return out
 
     best, chosen = loss(codes, zero, first), first
     for step in range(1, _SHRINK):
