@@ -137,13 +137,13 @@ def _verdict(data: Sequence[Tensor | QTensor], target: str, shifted: bool, requa
             f"is quantized already, and {target} cannot hold its values exactly; --allow-requantize rounds them "
             "again, COPY keeps the source's type",
         )
-    source = data[0].dtype if isinstance(data[0], Tensor) else "F32"
-    if source == target or (shifted and target == "F32"):
+    dtypes = sorted({x.dtype for x in data if isinstance(x, Tensor)})
+    if dtypes == [target] or (shifted and target == "F32"):
         return Verdict("exact")
-    if (source, target) in _WIDER:
+    if all(d == target or (d, target) in _WIDER for d in dtypes):
         return Verdict("widened")
     if target in _FLOATS:
-        return Verdict("rounded", f"{source} to {target}")
+        return Verdict("rounded", f"{' and '.join(dtypes)} to {target}")
     return Verdict("quantized")
 
 
@@ -172,7 +172,7 @@ def _item(stored: Stored, model: Model, choice: gguf_mixture.Choice, options: Op
         if any(s != 1.0 for s in scales):
             out.append(_scale_item(stored, scales))
         return out
-    parts = [gguf_carry.dense(x) for x in data]
+    parts = gguf_carry.dense(data)
     produce = _dense_producer(stored, parts, type_, weights)
     verdict = _verdict(data, type_, bool(stored.shift), options.allow_requantize)
     return [replace(item, verdict=verdict, produce=produce)]
@@ -298,8 +298,11 @@ def _storage(s: Stored, model: Model) -> str:
     """Type of the tensor in an unquantized GGUF: vectors and what upstream's converter keeps in F32."""
     if len(s.shape) == 1 or s.name.endswith(("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")):
         return "F32"
-    data = model.entries[s.roles[0]].data
-    return data.dtype if isinstance(data, Tensor) else gguf_carry.exact_type(data) or "F32"
+    kinds = set()
+    for role in s.roles:
+        data = model.entries[role].data
+        kinds.add(data.dtype if isinstance(data, Tensor) else gguf_carry.exact_type(data) or "F32")
+    return kinds.pop() if len(kinds) == 1 else "F32"
 
 
 def _files(

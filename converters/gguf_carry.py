@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from lconvert.formats.gguf_blocks import native_type, packer
 from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid
 from lconvert.kernels.blocks import BLOCKS
-from lconvert.kernels.qtensor import dequantize
+from lconvert.kernels.qtensor import values
 from lconvert.plan import Verdict
 
 from .gguf_names import Stored, interleave
@@ -148,12 +149,16 @@ def exact_type(q: QTensor) -> str | None:
     return found.type if found else None
 
 
-def dense(data: Tensor | QTensor) -> Tensor:
-    """Any entry as fp32 rows."""
-    if isinstance(data, Tensor):
-        return data
-    q = data
-    return Tensor(q.shape, "F32", lambda a, b: dequantize(q, a, b), q.origin, q.files)
+def dense(parts: Sequence[Tensor | QTensor]) -> tuple[Tensor, ...]:
+    """Entries as dense rows of one dtype: their own if they share it, else fp32."""
+    if len({p.dtype if isinstance(p, Tensor) else "" for p in parts}) == 1 and isinstance(parts[0], Tensor):
+        return tuple(p for p in parts if isinstance(p, Tensor))
+    return tuple(
+        Tensor(p.shape, "F32", partial(values, p), p.origin, p.files)
+        if isinstance(p, QTensor) or p.dtype != "F32"
+        else p
+        for p in parts
+    )
 
 
 def lower(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lconvert.archs.common import Arch
 from lconvert.formats.gguf import Value, array, boolean, f32, string, u32

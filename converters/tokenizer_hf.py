@@ -7,7 +7,6 @@ special_tokens_map.json, config.json; generation_config.json adds the other ids 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from lconvert.converters import sentencepiece_model
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
+from lconvert.formats.json_object import read_object
 from lconvert.ir import Tokenizer
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -33,31 +33,8 @@ _FOREIGN: Mapping[str, str] = {
 }
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object out of a file that nobody vouches for; keys given twice are an error, not a choice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            keys = [k for k, _ in pairs]
-            raise ValueError(f"the key {show(next(k for k in keys if keys.count(k) > 1))} is there twice")
-        return out
-
-    try:
-        if path.stat().st_size > _LIMIT:
-            raise InputError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file")
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: no sound JSON ({e}); download it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def _optional(path: Path) -> dict[str, Any]:
-    return _json(path) if path.exists() else {}
+    return read_object(path, _LIMIT) if path.exists() else {}
 
 
 # --- checking tokenizer.json -----------------------------------------------------------------------------
@@ -322,7 +299,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     hf_config = _optional(folder / "config.json")
     own: dict[str, int] = {}
     if (path := folder / "tokenizer.json").exists():
-        data = _json(path)
+        data = read_object(path, _LIMIT)
     elif (path := folder / "tokenizer.model").exists():
         data, own = _from_pieces(path, config)
     else:

@@ -37,17 +37,19 @@ def read_object(path: Path, limit: int = LIMIT) -> dict[str, Any]:
     if not raw.strip():
         raise InputError(f"{path}: the file is empty; download it again")
     if raw.count(b"[") + raw.count(b"{") > len(raw) // _BYTES_PER_BRACKET + _SPARE_BRACKETS:
-        raise InputError(f"{path}: the file holds too many lists and tables for its size; it is damaged")
+        raise InputError(f"{path}: no sound JSON (too many lists and tables for its size); download it again")
     try:
         value = json.loads(raw, object_pairs_hook=_unique)
         if _HALF_PAIR.search(raw):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise InputError(f"{path}: nests too deeply; the file is damaged") from None
+        raise InputError(f"{path}: no sound JSON (nested too deeply); download it again") from None
     except UnicodeEncodeError:
-        raise InputError(f"{path}: a text holds half a surrogate pair, which UTF-8 cannot store") from None
+        raise InputError(
+            f"{path}: a text is not Unicode, it holds half a surrogate pair; save the file again"
+        ) from None
     except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}); the file is damaged, download it again") from None
+        raise InputError(f"{path}: no sound JSON ({e}); download it again") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {show(value)}")
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -25,6 +25,7 @@ from lconvert.forward import Forward
 from lconvert.ir import Model, Tensor, as_f32
 from lconvert.kernels.qtensor import values
 from lconvert.spec import roles
+from lconvert.validators.tensors import check_gguf
 from tests import arch_cases
 from tests.arch_cases import Case
 
@@ -63,7 +64,7 @@ def test_parity(case: Case, built: Any) -> None:
     assert sorted(loss.name for loss in b.losses) == sorted(case.losses)
     assert all(loss.reason and loss.link.startswith("https://") for loss in b.losses)
     if not case.loads:
-        with pytest.raises(InputError, match="llama.cpp cannot load"):
+        with pytest.raises(InputError, match=r"llama\.cpp cannot load"):
             b.in_llama_cpp(case, b.gguf)
         return
     got = b.full(case)
@@ -173,5 +174,7 @@ def test_quantized(case: Case, ftype: str, built: Any, tmp_path: Path) -> None:
     b = built(case)
     path = tmp_path / "model.gguf"
     lconvert.convert(b.model, path, ftype=ftype, allow_loss=case.losses)
+    tensors = check_gguf(path, lconvert.read(path), b.model)
+    assert not tensors.structure and not tensors.worst_exact and tensors.max_difference == 0
     each = kld(b.full(case), b.in_llama_cpp(case, path))
     assert 1e-7 < np.median(each) < QUANTIZED[ftype], f"{np.median(each):.2e}"

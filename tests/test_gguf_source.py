@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,3 +238,26 @@ def test_requantizing_is_refused_unless_allowed(checkpoint: Path, tmp_path: Path
     result = lconvert.convert(first, tmp_path / "b.gguf", ftype="Q4_0", allow_requantize=True)
     item = next(i for i in result.plan.items() if i.name == "blk.0.attn_k.weight")
     assert item.verdict.kind == "requantized" and item.verdict.error is not None and item.verdict.error > 0.01
+
+
+def test_experts_of_different_dtypes_are_stacked_in_fp32(tmp_path: Path) -> None:
+    from tests.checkpoints import LLAMA, random_tensors, write_tensors
+
+    config = {k: v for k, v in LLAMA.items() if k != "architectures"}
+    config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+    config |= {"num_experts_per_tok": 2, "intermediate_size": 256}
+    tensors = random_tensors(config)
+    wide = random_tensors(config, "F32", seed=9)
+    odd = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+    tensors[odd] = wide[odd]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    write_tensors(tmp_path / "model" / "model.safetensors", tensors)
+    model = lconvert.read(tmp_path / "model")
+    result = lconvert.convert(model, tmp_path / "m.gguf")
+    items = {i.name: (i.type, i.verdict.kind) for i in result.plan.items()}
+    assert items["blk.0.ffn_gate_exps.weight"] == ("F32", "widened")
+    assert items["blk.1.ffn_gate_exps.weight"] == ("BF16", "exact")
+    back = lconvert.read(result.paths[0])
+    for name, entry in model.entries.items():
+        assert np.array_equal(values(back.entries[name].data), values(entry.data)), name

@@ -124,7 +124,7 @@ TOKEN = {"id": 12, "content": "<tool>"}
         (broken(model__vocab__z=2**31), "'z' has the id 2147483648"),
         (broken(model__vocab__z=True), "'z' has the id True"),
         (broken(model__vocab__z="3"), "'z' has the id '3'"),
-        (broken(**{"model__vocab__\ud800": 30}), "token 30 is not Unicode text"),
+        (broken(**{"model__vocab__\ud800": 30}), "a text is not Unicode"),
         (broken(added_tokens={}), ""),
         (broken(added_tokens="x"), "`added_tokens` is not a list"),
         (broken(added_tokens=[{"id": 4}]), "an added token without content"),

@@ -33,7 +33,7 @@ Kind = Literal["exact", "widened", "quantized", "rounded", "requantized", "refus
 SLAB_BYTES = 8 << 20
 #: A journal entry at most this often, so that its sync does not throttle the stream.
 CHECKPOINT_BYTES = 256 << 20
-CHECKPOINT_SECONDS = 2.0
+CHECKPOINT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -209,26 +209,62 @@ def _explained(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from None
 
 
+Sums = dict[str, list[float]]  # tensor -> [squared error, squared norm]
+
+
 class _Journal:
-    """How far a run came, beside the partial file: {fingerprint, file index, bytes that are safely on disk}."""
+    """How far a run came, beside the partial file: bytes of each file that are on disk, and the errors measured so far.
+
+    Syncing happens in a thread of its own, so that the stream goes on meanwhile and write-back is spread over the run.
+    """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
+        self.done: dict[str, int] = {}
+        self.errors: Sums = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._pending: Future[None] | None = None
 
-    def read(self) -> dict[str, int]:
-        """File name -> finished bytes; empty if there is no journal or it belongs to another plan."""
+    def load(self) -> None:
+        """What an earlier run of the same plan recorded; nothing if there is none."""
         try:
             state = json.loads(self.path.read_text())
             if state["fingerprint"] == self.fingerprint:
-                return {str(k): int(v) for k, v in state["done"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-        return {}
+                self.done = {str(k): int(v) for k, v in state["done"].items()}
+                self.errors = {str(k): [float(v[0]), float(v[1])] for k, v in state["errors"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            self.done, self.errors = {}, {}
 
-    def write(self, done: Mapping[str, int]) -> None:
+    def record(self, fd: int, name: str, at: int, errors: Sums) -> bool:
+        """Start to sync `at` bytes of a file and note them; False while the last time is still under way."""
+        if self._pending is not None and not self._pending.done():
+            return False
+        self.wait()
+        state = {k: list(v) for k, v in errors.items()}
+        self._pending = self._thread.submit(self._write, fd, name, at, state)
+        return True
+
+    def _write(self, fd: int, name: str, at: int, errors: Sums) -> None:
+        os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+        self.done[name] = at
         temporary = self.path.with_name(self.path.name + ".new")
-        temporary.write_text(json.dumps({"fingerprint": self.fingerprint, "done": dict(done)}))
+        state = {"fingerprint": self.fingerprint, "done": self.done, "errors": errors}
+        temporary.write_text(json.dumps(state))
         os.replace(temporary, self.path)
+
+    def wait(self) -> None:
+        """Until the last record is written; raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def settle(self) -> None:
+        """Until nothing is under way; a failure that is already being reported is not repeated."""
+        with contextlib.suppress(OSError):
+            self.wait()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
 
 
 def _tasks(file: FilePlan, done: int) -> Iterator[tuple[Item, int, int]]:
@@ -276,12 +312,12 @@ def _stream(
     done: int,
     pool: ThreadPoolExecutor,
     threads: int,
-    checkpoint: Callable[[int], None],
+    journal: _Journal,
+    errors: Sums,
     progress: Progress,
-) -> tuple[str, dict[str, list[float]]]:
-    """Write one file from byte `done` on; returns its sha256 and the error sums by tensor."""
+) -> str:
+    """Write one file from byte `done` on; returns its sha256 and adds to the error sums."""
     digest = hashlib.sha256()
-    errors: dict[str, list[float]] = {}
     at = 0
     while at < done:  # what an earlier run left is part of the hash
         chunk = os.pread(fd, min(1 << 22, done - at), at)
@@ -328,15 +364,15 @@ def _stream(
                 sums[0] += slab.squared_error
                 sums[1] += slab.squared_norm
             if at - last_bytes >= CHECKPOINT_BYTES or time.monotonic() - last_time >= CHECKPOINT_SECONDS:
-                checkpoint(at)
-                last_bytes, last_time = at, time.monotonic()
+                if journal.record(fd, file.name, at, errors):
+                    last_bytes, last_time = at, time.monotonic()
     except BaseException:
         for _, _, future in window:
             future.cancel()
         raise
     if at < file.size:
         put(bytes(file.size - at))
-    return digest.hexdigest(), errors
+    return digest.hexdigest()
 
 
 def _measured(plan: Plan, errors: Mapping[str, list[float]]) -> Plan:
@@ -360,7 +396,12 @@ def _cpus() -> int:
 
 def refusals(plan: Plan) -> list[str]:
     """Why this plan cannot be executed as it stands; empty when it can."""
-    out = [f"{i.name}: {i.verdict.reason}" for i in plan.items() if i.verdict.kind == "refused"]
+    reasons: dict[str, list[str]] = {}
+    for i in plan.items():
+        if i.verdict.kind == "refused":
+            reasons.setdefault(i.verdict.reason, []).append(i.name)
+    more = {reason: f" (and {len(names) - 1} more)" if names[1:] else "" for reason, names in reasons.items()}
+    out = [f"{names[0]}{more[reason]}: {reason}" for reason, names in reasons.items()]
     return out + [v.reason for v in plan.losses if v.kind == "refused"]
 
 
@@ -398,13 +439,14 @@ def execute(
     journal = _Journal(final[0].with_name(final[0].name + ".partial.json"), plan.fingerprint())
     hasher = _SourceHashes(plan.sources)
     hashes: list[str] = []
-    errors: dict[str, list[float]] = {}
     keep = False
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
     with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        free = os.statvfs(folder)
+        free = os.statvfs(new[-1].parent if new else folder)
         _check_unchanged(plan)
-        done = journal.read() if resume else {}
+        if resume:
+            journal.load()
+        done, errors = journal.done, {k: list(v) for k, v in journal.errors.items()}
         needed = plan.size - sum(done.values())
         if free.f_bavail * free.f_frsize < needed:
             raise OutputError(
@@ -412,6 +454,8 @@ def execute(
             )
     pool = ThreadPoolExecutor(threads, thread_name_prefix="slab")
     try:
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         hasher.start()
         for file, path in zip(plan.files, partial, strict=True):
             with _explained(path):
@@ -419,21 +463,14 @@ def execute(
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if start else os.O_TRUNC), 0o644)
                 try:
                     os.ftruncate(fd, start)
-
-                    def checkpoint(at: int, fd: int = fd, name: str = file.name) -> None:
-                        os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
-                        done[name] = at
-                        journal.write(done)
-
-                    sha, sums = _stream(file, fd, start, pool, threads, checkpoint, tell)
+                    hashes.append(_stream(file, fd, start, pool, threads, journal, errors, tell))
+                    journal.wait()
                     os.fsync(fd)
-                    done[file.name] = file.size
                     if len(plan.files) > 1:
-                        journal.write(done)
+                        journal.record(fd, file.name, file.size, errors)
                 finally:
+                    journal.settle()
                     os.close(fd)
-                hashes.append(sha)
-                errors |= sums
         hasher.join()
         _check_unchanged(plan)
         finished = _measured(plan, errors)
@@ -456,18 +493,23 @@ def execute(
             os.replace(temporary, beside)
             _sync_folder(folder)
     except KeyboardInterrupt:
-        keep = True
-        raise
+        keep = bool(done)
+        what = "what was finished is kept for --resume" if keep else "nothing was written"
+        raise KeyboardInterrupt(what) from None
     except OutputError:
         keep = bool(done)
         raise
     finally:
         hasher.stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+        journal.close()
         if not keep:
             for path in (*partial, journal.path):
                 with contextlib.suppress(OSError):
                     path.unlink()
+            for path in new:  # folders that this run made and that hold nothing
+                with contextlib.suppress(OSError):
+                    path.rmdir()
     return Result(tuple(final), finished, manifest)
 
 

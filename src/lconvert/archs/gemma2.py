@@ -137,7 +137,8 @@ def scale(largest: int) -> Callable[[Decoder, Layer], float]:
 
     def of(d: Decoder, layer: Layer) -> float:
         a = layer.attention
-        return 1 / math.sqrt(d.hidden // a.heads if d.layers == largest else a.head_dim)
+        out: float = (d.hidden // a.heads if d.layers == largest else a.head_dim) ** -0.5
+        return out
 
     return of
 

@@ -21,13 +21,14 @@ _MODELS = "https://github.com/ggml-org/llama.cpp/blob/master/src/models/"
 #: required: the tensors must be there; absent: the graph has no place for them; optional: either way.
 Presence = Literal["required", "absent", "optional"]
 
-#: Bound on the mean KLD that a model with exact (erf) GELU pays in a graph that computes the tanh approximation,
-#: measured on random models, ggml's half-precision GELU table included.
+#: Bound on the mean KLD that a model with exact (erf) GELU pays in a graph that computes the tanh approximation, ggml's
+#: half-precision GELU table included. Measured: 1.0e-7 on a trained GPT-2, up to 2.0e-7 on random models.
 ERF_COST = 1e-6
 
 
 def head_dim_scale(d: Decoder, layer: Layer) -> float:
-    return 1 / math.sqrt(layer.attention.head_dim)
+    out: float = layer.attention.head_dim**-0.5
+    return out
 
 
 @dataclass(frozen=True)

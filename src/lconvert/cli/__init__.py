@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import click
 
@@ -24,6 +27,14 @@ VERBS: Mapping[str, str] = {
 }
 
 
+class _Interrupted(LconvertError):
+    exit_code = 130
+
+
+class _Closed(Exception):
+    """The reader of stdout has seen enough (`| head`)."""
+
+
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -40,6 +51,15 @@ class _Verbs(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Ctrl-C and a closed pipe, before click makes an empty line and exit code 1 of them."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as e:
+            raise _Interrupted("; ".join(["interrupted", *map(str, e.args)])) from None
+        except BrokenPipeError:
+            raise _Closed() from None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -53,9 +73,14 @@ class _Verbs(click.Group):
             raise click.UsageError(f"{e.message}{hint}", ctx) from None
 
 
-@click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=_Verbs,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="lconvert")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """One compressed model, every runtime, proved equal.
 
     \b
@@ -64,27 +89,53 @@ def cli() -> None:
       lconvert inspect ./my-model
       lconvert validate ./my-model my-model-Q4_K_M.gguf --text heldout.txt
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def one_line(text: str) -> str:
+    """A message as one printable line of bounded length, whatever a file put into it."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return plain if len(plain) <= _MESSAGE else plain[: _MESSAGE - 3] + "..."
+
+
+_MESSAGE = 2000
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"lconvert: {one_line(message)}", err=True)
+    sys.exit(code)
+
+
+def _usage(e: click.ClickException) -> str:
+    """Click's message, and where to look."""
+    command = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx else "lconvert"
+    return f"error: {e.format_message().rstrip('.')}; see {command} --help"
 
 
 def main() -> None:
     """Entry point: intended errors become one line on stderr and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # names out of files, on a terminal that lacks letters
     try:
-        code = cli(standalone_mode=False)
+        code = cli(prog_name="lconvert", standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
-    except click.Abort:
-        click.echo("lconvert: interrupted; nothing was written under the final name", err=True)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        click.echo("lconvert: interrupted; nothing was written under the final name", err=True)
-        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except _Interrupted as e:
+        _fail(str(e), e.exit_code)
     except click.ClickException as e:
-        e.show()
-        sys.exit(2)
+        _fail(_usage(e), 2)
     except LconvertError as e:
-        click.echo(f"lconvert: error: {e}", err=True)
-        sys.exit(e.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
+        _fail(f"error: {e}", e.exit_code)
+    except (_Closed, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush complains
         sys.exit(0)
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        _fail(f"error: {where}{e.strerror or e}", 2)

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from lconvert.errors import OptionError, OutputError
+from lconvert.errors import InputError, OptionError, OutputError
 
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Worker threads [default: CPUs this process may use]."
@@ -33,6 +33,22 @@ def fail_fast_output(out: Path, force: bool) -> None:
     """The checks on the target that need no work first."""
     if out.exists() and not force:
         raise OutputError(f"{out}: exists; --force replaces it")
+
+
+def fail_fast_files(*, read: Sequence[Path | None] = (), written: Sequence[Path | None] = ()) -> None:
+    """Files that are needed only after the long part: named wrongly, they are refused before it."""
+    for path in read:
+        if path is not None and not path.is_file():
+            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; check the path")
+    for path in written:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            what = "is a folder" if path.is_dir() else "its folder does not exist"
+            raise OutputError(f"{path}: {what}; name a file in an existing folder")
+
+
+def file_stem(name: str) -> str:
+    """A model's name, which comes out of a file, as part of a file name."""
+    return re.sub(r"[^\w.+-]+", "-", name)[:80].strip(".-") or "model"
 
 
 def human(n: float) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from lconvert.cli.common import (
+    fail_fast_files,
     fail_fast_output,
+    file_stem,
     parse_size,
     print_plan,
     progress_bar,
@@ -138,8 +140,9 @@ def command(
     if len(chosen) > 1:
         raise OptionError(f"several file types were given: {', '.join(sorted(chosen))}; choose one")
     ftype = gguf_mixture.find_ftype(chosen.pop()).name if chosen else None
+    fail_fast_files(read=[text, options["imatrix"]], written=[report])
     model = lconvert.read(source)
-    out = output or Path(f"{model.name or 'model'}-{ftype or 'COPY'}.gguf")
+    out = output or Path(f"{file_stem(model.name)}-{ftype or 'COPY'}.gguf")
     if out.suffix != ".gguf":
         raise OptionError(f"{out}: the output must end in .gguf")
     if not dry_run:

@@ -54,7 +54,7 @@ def command(path: str, tensors: bool, as_json: bool) -> int:
     table("Totals", ("type", "tensors", "weights", "size"), totals, right=(1, 2, 3))
     if found["tokenizer"]:
         click.echo()
-        table("Tokenizer", ("", ""), [(k, str(v)) for k, v in found["tokenizer"].items()])
+        table("Tokenizer", ("part", "value"), [(k, str(v)) for k, v in found["tokenizer"].items()])
     if found["metadata"]:
         click.echo()
         table("Metadata", ("key", "value"), list(found["metadata"].items()))
@@ -97,10 +97,18 @@ def _trait_rows(model: Model) -> list[tuple[str, str]]:
     for part in (layer.attention, layer.mlp):
         kind = type(part).__name__.lower()
         rows += [(f"{kind}.{f.name}", getattr(part, f.name)) for f in dataclasses.fields(part)]
-    shown = [(k, "" if v is None else str(v)) for k, v in rows]
+    shown = [(k, _shown(v)) for k, v in rows]
     if d.overrides:
         shown.append(("layers that differ", ", ".join(map(str, sorted(d.overrides)))))
     return shown
+
+
+def _shown(value: Any) -> str:
+    """A trait; of a group of traits, those that are not the default."""
+    if not dataclasses.is_dataclass(value):
+        return "" if value is None else str(value)
+    parts = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value)}
+    return ", ".join(f"{name}={x}" for name, (x, default) in parts.items() if x != default)
 
 
 def _tokenizer(model: Model) -> dict[str, Any]:
@@ -122,6 +130,8 @@ def _metadata(path: str) -> dict[str, str]:
     """The keys of a GGUF file; long values are cut."""
     if not path.endswith(".gguf"):
         return {}
+    import numpy as np
+
     from lconvert.formats import gguf
 
     out = {}
@@ -130,7 +140,7 @@ def _metadata(path: str) -> dict[str, str]:
         if value.kind == "array":
             out[key] = f"[{len(data)} x {value.item}]"
         else:
-            text = str(data).replace("\n", "\\n")
+            text = str(np.float32(data) if value.kind == "f32" else data).replace("\n", "\\n")
             out[key] = text if len(text) <= 80 else text[:77] + "..."
     return out
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lconvert.cli.common import print_report, threads_option
+from lconvert.cli.common import fail_fast_files, print_report, threads_option
 
 
 @click.command("validate")
@@ -59,6 +59,7 @@ def command(
     """
     from lconvert.validators import parity
 
+    fail_fast_files(read=[text, gates, candidate], written=[report])
     proof = parity.validate(
         reference,
         candidate,

@@ -1,0 +1,100 @@
+"""Every architecture through `lconvert validate`: F32, Q8_0 and Q4_K_M in llama.cpp. Prints the README's table.
+
+    python -P benchmarks/architectures.py [--models DIR] [--json OUT]
+
+A folder DIR/wiki-<name> with a trained model of an architecture is used where there is one; otherwise the random model
+of tests/arch_cases. Random models are far harder to quantize than trained ones, so for them the gate on cost (the
+distance to the unquantized model) is lifted and the one on fidelity is loose; structure, tensors and the graph (F32
+weights within 1e-10, with GELU 1e-6) are gated as always.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lconvert
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # appended, so that no folder here hides a package
+from tests import arch_cases, random_models
+
+from lconvert.archs import find, names
+from lconvert.validators import gates, parity
+
+TRAINED = {
+    "llama": "wiki-llama-12m", "mistral": "wiki-mistral", "mixtral": "wiki-mixtral", "gemma3_text": "wiki-gemma3",
+    "phi3": "wiki-phi3", "gpt2": "wiki-gpt2",
+}  # fmt: skip
+FTYPES = ("F32", "Q8_0", "Q4_K_M")
+
+
+def lifted(folder: Path) -> Path:
+    """The shipped gates without the one on cost, and with fidelity for models that amplify every rounding."""
+    own = dict(gates.shipped())
+    own["cost"] = [{"bits": 33.0, "kld_mean": 100.0}]
+    own["fidelity"] = {"kld_mean": 0.5}
+    own["float_floor"] = {"gelu_tanh": 1e-6, "gelu": 1e-6}  # measured up to 3.4e-7 on random models
+    path = folder / "gates.yaml"
+    path.write_text(yaml.safe_dump(own))
+    return path
+
+
+def measure(model_type: str, models: Path | None, work: Path) -> dict[str, Any]:
+    trained = models / TRAINED[model_type] if models and model_type in TRAINED else None
+    row: dict[str, Any] = {"model_type": model_type, "gguf": find(model_type).gguf.arch}
+    own = None
+    if trained and trained.is_dir():
+        folder, row["model"] = trained, "trained"
+    else:
+        case = next(c for c in arch_cases.load() if c.model_type == model_type)
+        folder, row["model"] = random_models.build(case, work / case.name), "random"
+        own = lifted(work)
+    for ftype in FTYPES:
+        path = work / f"{model_type}-{ftype}.gguf"
+        lconvert.convert(folder, path, ftype=ftype)
+        context = 200 if own else 512  # every further token adds to what random models amplify
+        report = parity.validate(folder, path, max_windows=4, context=context, gates=own)
+        details = {
+            k: report.details[k]["kld_mean"] for k in ("cost", "fidelity", "graph") if k in report.details
+        }
+        failed = [f"{c.tier}: {c.name} {c.value}" for c in report.checks if c.passed is False]
+        row[ftype] = details | {"passed": report.passed, "failed": failed}
+        path.unlink()
+    return row
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--models", type=Path, help="folder with trained models")
+    arguments.add_argument("--json", type=Path)
+    arguments.add_argument("--only", help="one model_type")
+    options = arguments.parse_args()
+    rows = []
+    print("| model_type | llama.cpp | weights | F32 | Q8_0 | Q4_K_M | Q4_K_M as F32 | |")
+    print("|---|---|---|---|---|---|---|---|")
+    for model_type in [options.only] if options.only else names():
+        with tempfile.TemporaryDirectory() as work:
+            row = measure(model_type, options.models, Path(work))
+        rows.append(row)
+        klds = [f"{row['F32']['cost']:.1e}", f"{row['Q8_0']['cost']:.1e}", f"{row['Q4_K_M']['cost']:.1e}"]
+        passed = all(row[f]["passed"] for f in FTYPES)
+        klds.append(f"{row['Q4_K_M']['graph']:.1e}")
+        cells = [model_type, row["gguf"], row["model"], *klds, "pass" if passed else "FAIL"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+        for f in FTYPES:
+            for line in row[f]["failed"]:
+                print(f"    {f}: {line}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
