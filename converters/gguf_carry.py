@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lconvert.converters.gguf_names import Stored, interleave
 from lconvert.formats.gguf_blocks import native_type, packer
 from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
 from lconvert.plan import Verdict
-
-from .gguf_names import Stored, interleave
 
 
 @dataclass(frozen=True)

@@ -359,6 +359,7 @@ def read(path: str | Path) -> Model:
             f"{file.path}: unknown tensor {', '.join(show(n)[1:-1] for n in sorted(left)[:5])}; lconvert does not guess "
             "what it does"
         )
+    _check_vocabulary(file, d)
     try:
         tokenizer, notes = tokenizer_raise.from_gguf(file.metadata)
     except LconvertError as e:
@@ -375,6 +376,23 @@ def read(path: str | Path) -> Model:
             report=("config.json is reconstructed from GGUF metadata", *inert, *notes),
         )
     )
+
+
+def _check_vocabulary(file: gguf.GGUFFile, d: Decoder) -> None:
+    """One token, with a text of its own, for each row of the embedding: llama.cpp loads nothing else."""
+    value = file.metadata.get("tokenizer.ggml.tokens")
+    if value is None or value.item != "str":
+        return  # none at all, or an error that tokenizer_raise names
+    texts: Any = value.data
+    if len(texts) != d.vocab:
+        raise InputError(
+            f"{file.path}: tokenizer.ggml.tokens holds {len(texts)} tokens, but the embedding has {d.vocab} rows"
+        )
+    seen: set[str] = set()
+    for text in texts:
+        if text in seen:
+            raise InputError(f"{file.path}: in tokenizer.ggml.tokens two tokens have the text {show(text)}")
+        seen.add(text)
 
 
 def _special_config(file: gguf.GGUFFile) -> dict[str, int]:

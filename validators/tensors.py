@@ -174,8 +174,8 @@ def _difference(
             b = b + np.float32(shift)
         equal = equal and np.array_equal(a, b)
         delta = a.astype(np.float64) - b
-        error += float(np.vdot(delta, delta))
-        norm += float(np.vdot(b.astype(np.float64), b.astype(np.float64)))
+        error += float(np.square(delta).sum())
+        norm += float(np.square(b, dtype=np.float64).sum())
         if width:
             wrong = np.abs(delta).reshape(-1, width).max(axis=1)
             largest = np.abs(b).reshape(-1, width).max(axis=1)

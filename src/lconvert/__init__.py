@@ -6,7 +6,10 @@ neither NumPy nor torch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import convert, plan_gguf, read, validate
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "convert", "plan_gguf", "read", "validate"]
