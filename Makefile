@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 # On Linux, PyPI's torch brings several GB of CUDA; TORCH_ARGS="--index-url <PyTorch's CPU wheel index>" avoids that.
 TORCH_ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile
 OUT := demo-out
 
 .PHONY: demo test install check lint bench clean kernels

@@ -1,4 +1,4 @@
-"""GGUF (llama.cpp) as a target and a source: `plan` lowers a Model, `read` raises a file to one.
+"""GGUF (llama.cpp) as a target: `plan` lowers a Model. The other direction is gguf_source.
 
 Types follow llama-quantize's mixtures exactly (gguf_mixture); bytes of dense weights are those of
 ggml's own quantizers; a QTensor whose grid a block type holds is repacked without rounding.

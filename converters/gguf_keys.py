@@ -105,7 +105,8 @@ def llama3_factors(rope: Rope) -> NDArray[np.float32]:
     smooth = (turns - np.float32(rope.low_freq_factor)) / np.float32(
         rope.high_freq_factor - rope.low_freq_factor
     )
-    between = one / ((one - smooth) / np.float32(rope.factor) + smooth)
+    with np.errstate(divide="ignore", invalid="ignore"):  # beside the range in which it is used
+        between = one / ((one - smooth) / np.float32(rope.factor) + smooth)
     factor = np.where(wavelength > low, np.float32(rope.factor), between)
     return np.where(wavelength < high, one, factor).astype(np.float32)
 

@@ -1,6 +1,6 @@
 """Compress once, keep the result in lconvert's own format, and carry the same integers into GGUF without rounding again.
 
-    python examples/compress_once.py [MODEL] [OUT]
+python examples/compress_once.py [MODEL] [OUT]
 """
 
 from __future__ import annotations

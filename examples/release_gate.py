@@ -1,6 +1,6 @@
 """Convert a checkpoint to two GGUF types and let only proven files through: what a release job does.
 
-    python examples/release_gate.py [MODEL] [OUT]
+python examples/release_gate.py [MODEL] [OUT]
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def release(model: Path, out: Path) -> list[Path]:
         result = lconvert.convert(source, out / f"{source.name}-{ftype}.gguf", ftype=ftype, force=True)
         report = lconvert.validate(model, result.paths[0], max_windows=2)
         kld = report.details["cost"]["kld_mean"]
-        print(f"{result.paths[0].name}: {result.plan.size / 1e6:.1f} MB, mean KLD {kld:.2e}, passed: {report.passed}")
+        print(
+            f"{result.paths[0].name}: {result.plan.size / 1e6:.1f} MB, mean KLD {kld:.2e}, passed: {report.passed}"
+        )
         if not report.passed:
             raise SystemExit(report.exit_code)
         passed.append(result.paths[0])

@@ -228,7 +228,13 @@ def tensor(file: SafetensorsFile, name: str) -> Tensor:
     """The named tensor, lazily. UnsupportedError for dtypes that the IR does not hold (F8_E4M3, U64 ...)."""
     info, dtype = _known(file, name)
     origin = f"{file.path}: {name}"
-    return Tensor(info.shape, dtype, partial(_read_rows, file.path, file.stamp, info, dtype, origin), origin, _files(file))
+    return Tensor(
+        info.shape,
+        dtype,
+        partial(_read_rows, file.path, file.stamp, info, dtype, origin),
+        origin,
+        _files(file),
+    )
 
 
 def transposed(file: SafetensorsFile, name: str) -> Tensor:

@@ -83,7 +83,9 @@ def _spread(q: QTensor, value: Tensor | QTensor, start: int, stop: int) -> NDArr
 def dequantize(q: QTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
     """Rows start..stop of a QTensor in fp32, each operation one rounding."""
     if q.outliers or q.low_rank or q.mask is not None:
-        raise UnsupportedError(f"{q.origin}: masks, outliers and low-rank corrections cannot be dequantized so far")
+        raise UnsupportedError(
+            f"{q.origin}: masks, outliers and low-rank corrections cannot be dequantized so far"
+        )
     stop = q.rows if stop is None else stop
     w = grid_values(q.grid, q.codes.read(start, stop))
     if q.zero is not None:

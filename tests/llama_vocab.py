@@ -43,6 +43,10 @@ def vocab_folder() -> Path:
     pytest.skip("llama.cpp's sources are missing: set LCONVERT_LLAMACPP_SRC to vendor/llama.cpp of the sdist")
 
 
+#: Callbacks that llama.cpp may call until the process ends.
+_KEPT: list[Any] = []
+
+
 @dataclass(frozen=True)
 class LlamaVocab:
     """`tokenize` adds nothing; `framed` adds what llama.cpp adds to every text by itself."""
@@ -62,8 +66,8 @@ def write(path: Path, keys: Mapping[str, Value], name: str = "test") -> Path:
 @contextmanager
 def loaded(path: Path) -> Iterator[LlamaVocab]:
     llama_cpp = pytest.importorskip("llama_cpp")
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silent, None)
+    _KEPT.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
+    llama_cpp.llama_log_set(_KEPT[-1], None)
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True

@@ -141,7 +141,7 @@ def test_damaged_folders(
         shutil.rmtree(work)
         return error
 
-    well, refused = soak(4.0, seed, attempt)
+    well, refused = soak(3.5, seed, attempt)
     assert well and refused
 
 
@@ -160,7 +160,7 @@ def test_damaged_gguf_metadata(sound: Mapping[str, Path], tmp_path: Path, traced
         (tmp_path / "m.gguf").write_bytes(content)
         return observe(tmp_path / "m.gguf", tmp_path / "out", r.choice(USES))
 
-    well, refused = soak(5.0, 4, attempt)
+    well, refused = soak(4.0, 4, attempt)
     assert well and refused
 
 

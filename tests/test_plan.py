@@ -191,9 +191,11 @@ def test_source_that_changes_during_the_run(tmp_path: Path) -> None:
 
 
 _RUNNER = """
-import sys
+import sys, time
 from lconvert import plan
 plan.SLAB_BYTES, plan.CHECKPOINT_SECONDS = 20000, 0.0
+real = plan.os.pwrite
+plan.os.pwrite = lambda *args: (time.sleep(0.001), real(*args))[1]
 sys.argv = ["lconvert", "hf-to-gguf", SOURCE, "--q4_k_m", "--no-validate", "-o", OUT, *EXTRA]
 from lconvert.cli import main
 main()
@@ -211,17 +213,16 @@ def _run(source: Path, out: Path, *extra: str) -> subprocess.Popen[bytes]:
 
 def test_killed_at_random_moments_and_resumed(checkpoint: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole.gguf"
-    start = time.monotonic()
     process = _run(checkpoint, whole, "--name", "x")
     assert process.wait() == 0, process.stderr.read().decode() if process.stderr else ""
-    length = time.monotonic() - start
-    wanted = _sha(whole)
-    out = tmp_path / "m.gguf"
+    wanted, size = _sha(whole), whole.stat().st_size
+    out, partial = tmp_path / "m.gguf", tmp_path / "m.gguf.partial"
     rng = random.Random(7)
     killed_with_journal = 0
-    for _ in range(6):
+    for at in sorted(rng.uniform(0.02, 0.9) * size for _ in range(6)):
         process = _run(checkpoint, out, "--name", "x", "--resume")
-        time.sleep(rng.uniform(0.3, 0.95) * length)
+        while process.poll() is None and not (partial.exists() and partial.stat().st_size >= at):
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         code = process.wait()
         if code == 0:  # it was faster than the kill
@@ -261,6 +262,26 @@ def test_resume_really_continues(checkpoint: Path, tmp_path: Path, monkeypatch: 
     lconvert.convert(checkpoint, tmp_path / "w.gguf", ftype="Q8_0", name="x")
     assert _sha(tmp_path / "m.gguf") == _sha(tmp_path / "w.gguf")
     assert result.manifest["files"]["m.gguf"]["sha256"] == _sha(tmp_path / "w.gguf")
+
+
+@pytest.mark.parametrize("left", [None, 0, 1000])
+def test_a_partial_file_that_lost_its_bytes_is_started_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int | None
+) -> None:
+    """The journal survives, the file beside it does not: zeros must not pass for finished rows."""
+    monkeypatch.setattr(plans, "SLAB_BYTES", 20000)
+    monkeypatch.setattr(plans, "CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as m:
+        m.setattr(plans.os, "pwrite", _FullDisk(1_500_000))
+        with pytest.raises(OutputError):
+            lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x")
+    if left is None:
+        (tmp_path / "m.gguf.partial").unlink()
+    else:
+        os.truncate(tmp_path / "m.gguf.partial", left)
+    lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x", resume=True)
+    lconvert.convert(checkpoint, tmp_path / "w.gguf", ftype="Q8_0", name="x")
+    assert _sha(tmp_path / "m.gguf") == _sha(tmp_path / "w.gguf")
 
 
 def test_a_journal_of_other_options_is_not_continued(

@@ -14,18 +14,50 @@ from lconvert.errors import OptionError
 @cache
 def shipped() -> dict[str, Any]:
     """The gates that come with lconvert."""
-    return load(Path(__file__).with_name("gates.yaml"))
+    return _read(Path(__file__).with_name("gates.yaml"))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A gates file; OptionError if it is not one."""
+    """A gates file over the shipped ones: what it does not say stays. OptionError if it is not one."""
+    out = dict(shipped())
+    for name, value in _read(path).items():
+        try:
+            given = _typed(value, shipped()[name])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise OptionError(
+                f"{path}: gate {name} is not what the shipped gates.yaml has under this name"
+            ) from None
+        out[name] = out[name] | given if isinstance(given, dict) else given
+    return out
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        gates = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as e:
+        gates = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise OptionError(f"{path}: not readable as YAML ({e})") from None
     if not isinstance(gates, dict) or gates.get("schema") != "lconvert.gates/1":
         raise OptionError(f"{path}: not a gates file (schema lconvert.gates/1)")
     return gates
+
+
+def _typed(given: Any, sample: Any) -> Any:
+    """A value in the structure of the shipped one, with every number a float; anything else raises.
+
+    YAML 1.1 takes 1e-9 for a text, so texts of numbers count as numbers.
+    """
+    if isinstance(sample, dict):
+        return {k: _typed(v, sample.get(k, next(iter(sample.values())))) for k, v in given.items()}
+    if isinstance(sample, list):
+        if not given or any(row.keys() != sample[0].keys() for row in given):
+            raise ValueError
+        return [_typed(row, sample[0]) for row in given]
+    if isinstance(sample, str):
+        return given
+    number = float(given)
+    if isinstance(given, bool) or not number >= 0:
+        raise ValueError
+    return number
 
 
 def float_gate(gates: dict[str, Any], activation: str) -> float:

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lconvert.errors import InputError
+
 Logits = Callable[[list[int]], NDArray[np.float32]]
+LEAST = 16  # tokens that are worth comparing
 _ROWS = 64  # tokens at a time: bounds the fp64 copies to rows x vocabulary
 
 
@@ -71,7 +74,7 @@ def compare(
     for ids in texts:
         p_all, q_all = reference(ids), candidate(ids)
         if p_all.shape[1] != q_all.shape[1]:
-            raise ValueError(f"vocabularies differ: {p_all.shape[1]} and {q_all.shape[1]}")
+            raise InputError(f"vocabularies differ: {p_all.shape[1]} and {q_all.shape[1]} tokens")
         kld = np.empty(len(ids))
         for a in range(0, len(ids), _ROWS):
             b = min(a + _ROWS, len(ids))

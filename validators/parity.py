@@ -22,7 +22,7 @@ from lconvert.errors import InputError, MissingPackageError, OptionError
 from lconvert.ir import Model, QTensor
 from lconvert.plan import manifest_path
 from lconvert.validators import gates as gate_file
-from lconvert.validators.logits import LogitStats, compare, windows
+from lconvert.validators.logits import LEAST, LogitStats, compare, windows
 from lconvert.validators.tensors import TensorCheck, check_gguf, typical_bits
 
 #: Largest temporary file for the check of the graph with F32 weights.
@@ -121,6 +121,13 @@ def validate(
         raise InputError(
             f"{path}: holds a {artifact.arch.family} model, the reference is {source.arch.family}"
         )
+    shapes = [{name: entry.shape for name, entry in m.entries.items()} for m in (source, artifact)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
+            raise InputError(
+                f"{path}: is not made from {reference}: {name} is {shapes[1].get(name)} here and "
+                f"{shapes[0].get(name)} there"
+            )
     run = _Run(source, artifact, path, thresholds, progress)
     corpus = run.read_text(text)
     if "structure" in tiers or "tensors" in tiers:
@@ -275,6 +282,8 @@ class _Run:
             self.notes.append(f"{loss.name}: {loss.reason}; {limit}")
             context = min(context, loss.limit or context)
         texts = windows(self.ids(corpus), context, self.bos(), max_windows)
+        if (n := sum(map(len, texts))) < LEAST:
+            raise InputError(f"the text has only {n} tokens, which prove nothing; give a longer one (--text)")
         self.progress("llama.cpp")
         candidate = LlamaCpp(self.path, context=context, threads=threads)
         try:

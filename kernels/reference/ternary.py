@@ -92,7 +92,9 @@ def _pack(name: str, parts: Mapping[str, NDArray[np.generic]]) -> U8:
 @np.errstate(invalid="ignore")
 def _dequantize(name: str, blocks: U8, cols: int) -> F32:
     parts = _unpack(name, blocks)
-    y = (parts["codes"].astype(np.float32).reshape(-1, 256) - 1) * parts["scale"].astype(np.float32).reshape(-1, 1)
+    y = (parts["codes"].astype(np.float32).reshape(-1, 256) - 1) * parts["scale"].astype(np.float32).reshape(
+        -1, 1
+    )
     return y.reshape(len(blocks), cols)
 
 

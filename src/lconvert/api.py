@@ -1,9 +1,30 @@
 """The verbs as functions: read a model, convert it, validate the result.
 
->>> import lconvert                                                     # doctest: +SKIP
->>> model = lconvert.read("examples/demo_model")                        # doctest: +SKIP
->>> model.arch.layers, len(model.entries)                               # doctest: +SKIP
-(2, 20)
+>>> import lconvert
+>>> model = lconvert.read("examples/demo_model")
+>>> model.arch.layers, len(model.entries)
+(3, 29)
+
+A source may be a path or a model that passes have changed; `result` has the paths, the measured verdicts and the manifest:
+
+>>> result = lconvert.convert(model, "demo.gguf", ftype="Q4_K_M", force=True)
+>>> result.paths[0].name, result.plan.size
+('demo.gguf', 1538656)
+>>> {i.type: str(i.verdict.kind) for i in result.plan.items()}
+{'F32': 'widened', 'Q6_K': 'quantized', 'Q4_K': 'quantized'}
+
+The proof, here without the runtimes:
+
+>>> report = lconvert.validate("examples/demo_model", "demo.gguf", tiers=["structure", "tensors"])
+>>> report.passed, report.exit_code
+(True, 0)
+
+What is wrong is an `lconvert.errors.LconvertError` with a message of one sentence:
+
+>>> lconvert.convert("examples/demo_model", "demo.bin")
+Traceback (most recent call last):
+    ...
+lconvert.errors.OptionError: demo.bin: the output must end in .gguf
 """
 
 from __future__ import annotations

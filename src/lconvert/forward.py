@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .archs import find
 from .archs.common import binds
-from .errors import MissingPackageError, UnsupportedError
+from .errors import InputError, LconvertError, MissingPackageError, UnsupportedError
 from .ir import Model
 from .kernels.qtensor import values
 
@@ -35,6 +35,21 @@ def packages() -> tuple[Any, Any]:
     except ImportError as e:
         raise MissingPackageError(f"{e.name} is not installed: pip install 'lconvert[hf]'") from None
     return torch, transformers
+
+
+@contextmanager
+def explained(source: str, *own: type[Exception]) -> Iterator[None]:
+    """What transformers has against a configuration as an InputError; it raises whatever comes along.
+
+    Exceptions of the types `own` mean something to the caller and pass.
+    """
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, (LconvertError, *own)):
+            raise
+        reason = " ".join(str(e).split())
+        raise InputError(f"{source}: transformers does not run it ({type(e).__name__}: {reason})") from e
 
 
 @contextmanager
@@ -85,20 +100,21 @@ def _tail(bind: Any) -> tuple[int, ...]:
 class Forward:
     """A transformers model whose weights come out of `model` while it runs.
 
-    >>> Forward(model).logits([1, 2, 3]).shape       # doctest: +SKIP
-    (3, 32000)
+    >>> import lconvert
+    >>> Forward(lconvert.read("examples/demo_model")).logits([1, 2, 3]).shape
+    (3, 2048)
     """
 
     def __init__(self, model: Model) -> None:
         self._torch, transformers = packages()
         arch = find(model.arch.family)
         config = dict(model.config) or arch.config(model.arch)
-        kind = config["model_type"]
-        hf_config = transformers.CONFIG_MAPPING[kind].from_dict(config)
-        hf_config._attn_implementation = "eager"
-        module = getattr(transformers, arch.hf_class)
-        with _parameters_on_meta(self._torch), self._torch.no_grad():
-            self.module = module(hf_config).eval()
+        with explained(model.source or "the model"):
+            hf_config = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+            hf_config._attn_implementation = "eager"
+            module = getattr(transformers, arch.hf_class)
+            with _parameters_on_meta(self._torch), self._torch.no_grad():
+                self.module = module(hf_config).eval()
         self._model = model
         self._binds = {n: b for b in binds(arch.names, model.arch) for n in (b.hf, b.other)}
         self.layers = self._find_layers(model.arch.layers)

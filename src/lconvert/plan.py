@@ -394,6 +394,24 @@ def _cpus() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def _claim(path: Path) -> int:
+    """A descriptor that keeps other runs from writing the partial file `path`, until it is closed."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.fstat(fd).st_ino == os.stat(path).st_ino  # else the other run has just renamed it
+    except (BlockingIOError, FileNotFoundError):
+        mine = False
+    except (ImportError, OSError):
+        mine = True  # a system or file system without locks
+    if not mine:
+        os.close(fd)
+        raise OutputError(f"{path}: another run is writing this file; wait for it or choose another output")
+    return fd
+
+
 def refusals(plan: Plan) -> list[str]:
     """Why this plan cannot be executed as it stands; empty when it can."""
     reasons: dict[str, list[str]] = {}
@@ -453,13 +471,19 @@ def execute(
                 f"{folder}: {needed / 1e6:.0f} MB are needed, {free.f_bavail * free.f_frsize / 1e6:.0f} MB are free"
             )
     pool = ThreadPoolExecutor(threads, thread_name_prefix="slab")
+    beside = manifest_path(final[0])
+    temporary = beside.with_name(beside.name + ".partial")
+    claim: int | None = None
     try:
         with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            claim = _claim(partial[0])
         hasher.start()
         for file, path in zip(plan.files, partial, strict=True):
             with _explained(path):
-                start = done.get(file.name, 0) if path.exists() else 0
+                start = done.get(file.name, 0)
+                if not path.exists() or path.stat().st_size < start:
+                    start = 0  # what the journal speaks of is gone
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if start else os.O_TRUNC), 0o644)
                 try:
                     os.ftruncate(fd, start)
@@ -484,8 +508,6 @@ def execute(
             "plan": finished.to_json(),
         }
         with _explained(folder):
-            beside = manifest_path(final[0])
-            temporary = beside.with_name(beside.name + ".partial")
             temporary.write_text(json.dumps(manifest, indent=1) + "\n")
             # The first file goes last: while it is missing, a sharded artifact does not load.
             for source, target in reversed(list(zip(partial, final, strict=True))):
@@ -504,12 +526,14 @@ def execute(
         pool.shutdown(wait=True, cancel_futures=True)
         journal.close()
         if not keep:
-            for path in (*partial, journal.path):
+            for path in (*partial, journal.path, temporary) if claim is not None else ():
                 with contextlib.suppress(OSError):
                     path.unlink()
             for path in new:  # folders that this run made and that hold nothing
                 with contextlib.suppress(OSError):
                     path.rmdir()
+        if claim is not None:
+            os.close(claim)
     return Result(tuple(final), finished, manifest)
 
 

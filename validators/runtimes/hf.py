@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lconvert.errors import MissingPackageError
-from lconvert.forward import packages
+from lconvert.errors import InputError, MissingPackageError
+from lconvert.forward import explained, packages
 from lconvert.ir import Tokenizer
 
 
@@ -23,7 +23,10 @@ def reference_tokenizer(tokenizer: Tokenizer) -> Any:
         import tokenizers
     except ImportError:
         raise MissingPackageError("tokenizers is not installed: pip install 'lconvert[hf]'") from None
-    return tokenizers.Tokenizer.from_str(json.dumps(tokenizer.json))
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(tokenizer.json))
+    except Exception as e:  # noqa: BLE001 - its errors have no type of their own
+        raise InputError(f"tokenizer.json: the tokenizers package refuses it ({e})") from None
 
 
 class Transformers:
@@ -36,16 +39,18 @@ class Transformers:
             torch.set_num_threads(threads)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-        ).eval()
+        self._folder = str(folder)
+        with explained(self._folder, OSError, ValueError):
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+            ).eval()
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
-        with self._torch.no_grad():
+        with explained(self._folder), self._torch.no_grad():
             out = self._model(self._torch.tensor([ids]), use_cache=False).logits[0]
         return np.ascontiguousarray(out.float().numpy())
 

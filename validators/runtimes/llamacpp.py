@@ -37,17 +37,18 @@ _CALLBACK: Any = None
 def _capture_log(llama_cpp: Any) -> None:
     """llama.cpp's log goes into a list: it is the only place that says why a file is refused."""
     global _CALLBACK
-    if _CALLBACK is not None:
-        return
+    if _CALLBACK is None:
 
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def keep(level: int, text: bytes, user_data: object) -> None:
-        if level >= 3:  # GGML_LOG_LEVEL_WARN
-            _LOG.append(text.decode("utf-8", "replace"))
-            del _LOG[:-200]
+        @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+        def keep(level: int, text: bytes, user_data: object) -> None:
+            if level >= 3:  # GGML_LOG_LEVEL_WARN
+                _LOG.append(text.decode("utf-8", "replace"))
+                del _LOG[:-200]
 
-    _CALLBACK = keep
-    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+        _CALLBACK = keep
+    llama_cpp.llama_log_set(
+        _CALLBACK, ctypes.c_void_p(0)
+    )  # whoever set another one meanwhile may have freed it
 
 
 class LlamaCpp:

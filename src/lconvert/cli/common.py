@@ -162,4 +162,4 @@ def print_report(report: Any) -> None:
         click.echo(f"not proven: {line}")
     for line in report.notes:
         click.echo(f"note: {line}")
-    click.echo("PASS" if report.passed else "FAIL")
+    click.echo({0: "PASS", 1: "FAIL", 3: "INCOMPLETE: a required runtime is missing"}[report.exit_code])

@@ -133,7 +133,7 @@ def command(
     """
     import lconvert
     from lconvert.converters import gguf_mixture
-    from lconvert.errors import OptionError
+    from lconvert.errors import LconvertError, OptionError
     from lconvert.plan import execute
 
     chosen = {*flags, *([type_.upper()] if type_ else [])}
@@ -165,7 +165,10 @@ def command(
         return 0
     from lconvert.validators import parity
 
-    proof = parity.validate(source, result.paths[0], text=text, threads=threads, manifest=result.manifest)
+    try:
+        proof = parity.validate(source, result.paths[0], text=text, threads=threads, manifest=result.manifest)
+    except LconvertError as e:
+        raise type(e)(f"{result.paths[0]} is written but not proven: {e}") from None
     if report:
         report.write_text(json.dumps(proof.to_json(), indent=1) + "\n")
     _summary(result, proof, as_json)
