@@ -262,6 +262,8 @@ def test_resume_really_continues(checkpoint: Path, tmp_path: Path, monkeypatch: 
     lconvert.convert(checkpoint, tmp_path / "w.gguf", ftype="Q8_0", name="x")
     assert _sha(tmp_path / "m.gguf") == _sha(tmp_path / "w.gguf")
     assert result.manifest["files"]["m.gguf"]["sha256"] == _sha(tmp_path / "w.gguf")
+    whole = json.loads((tmp_path / "w.gguf.manifest.json").read_text())["plan"]["files"][0]["tensors"]
+    assert json.loads(json.dumps(result.manifest["plan"]["files"][0]["tensors"])) == whole  # same errors, too
 
 
 @pytest.mark.parametrize("left", [None, 0, 1000])

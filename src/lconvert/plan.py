@@ -363,9 +363,9 @@ def _stream(
                 sums = errors.setdefault(item.name, [0.0, 0.0])
                 sums[0] += slab.squared_error
                 sums[1] += slab.squared_norm
-            if at - last_bytes >= CHECKPOINT_BYTES or time.monotonic() - last_time >= CHECKPOINT_SECONDS:
-                if journal.record(fd, file.name, at, errors):
-                    last_bytes, last_time = at, time.monotonic()
+            due = at - last_bytes >= CHECKPOINT_BYTES or time.monotonic() - last_time >= CHECKPOINT_SECONDS
+            if due and journal.record(fd, file.name, at, errors):
+                last_bytes, last_time = at, time.monotonic()
     except BaseException:
         for _, _, future in window:
             future.cancel()
