@@ -58,28 +58,6 @@ class Options:
 # --- lowering --------------------------------------------------------------------------------------------
 
 
-def _may_overflow(x: NDArray[Any], dtype: str) -> bool:
-    """Whether some |value| reaches 2^15, beyond which a block's F16 scale or minimum can become infinite."""
-    import numpy as np
-
-    if dtype == "F16" or not x.size:
-        return False
-    bits, limit = (x, 0x4700) if dtype == "BF16" else (x.view(np.uint32), 0x47000000)
-    return bool((bits & ((1 << (bits.dtype.itemsize * 8 - 1)) - 1)).max() >= limit)
-
-
-def _check_scales(type_: str, blocks: NDArray[np.uint8], cols: int, origin: str, start: int) -> None:
-    """llama.cpp refuses files with infinite scales (ggml_validate_row_data); say so before one is written."""
-    import numpy as np
-
-    good = np.isfinite(kernels.dequantize(type_, blocks, cols)).all(axis=1)
-    if not good.all():
-        raise InputError(
-            f"{origin}: values in row {start + int(good.argmin())} are too large for {type_}: a scale would be "
-            "infinite in F16; choose BF16 or F32 for this tensor (--tensor-type)"
-        )
-
-
 def _dense_producer(
     stored: Stored, parts: Sequence[Tensor], type_: str, weights: NDArray[np.float32] | None
 ) -> Callable[[int, int], Slab]:
@@ -103,14 +81,12 @@ def _dense_producer(
             end = min(x.shape[0], (matrix + 1) * per_matrix - start)
             w = None if weights is None else weights[matrix if weights.shape[0] > 1 else 0]
             try:
-                kernels.quantize(type_, x[at:end], kind, w, out=out[at:end])
+                kernels.quantize(type_, x[at:end], kind, w, out=out[at:end], finite_scales=True)
             except InputError as e:
                 raise InputError(f"{whole.origin}: {e} (rows counted from {start + at})") from None
             at = end
         if type_ in ("F32", kind):
             return Slab(out)
-        if type_ not in _FLOATS and _may_overflow(x, kind):
-            _check_scales(type_, out, cols, whole.origin, start)
         sample = slice(0, None, _MEASURE_EVERY)
         exact = as_f32(x[sample], kind).astype(np.float64)
         error = kernels.dequantize(type_, np.ascontiguousarray(out[sample]), cols) - exact

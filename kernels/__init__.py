@@ -37,6 +37,7 @@ __all__ = [
 # round to infinity.
 _LIMITS = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
 _NOT_FINITE = 0x7F800000
+_SUSPECT = 0x47000000  # 2^15: from there on a block's F16 scale or minimum can become infinite
 _SOURCES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _REFERENCE_CHUNK = 1 << 18  # values that the NumPy reference handles at a time
 
@@ -121,16 +122,21 @@ def quantize(
     weights: NDArray[np.float32] | None = None,
     isa: str | None = None,
     out: NDArray[np.uint8] | None = None,
+    *,
+    finite_scales: bool = False,
 ) -> NDArray[np.uint8]:
     """The rows of `x` (rows, cols) as blocks, uint8 (rows, row_bytes).
 
     `dtype` says what x holds: "F32" (float32), "F16" (float16) or "BF16" (its bits as uint16). `weights` (cols,) is
     the importance of each column, as ggml's imatrix; types that know no importance ignore it, those of
-    `reference.NEEDS_WEIGHTS` demand it. For F16 and BF16 the
-    result is a cast, round to nearest even.
+    `reference.NEEDS_WEIGHTS` demand it. For F16 and BF16 the result is a cast, round to nearest even.
+
+    `finite_scales` refuses rows so large that a scale of a block becomes infinite in F16 (llama.cpp does not load such
+    files, ggml_validate_row_data); without it the bytes are ggml's all the same.
 
     Raises InputError at the first NaN, infinity or value beyond F16/BF16, naming row and column, and OptionError if
-    cols is not a multiple of the block length or needed weights are missing. Releases the GIL; threads may call it on disjoint rows.
+    cols is not a multiple of the block length or needed weights are missing. Releases the GIL; threads may call it on
+    disjoint rows.
     """
     block = _block_type(type)
     if dtype not in _SOURCES or x.dtype != _SOURCES[dtype] or x.ndim != 2:
@@ -154,10 +160,19 @@ def quantize(
     x = np.ascontiguousarray(x)
     limit = _LIMITS.get(type, _NOT_FINITE)
     native = _compiled()
-    if native and block.ggml_id in _compiled_types(use):
-        bad = int(native.quantize(use, block.ggml_id, x, weights, limit, out))
-    else:
-        bad = _quantize_reference(type, x, dtype, weights, limit, out)
+
+    def run(limit: int) -> int:
+        """-1, or the flat index of the first value whose magnitude bits reach `limit`; then `out` is unfinished."""
+        if native and block.ggml_id in _compiled_types(use):
+            return int(native.quantize(use, block.ggml_id, x, weights, limit, out))
+        return _quantize_reference(type, x, dtype, weights, limit, out)
+
+    watched = finite_scales and block.elems > 1
+    bad = run(_SUSPECT if watched else limit)
+    if watched and bad >= 0:
+        bad = run(limit)
+        if bad < 0:
+            _check_scales(type, out, cols)
     if bad >= 0:
         row, col = divmod(bad, cols)
         value = float(_widen(x[row, col : col + 1], dtype)[0])
@@ -166,6 +181,15 @@ def quantize(
             f"value {value:g} at row {row}, column {col} {reason}; it cannot be stored as {type}"
         )
     return out
+
+
+def _check_scales(type: str, blocks: NDArray[np.uint8], cols: int) -> None:
+    good = np.isfinite(dequantize(type, blocks, cols)).all(axis=1)
+    if not good.all():
+        raise InputError(
+            f"values in row {good.argmin()} are too large for {type}: a scale would be infinite in F16; choose BF16 or "
+            "F32 for this tensor"
+        )
 
 
 def _isa_in_use(name: str | None) -> str:

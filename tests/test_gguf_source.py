@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import lconvert
+from lconvert.cli import main
 from lconvert.converters import hf
 from lconvert.converters.gguf_carry import carry
 from lconvert.errors import UnsupportedError
@@ -228,13 +229,20 @@ def test_asymmetric_int4_with_long_scales_goes_to_q5_0() -> None:
     assert np.array_equal(dequantize(found.tensor), dequantize(q))
 
 
-def test_requantizing_is_refused_unless_allowed(checkpoint: Path, tmp_path: Path) -> None:
+def test_requantizing_is_refused_unless_allowed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = _written(checkpoint, tmp_path / "a.gguf", "Q8_0")
     with pytest.raises(
         UnsupportedError, match="is quantized already, and Q4_0 cannot hold its values exactly"
     ):
         lconvert.convert(first, tmp_path / "b.gguf", ftype="Q4_0")
     assert not list(tmp_path.glob("b.gguf*"))
+    for flags, code in (([], 2), (["--allow-requantize"], 0)):  # a dry run says so by its exit code, too
+        monkeypatch.setattr("sys.argv", ["lconvert", "hf-to-gguf", str(first), "--q4_0", "--dry-run", *flags])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        assert exit.value.code == code
     result = lconvert.convert(first, tmp_path / "b.gguf", ftype="Q4_0", allow_requantize=True)
     item = next(i for i in result.plan.items() if i.name == "blk.0.attn_k.weight")
     assert item.verdict.kind == "requantized" and item.verdict.error is not None and item.verdict.error > 0.01

@@ -179,6 +179,28 @@ def test_f16_overflow_is_refused(tmp_path: Path) -> None:
     lconvert.convert(folder, tmp_path / "ok.gguf", ftype="BF16")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "ftype"), [("BF16", 2.0**23, "Q8_0"), ("F32", 1e6, "Q4_0"), ("F32", -7e4, "Q4_1")]
+)
+def test_values_whose_scale_overflows_are_refused(
+    tmp_path: Path, dtype: str, value: float, ftype: str
+) -> None:
+    """llama.cpp would refuse the file; ggml's encoder writes an infinite scale without a word."""
+    folder = write_llama(tmp_path / "huge", dtype=dtype)
+    from lconvert.formats import safetensors
+
+    info = safetensors.read_header(folder / "model.safetensors").tensors["model.layers.0.mlp.up_proj.weight"]
+    bits = np.float32(value).tobytes()
+    with open(folder / "model.safetensors", "r+b") as f:
+        f.seek(info.start)
+        f.write(bits[2:] if dtype == "BF16" else bits)
+    with pytest.raises(
+        InputError, match=r"up_proj\.weight: values in row 0 are too large for \w+: a scale would be infinite"
+    ):
+        lconvert.convert(folder, tmp_path / "m.gguf", ftype=ftype)
+    lconvert.convert(folder, tmp_path / "ok.gguf", ftype=ftype, tensor_types=[("ffn_up", "BF16")])
+
+
 def test_source_that_changes_during_the_run(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "model")
     model = lconvert.read(folder)

@@ -264,6 +264,9 @@ class _Run:
             result = tokens.compare(self.source.tokenizer, reference, runtime.tokenize, corpus)
         finally:
             runtime.close()
+        differs = tokens.autotokenizer_differs(Path(self.source.source), corpus.splitlines()[:200])
+        if differs:
+            self.notes.append(differs)
         self.details["tokens"] = result.to_json()
         for name, count, differences in result.rows():
             self.add("tokens", name, f"{differences} of {count} texts differ", "0", differences == 0)

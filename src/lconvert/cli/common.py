@@ -107,10 +107,14 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None] |
         yield lambda n, name: bar.advance(task, n)
 
 
-def print_plan(plan: Any, as_json: bool) -> None:
+def print_plan(plan: Any, as_json: bool) -> int:
+    """The plan for --dry-run; returns the exit code, which is 2 for a plan that would be refused."""
+    from lconvert.plan import refusals
+
+    code = 2 if refusals(plan) else 0
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=1))
-        return
+        return code
     for file in plan.files:
         rows = [
             (i.name, "x".join(map(str, i.shape)), i.type, human(i.nbytes), str(i.verdict), i.rule)
@@ -123,6 +127,7 @@ def print_plan(plan: Any, as_json: bool) -> None:
             right=(3,),
         )
     _notes(plan)
+    return code
 
 
 def _notes(plan: Any) -> None:

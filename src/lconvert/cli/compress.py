@@ -55,8 +55,7 @@ def command(
         model = loaded.apply(model)
     plan = lcir.plan(model, {"recipe": loaded.name if loaded else None})
     if dry_run:
-        print_plan(plan, as_json)
-        return 0
+        return print_plan(plan, as_json)
     with progress_bar("compressing", plan.size) as tell:
         result = execute(plan, output, threads=threads, force=force, resume=resume, progress=tell)
     if as_json:

@@ -47,8 +47,7 @@ def command(
     model = lconvert.read(source)
     plan = hf.plan(model, dtype.upper() if dtype else None)
     if dry_run:
-        print_plan(plan, as_json)
-        return 0
+        return print_plan(plan, as_json)
     with progress_bar("writing", plan.size) as tell:
         result = execute(plan, output, threads=threads, force=force, progress=tell)
     if as_json:

@@ -156,8 +156,7 @@ def command(
         **options,
     )
     if dry_run:
-        print_plan(plan, as_json)
-        return 0
+        return print_plan(plan, as_json)
     with progress_bar("converting", plan.size) as tell:
         result = execute(plan, out.parent, threads=threads, force=force, resume=resume, progress=tell)
     if no_validate:
