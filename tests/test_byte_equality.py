@@ -45,6 +45,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {k: v for k, v in _SMALL.items() if k not in ("architectures", "rope_theta")}
     | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rope_parameters": _ROPE,
        "tie_word_embeddings": True, "attention_bias": False, "use_sliding_window": False},
+    "gemma3": {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 512, "hidden_size": 256,
+        "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 64, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 64, "sliding_window": 128, "tie_word_embeddings": True, "attention_bias": False,
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
+    },
     "mixtral-4": {k: v for k, v in _SMALL.items() if k not in ("architectures", "num_hidden_layers")}
     | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4,
        "num_experts_per_tok": 2, "num_hidden_layers": 3, "intermediate_size": 256},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -34,3 +37,13 @@ def test_compress_once(tmp_path: Path) -> None:
     types = {t.type for t in gguf.read(tmp_path / "model.gguf").tensors.values()}
     assert "Q4_0" in types
     assert lconvert.read(tmp_path / "model.lcir").arch == lconvert.read(DEMO).arch
+
+
+def test_readme_example(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        subprocess.run([sys.executable, "-P", "-c", block], cwd=tmp_path, check=True)
+    assert (tmp_path / "demo.gguf").exists()
