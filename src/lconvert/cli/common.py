@@ -107,6 +107,18 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None] |
         yield lambda n, name: bar.advance(task, n)
 
 
+@contextmanager
+def status(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that says which step is under way, silent when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as spinner:
+        yield lambda step: spinner.update(f"{what}: {step}")
+
+
 def print_plan(plan: Any, as_json: bool) -> int:
     """The plan for --dry-run; returns the exit code, which is 2 for a plan that would be refused."""
     from lconvert.plan import refusals

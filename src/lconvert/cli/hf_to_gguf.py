@@ -15,6 +15,7 @@ from lconvert.cli.common import (
     parse_size,
     print_plan,
     progress_bar,
+    status,
     threads_option,
 )
 
@@ -165,7 +166,10 @@ def command(
     from lconvert.validators import parity
 
     try:
-        proof = parity.validate(source, result.paths[0], text=text, threads=threads, manifest=result.manifest)
+        with status("validating") as tell:
+            proof = parity.validate(
+                source, result.paths[0], text=text, threads=threads, manifest=result.manifest, progress=tell
+            )
     except LconvertError as e:
         raise type(e)(f"{result.paths[0]} is written but not proven: {e}") from None
     if report:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lconvert.cli.common import fail_fast_files, print_report, threads_option
+from lconvert.cli.common import fail_fast_files, print_report, status, threads_option
 
 
 @click.command("validate")
@@ -60,17 +60,19 @@ def command(
     from lconvert.validators import parity
 
     fail_fast_files(read=[text, gates, candidate], written=[report])
-    proof = parity.validate(
-        reference,
-        candidate,
-        text=text,
-        tiers=tiers or parity.TIERS,
-        context=context,
-        max_windows=None if all_windows else windows,
-        threads=threads,
-        gates=gates,
-        require=require,
-    )
+    with status("validating") as tell:
+        proof = parity.validate(
+            reference,
+            candidate,
+            text=text,
+            tiers=tiers or parity.TIERS,
+            context=context,
+            max_windows=None if all_windows else windows,
+            threads=threads,
+            gates=gates,
+            require=require,
+            progress=tell,
+        )
     content = json.dumps(proof.to_json(), indent=1)
     if report:
         report.write_text(content + "\n")
