@@ -202,8 +202,10 @@ def autotokenizer_differs(folder: Path, texts: Iterable[str]) -> str | None:
     try:
         from tokenizers import Tokenizer as Fast
         from transformers import AutoTokenizer
+        from transformers.utils import logging
     except ImportError:
         return None
+    logging.set_verbosity_error()  # it warns of texts longer than the model's context
     try:
         auto = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # noqa: BLE001 - any class of transformers may raise anything
