@@ -236,7 +236,8 @@ def _read_legacy(path: Path, f: FileIO, size: int) -> Imatrix:
         if n_values < 1:
             raise c.error(f"{n_values} values for {show(name)}")
         values = c.take(4 * n_values, "values").view(np.dtype("<f4")).reshape(1, -1)
-        weights[name] = values / np.float32(calls) if calls > 0 else values
+        with np.errstate(invalid="ignore"):  # NaN is refused by _checked, with the name
+            weights[name] = values / np.float32(calls) if calls > 0 else values
     # What follows was added later and is optional, also to the consumer.
     chunks = c.i32("chunks") if c.has(4) else 0
     length = c.i32("length") if c.has(4) else 0
