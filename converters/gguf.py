@@ -162,40 +162,23 @@ def _scale_item(stored: Stored, scales: tuple[float, ...]) -> Item:
     if len(stored.shape) == 2 and len(set(scales)) > 1:
         raise UnsupportedError(f"{stored.name}: its fused parts have different global scales {scales}")
     values = scales if len(stored.shape) == 3 else scales[:1]
-    array = np.array(values, np.float32)
-    data = array.tobytes()
     name = stored.name.removesuffix(".weight") + ".scale"
-    verdict = Verdict("exact")
-    return Item(
-        name, "F32", array.shape, 0, 1, len(data), len(data), stored.roles, verdict, lambda a, b: Slab(data)
-    )
+    return _small(name, np.array(values, np.float32), stored.roles)
 
 
 def _generated(d: Decoder) -> list[Item]:
     """Rope factors: computed from the traits, stored as F32."""
-    items = []
-    for name, array in gguf_keys.rope_tensors(d).items():
-        data = array.tobytes()
+    made = gguf_keys.rope_tensors(d).items()
+    return [_small(name, array, ("traits",), "generated") for name, array in made]
 
-        def produce(start: int, stop: int, data: bytes = data) -> Slab:
-            return Slab(data)
 
-        items.append(
-            Item(
-                name,
-                "F32",
-                array.shape,
-                0,
-                1,
-                len(data),
-                len(data),
-                ("traits",),
-                Verdict("exact"),
-                produce,
-                "generated",
-            )
-        )
-    return items
+def _small(name: str, array: NDArray[np.float32], origin: tuple[str, ...], rule: str = "") -> Item:
+    """An F32 tensor that is known already."""
+    data = array.tobytes()
+    exact = Verdict("exact")
+    return Item(
+        name, "F32", array.shape, 0, 1, len(data), len(data), origin, exact, lambda a, b: Slab(data), rule
+    )
 
 
 def hyper(arch: Arch, model: Model) -> gguf_mixture.Hyper:

@@ -49,8 +49,8 @@ def _repeated(side: NDArray[Any], times: int, like: QTensor) -> Tensor:
     return Tensor(wide.shape, "F16", lambda a, b: wide[a:b], like.origin, like.files)
 
 
-def _recoded(q: QTensor, type_: str, shift: NDArray[np.float32] | None) -> Tensor:
-    """The codes minus their zero points, in the width of the block type."""
+def _recoded(q: QTensor, shift: NDArray[np.float32] | None) -> Tensor:
+    """The codes minus their zero points."""
     group = q.block[1] if q.block[1] != -1 else q.shape[1]
 
     def read(start: int, stop: int) -> NDArray[Any]:
@@ -97,7 +97,7 @@ def _portable(q: QTensor) -> Carried | None:
         return Carried(type_, tensor, Verdict("exact" if same else "widened"))
 
     if least >= -8 and most <= 7:
-        return carried("Q4_0", 4, _recoded(q, "Q4_0", zero), None, True)
+        return carried("Q4_0", 4, _recoded(q, zero), None, True)
     if zero is not None and not g.signed and g.bits <= 4:
         minimum = (scale * zero).astype(np.float32)  # a product of two short numbers: exact in fp32
         if _f16_exact(minimum):
@@ -105,7 +105,7 @@ def _portable(q: QTensor) -> Carried | None:
             return carried("Q4_1", 4, q.codes, wide, False)
     for type_, lowest, highest, bits in _SYMMETRIC:
         if least >= lowest and most <= highest:
-            return carried(type_, bits, _recoded(q, type_, zero), None, True)
+            return carried(type_, bits, _recoded(q, zero), None, True)
     return None
 
 

@@ -254,10 +254,10 @@ def to_hf(model: Model, dtype: str | None = None) -> Iterator[HfTensor]:
         parts = [model.entries[role].data for role, _ in bind.parts]
         own = {p.dtype if isinstance(p, Tensor) else "F32" for p in parts}
         stored = dtype or (own.pop() if len(own) == 1 else "F32")
-        wide = stored == "F32" or all(isinstance(p, Tensor) and p.dtype == stored for p in parts)
-        if wide:
-            exact = all(isinstance(p, Tensor) and p.dtype == stored for p in parts)
-            verdict = Verdict("exact") if exact else Verdict("widened", "dequantized")
+        if all(isinstance(p, Tensor) and p.dtype == stored for p in parts):
+            verdict = Verdict("exact")
+        elif stored == "F32":
+            verdict = Verdict("widened", "dequantized")
         else:
             verdict = Verdict("rounded", f"to {stored}")
         roles = tuple(role for role, _ in bind.parts)

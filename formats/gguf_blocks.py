@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert import kernels
-from lconvert.ir import E2M1, E8M0, UE4M3, Grid, QTensor, Tensor, int_grid, parts
+from lconvert.ir import E2M1, E8M0, UE4M3, Grid, QTensor, Tensor, as_f32, int_grid, parts
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.reference.iq import SCALE_VALUES, SUB, VALUES
 from lconvert.kernels.reference.iq4 import VALUES as IQ4_LEVELS
@@ -69,9 +69,6 @@ def _lattice_scheme(type_: str) -> Scheme:
 
 
 SCHEMES: dict[str, Scheme] = _scheme_table()
-
-#: Array dtype of the parts that `kernels.unpack` returns.
-_DTYPE = {np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16"}
 
 
 def raised(type_: str, raw: Tensor) -> QTensor:
@@ -141,7 +138,7 @@ def _f16(value: Tensor, start: int, stop: int, origin: str) -> Rows:
     x = value.read(start, stop)
     if value.dtype == "F16":
         return x
-    wide = (x.astype(np.uint32) << 16).view(np.float32) if value.dtype == "BF16" else x.astype(np.float32)
+    wide = as_f32(x, value.dtype)
     half = wide.astype(np.float16)
     if not np.array_equal(half.astype(np.float32), wide):
         raise AssertionError(f"{origin}: the plan promised scales that fit F16")
@@ -153,19 +150,19 @@ def packer(type_: str, q: QTensor) -> Callable[[int, int], Rows]:
     s = SCHEMES[type_]
 
     def pack(start: int, stop: int) -> Rows:
-        parts: dict[str, Rows] = {"codes": q.codes.read(start, stop)}
+        found: dict[str, Rows] = {"codes": q.codes.read(start, stop)}
 
         def side(name: str, value: Tensor | QTensor | None) -> None:
             if isinstance(value, QTensor):
-                parts[name] = value.codes.read(start, stop)
+                found[name] = value.codes.read(start, stop)
                 if s.super and isinstance(value.scale, Tensor):
-                    parts["super_" + name] = _f16(value.scale, start, stop, q.origin)
+                    found["super_" + name] = _f16(value.scale, start, stop, q.origin)
             elif value is not None:
-                parts[name] = _f16(value, start, stop, q.origin)
+                found[name] = _f16(value, start, stop, q.origin)
 
         side("scale", q.scale)
         side("offset", q.offset)
         side("zero", q.zero)
-        return kernels.pack(type_, parts)
+        return kernels.pack(type_, found)
 
     return pack
