@@ -80,6 +80,27 @@ def test_validation_does_not_use_our_reading_for_the_reference(
     assert used == [str(DEMO)] and report.passed
 
 
+def test_a_folder_that_transformers_refuses_is_an_error_and_not_read_by_us(
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def refuse(*args: object, **options: object) -> None:
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(InputError, match=r"transformers does not run it \(ValueError: not this one\)"):
+        lconvert.validate(DEMO, artifacts / "F32.gguf", max_windows=1, tiers=["logits"])
+
+
+def test_a_reference_that_lconvert_read_itself_is_named(artifacts: Path) -> None:
+    report = lconvert.validate(
+        artifacts / "F32.gguf", artifacts / "Q8_0.gguf", max_windows=1, tiers=["logits"]
+    )
+    assert report.passed
+    assert any("lconvert read its weights itself" in line for line in report.notes)
+
+
 def _broken(tmp_path: Path, change: str) -> Path:
     """An F32 artifact of the demo model with one thing wrong."""
     model = lconvert.read(DEMO)

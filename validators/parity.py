@@ -291,14 +291,15 @@ class _Run:
         candidate = LlamaCpp(self.path, context=context, threads=threads)
         try:
             self.progress("reference model")
-            try:
+            if (Path(self.source.source) / "config.json").is_file():
                 reference: Any = Transformers(self.source.source, threads=threads)
                 against = reference.info()
-            except MissingPackageError:
-                raise
-            except (OSError, ValueError):  # the source is not a Hugging Face folder
+            else:
                 reference = Forward(self.source)
                 against = {"runtime": "transformers, weights read by lconvert"}
+                self.notes.append(
+                    "logits: the reference is no Hugging Face folder, so lconvert read its weights itself"
+                )
             self.details["runtimes"] = [against, candidate.info()]
             stats = compare(reference.logits, candidate.logits, texts, lambda: self.progress("logits"))
             self.cost(stats)

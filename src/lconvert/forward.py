@@ -38,16 +38,13 @@ def packages() -> tuple[Any, Any]:
 
 
 @contextmanager
-def explained(source: str, *own: type[Exception]) -> Iterator[None]:
-    """What transformers has against a configuration as an InputError; it raises whatever comes along.
-
-    Exceptions of the types `own` mean something to the caller and pass.
-    """
+def explained(source: str) -> Iterator[None]:
+    """What transformers has against a configuration as an InputError; it raises whatever comes along."""
     try:
         yield
+    except LconvertError:
+        raise
     except Exception as e:
-        if isinstance(e, (LconvertError, *own)):
-            raise
         reason = " ".join(str(e).split())
         raise InputError(f"{source}: transformers does not run it ({type(e).__name__}: {reason})") from e
 
@@ -133,10 +130,12 @@ class Forward:
         for name, parameter in list(part.named_parameters(recurse=True)):
             if not parameter.is_meta:
                 continue
-            owner, _, leaf = name.rpartition(".")
-            data = self._load(prefix + name, tuple(parameter.shape))
-            target = part.get_submodule(owner) if owner else part
-            target._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
+            self._set(part, name, self._load(prefix + name, tuple(parameter.shape)))
+
+    def _set(self, root: Any, name: str, data: Any) -> None:
+        """Make `data` the parameter `name` below `root`."""
+        owner, _, leaf = name.rpartition(".")
+        root.get_submodule(owner)._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
 
     def _load(self, full: str, shape: tuple[int, ...]) -> Any:
         if full in self._binds:
@@ -171,10 +170,7 @@ class Forward:
         for name, parameter in list(self.module.named_parameters()):
             if id(parameter) in inside or (tied and name == "lm_head.weight"):
                 continue
-            owner, _, leaf = name.rpartition(".")
-            target = self.module.get_submodule(owner)
-            data = self._load(name, tuple(parameter.shape))
-            target._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
+            self._set(self.module, name, self._load(name, tuple(parameter.shape)))
         if tied:
             head, embed = self.module.get_output_embeddings(), self.module.get_input_embeddings()
             head.weight = embed.weight

@@ -40,7 +40,7 @@ class Transformers:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self._folder = str(folder)
-        with explained(self._folder, OSError, ValueError):
+        with explained(self._folder):
             self._model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
