@@ -47,8 +47,9 @@ class Options:
         """The options as plain data, for the manifest."""
         t = self.types
         out = {k: v for k, v in vars(t).items() if v not in (None, False, ()) and k != "imatrix"}
-        if t.imatrix is not None:
-            out["imatrix"] = f"{len(t.imatrix)} tensors"
+        if self.imatrix is not None:
+            # The content, not only the name: a run must not be resumed with other importances.
+            out["imatrix"] = {"tensors": len(self.imatrix), "sha256": self.imatrix.sha256()}
         out |= {"split_max_size": self.split_max_size} if self.split_max_size else {}
         out |= {"allow_requantize": True} if self.allow_requantize else {}
         out |= {"allow_loss": list(self.allow_loss)} if self.allow_loss else {}

@@ -13,6 +13,7 @@ Legacy (.dat), little-endian: i32 entries | entries times: i32 length, name, i32
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,13 @@ class Imatrix(Mapping[str, NDArray[np.float32]]):
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def sha256(self) -> str:
+        """Digest of all names and importances."""
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            digest.update(name.encode() + b"\0" + np.ascontiguousarray(self.weights[name]).tobytes())
+        return digest.hexdigest()
 
     def for_tensor(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
         """The importances (experts, columns) for a weight of `shape` (NumPy order), None if there are none.

@@ -332,3 +332,25 @@ def test_shards_of_a_quantized_model(checkpoint: Path, tmp_path: Path) -> None:
 
     for name, entry in a.entries.items():
         assert np.array_equal(values(entry.data), values(b.entries[name].data)), name
+
+
+def test_a_journal_of_other_importances_is_not_continued(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "SLAB_BYTES", 20000)
+    monkeypatch.setattr(plans, "CHECKPOINT_SECONDS", 0.0)
+    rng = np.random.default_rng(0)
+    one, two = ({"blk.2.ffn_up.weight": rng.gamma(1, size=(1, 256)).astype(np.float32)} for _ in range(2))
+    with monkeypatch.context() as m:
+        m.setattr(plans.os, "pwrite", _FullDisk(1_500_000))
+        with pytest.raises(OutputError):
+            lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q6_K", name="x", imatrix=one)
+    seen: list[int] = []
+    options = {"ftype": "Q6_K", "name": "x", "imatrix": two}
+    lconvert.convert(
+        checkpoint, tmp_path / "m.gguf", resume=True, progress=lambda n, f: seen.append(n), **options
+    )
+    assert seen[0] < 1_000_000, "it started afresh"
+    result = lconvert.convert(checkpoint, tmp_path / "w.gguf", **options)
+    assert _sha(tmp_path / "m.gguf") == _sha(tmp_path / "w.gguf")
+    assert result.manifest["plan"]["options"]["imatrix"]["tensors"] == 1
