@@ -60,9 +60,7 @@ def measure(model_type: str, models: Path | None, work: Path) -> dict[str, Any]:
         lconvert.convert(folder, path, ftype=ftype)
         context = 200 if own else 512  # every further token adds to what random models amplify
         report = parity.validate(folder, path, max_windows=4, context=context, gates=own)
-        details = {
-            k: report.details[k]["kld_mean"] for k in ("cost", "fidelity", "graph") if k in report.details
-        }
+        details = {r["measure"]: r["stats"]["kld"]["mean"] for r in report.details["logits"]}
         failed = [f"{c.tier}: {c.name} {c.value}" for c in report.checks if c.passed is False]
         row[ftype] = details | {"passed": report.passed, "failed": failed}
         path.unlink()

@@ -20,7 +20,7 @@ def release(model: Path, out: Path) -> list[Path]:
     for ftype in ("Q8_0", "Q4_K_M"):
         result = lconvert.convert(source, out / f"{source.name}-{ftype}.gguf", ftype=ftype, force=True)
         report = lconvert.validate(model, result.paths[0], max_windows=2)
-        kld = report.details["cost"]["kld_mean"]
+        kld = report.stats("cost")["kld"]["mean"]
         print(
             f"{result.paths[0].name}: {result.plan.size / 1e6:.1f} MB, mean KLD {kld:.2e}, passed: {report.passed}"
         )

@@ -17,6 +17,7 @@ from lconvert.errors import InputError, MissingPackageError, OptionError
 from lconvert.formats import gguf
 from lconvert.ir import Tensor, dense
 from lconvert.validators import gates, parity
+from lconvert.validators import report as report_module
 from lconvert.validators.logits import compare, log_softmax, windows
 from tests.conftest import DEMO
 
@@ -50,16 +51,17 @@ def test_q4_k_m_holds_q4_k_and_q6_k(artifacts: Path) -> None:
 def test_good_artifacts_pass(artifacts: Path, ftype: str, lowest: float, highest: float) -> None:
     report = lconvert.validate(DEMO, artifacts / f"{ftype}.gguf", max_windows=2)
     assert report.passed and report.exit_code == 0, [c for c in report.checks if c.passed is False]
-    assert lowest <= report.details["cost"]["kld_mean"] <= highest
+    assert lowest <= report.stats("cost")["kld"]["mean"] <= highest
     assert {c.tier for c in report.checks} == set(parity.TIERS)
     assert not report.not_proven
     tensors = report.details["tensors"]
-    assert tensors["max_difference"] == 0 and not tensors["worst_exact"]
+    assert tensors["max_difference"] == 0
+    assert all(r["stock_blocks"] in (None, 1.0) and not r["damaged"] for r in tensors["table"])
     data = json.loads(json.dumps(report.to_json()))
-    assert data["schema"] == "lconvert.report/1" and data["passed"] is True
+    assert data["schema"] == report_module.SCHEMA and data["passed"] is True
     if ftype != "F32":
-        assert report.details["graph"]["kld_mean"] <= 1e-10
-        assert report.details["fidelity"]["kld_mean"] < report.details["cost"]["kld_mean"]
+        assert report.stats("graph")["kld"]["mean"] <= 1e-10
+        assert report.stats("fidelity")["kld"]["mean"] < report.stats("cost")["kld"]["mean"]
 
 
 def test_validation_does_not_use_our_reading_for_the_reference(
@@ -76,7 +78,7 @@ def test_validation_does_not_use_our_reading_for_the_reference(
         real(self, folder, **kw)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hf.Transformers, "__init__", watched)
-    report = lconvert.validate(DEMO, artifacts / "F32.gguf", max_windows=1, tiers=["logits"])
+    report = lconvert.validate(DEMO, artifacts / "F32.gguf", max_windows=1, tiers=["logits"], cache=False)
     assert used == [str(DEMO)] and report.passed
 
 
@@ -90,7 +92,7 @@ def test_a_folder_that_transformers_refuses_is_an_error_and_not_read_by_us(
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(InputError, match=r"transformers does not run it \(ValueError: not this one\)"):
-        lconvert.validate(DEMO, artifacts / "F32.gguf", max_windows=1, tiers=["logits"])
+        lconvert.validate(DEMO, artifacts / "F32.gguf", max_windows=1, tiers=["logits"], cache=False)
 
 
 def test_a_reference_that_lconvert_read_itself_is_named(artifacts: Path) -> None:
@@ -143,8 +145,8 @@ def _broken(tmp_path: Path, change: str) -> Path:
         ("gate and up swapped", {"tensors", "logits"}),
         ("k and v swapped", {"tensors", "logits"}),
         ("one norm weight off", {"tensors", "logits"}),
-        ("wrong rope base", {"logits"}),
-        ("wrong epsilon", {"logits"}),
+        ("wrong rope base", {"structure", "logits"}),
+        ("wrong epsilon", {"structure", "logits"}),
         ("tokens permuted", {"tokens"}),
     ],
 )
@@ -191,8 +193,12 @@ def test_a_missing_gguf_package_is_an_error_with_advice(
 def test_wrong_arguments(artifacts: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="unknown tier speed; tiers: structure, tensors, tokens, logits"):
         lconvert.validate(DEMO, artifacts / "F32.gguf", tiers=["speed"])
-    with pytest.raises(OptionError, match="only GGUF artifacts"):
-        lconvert.validate(DEMO, DEMO)
+    with pytest.raises(OptionError, match="not an artifact that a runtime loads"):
+        lconvert.validate(DEMO, tmp_path)
+    with pytest.raises(OptionError, match="unknown runtime tensorflow; runtimes: llama"):
+        lconvert.validate(DEMO, artifacts / "F32.gguf", runtimes=["tensorflow"])
+    with pytest.raises(OptionError, match="vllm loads hf artifacts, not gguf"):
+        lconvert.validate(DEMO, artifacts / "F32.gguf", runtimes=["vllm"])
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match=r"latin\.txt: cannot be read as UTF-8 text"):
         lconvert.validate(DEMO, artifacts / "F32.gguf", text=tmp_path / "latin.txt")
@@ -204,6 +210,7 @@ def test_wrong_arguments(artifacts: Path, tmp_path: Path) -> None:
 def test_stricter_gates_fail(artifacts: Path, tmp_path: Path) -> None:
     own = dict(gates.shipped())
     own["cost"] = [{"bits": 9.0, "kld_mean": 1e-9}]
+    own["cost_follows_stock"] = 0
     (tmp_path / "g.yaml").write_text(json.dumps(own))
     report = lconvert.validate(
         DEMO, artifacts / "Q8_0.gguf", max_windows=1, gates=tmp_path / "g.yaml", tiers=["logits"]
@@ -220,26 +227,23 @@ def test_kl_divergence_is_torchs() -> None:
     rng = np.random.default_rng(0)
     p, q = (rng.standard_normal((50, 300)).astype(np.float32) * 3 for _ in range(2))
     ids = [int(i) for i in rng.integers(0, 300, 50)]
-    stats = compare(lambda x: p, lambda x: q, [ids])
+    stats = compare({"p": lambda x: p, "q": lambda x: q}, [("p", "q")], [ids])["p", "q"]
     log_p, log_q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (p, q))
     kld = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
     assert np.isclose(stats.kld_mean, kld.mean().item(), rtol=1e-12)
     assert np.isclose(stats.kld_max, kld.max().item(), rtol=1e-12)
-    assert np.isclose(stats.kld_median, np.median(kld.numpy()), rtol=1e-12)
+    assert np.isclose(stats.data["kld"]["median"], np.median(kld.numpy()), rtol=1e-12)
     assert stats.same_top1 == (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
     nll = torch.nn.functional.nll_loss(log_p[:-1], torch.tensor(ids[1:]))
-    assert np.isclose(stats.ppl_reference, nll.exp().item(), rtol=1e-12)
+    assert np.isclose(stats.data["ppl"]["reference"], nll.exp().item(), rtol=1e-12)
 
 
 def test_equal_models_are_at_distance_zero() -> None:
     x = np.random.default_rng(1).standard_normal((9, 40)).astype(np.float32)
-    stats = compare(lambda ids: x, lambda ids: x, [list(range(9))])
-    assert (
-        stats.kld_max == 0
-        and stats.same_top1 == 1
-        and stats.ppl_ratio == 1
-        and stats.max_logit_difference == 0
-    )
+    stats = compare({"a": lambda ids: x, "b": lambda ids: x}, [("a", "b")], [list(range(9))])["a", "b"]
+    assert stats.kld_max == 0 and stats.same_top1 == 1 and stats.max_logprob_difference == 0
+    assert stats.data["ppl"]["ratio"] == 1 and stats.data["max_logit_difference"] == 0
+    assert stats.data["flips"] == 0 and stats.data["p_correct"]["rms_delta"] == 0
 
 
 def test_log_softmax_of_huge_logits_is_finite() -> None:
@@ -257,4 +261,4 @@ def test_gates_follow_bits_per_weight() -> None:
     g = gates.shipped()
     found = [gates.cost_gate(g, bits) for bits in (8.5, 6.56, 5.5, 4.9, 3.9, 2.6, 2.1)]
     assert found == sorted(found) and len(set(found)) == len(found)
-    assert gates.float_gate(g, "silu") == 1e-10
+    assert gates.float_gate(g, "silu", "llama.cpp") == 1e-10

@@ -36,8 +36,8 @@ def _read(path: Path) -> dict[str, Any]:
         gates = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise OptionError(f"{path}: not readable as YAML ({e})") from None
-    if not isinstance(gates, dict) or gates.get("schema") != "lconvert.gates/1":
-        raise OptionError(f"{path}: not a gates file (schema lconvert.gates/1)")
+    if not isinstance(gates, dict) or gates.get("schema") != "lconvert.gates/2":
+        raise OptionError(f"{path}: not a gates file (schema lconvert.gates/2)")
     return gates
 
 
@@ -60,9 +60,15 @@ def _typed(given: Any, sample: Any) -> Any:
     return number
 
 
-def float_gate(gates: dict[str, Any], activation: str) -> float:
-    """Mean KLD allowed when all weights are floats: the common gate, or the floor of an activation."""
-    return float(gates["float_floor"].get(activation, gates["float"]["kld_mean"]))
+def float_gate(gates: dict[str, Any], activation: str, runtime: str) -> float:
+    """Mean KLD allowed when all weights are floats: the runtime's floor, or in llama.cpp that of an activation."""
+    own = float(gates["float"].get(runtime, gates["float"]["default"]))
+    return float(gates["float_floor"].get(activation, own)) if runtime == "llama.cpp" else own
+
+
+def fidelity_gate(gates: dict[str, Any], runtime: str) -> float:
+    """Mean KLD allowed between the artifact in a runtime and its own numbers in fp32."""
+    return float(gates["fidelity"].get(runtime, gates["fidelity"]["default"]))
 
 
 def cost_gate(gates: dict[str, Any], bits: float) -> float:

@@ -1,4 +1,4 @@
-"""`validate`: is this artifact the model it came from? Tiers: structure, tensors, tokens, logits.
+"""`validate`: is this artifact the model it came from? Tiers: structure, tensors, tokens, logits, and layers on demand.
 
 Two references, never mixed: *cost* compares with the original model, *fidelity* with the artifact's own numbers
 evaluated in fp32 (`lconvert.forward`). Gates are in gates.yaml; the exit code is 0 pass, 1 a gate failed, 3 a
@@ -8,81 +8,24 @@ required runtime is missing.
 from __future__ import annotations
 
 import hashlib
-import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lconvert import __version__
 from lconvert.archs import find
 from lconvert.converters import read
-from lconvert.errors import InputError, MissingPackageError, OptionError
-from lconvert.ir import Model, QTensor
-from lconvert.plan import manifest_path
+from lconvert.errors import InputError, OptionError
+from lconvert.formats import gguf as container
+from lconvert.ir import Model
+from lconvert.validators import chat, layers, logit_tier, structure, tensors, tokens, traits
 from lconvert.validators import gates as gate_file
-from lconvert.validators.logits import LEAST, LogitStats, compare, windows
-from lconvert.validators.tensors import TensorCheck, check_gguf, typical_bits
+from lconvert.validators.baseline import regressions
+from lconvert.validators.logit_cache import default_folder, model_hash
+from lconvert.validators.proof import Options, Proof
+from lconvert.validators.report import OPTIONAL_TIERS, TIERS, Check, Report
+from lconvert.validators.runtimes import DEFAULT, RUNTIMES, kind
 
-#: Largest temporary file for the check of the graph with F32 weights.
-_GRAPH_LIMIT = 8 << 30
-
-TIERS = ("structure", "tensors", "tokens", "logits")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the proof; `passed` is None for a figure that no gate judges."""
-
-    tier: str
-    name: str
-    value: str
-    gate: str
-    passed: bool | None
-
-
-@dataclass(frozen=True)
-class Report:
-    """The whole proof; `details` holds the full statistics."""
-
-    reference: str
-    candidate: str
-    checks: tuple[Check, ...]
-    not_proven: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    details: Mapping[str, Any] = field(default_factory=dict)
-    missing_required: bool = False
-
-    @property
-    def passed(self) -> bool:
-        judged = [c.passed for c in self.checks if c.passed is not None]
-        return bool(judged) and all(judged)
-
-    @property
-    def exit_code(self) -> int:
-        if not self.passed:
-            return 1
-        return 3 if self.missing_required else 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema": "lconvert.report/1",
-            "lconvert": __version__,
-            "reference": self.reference,
-            "candidate": self.candidate,
-            "passed": self.passed,
-            "exit_code": self.exit_code,
-            "checks": [asdict(c) for c in self.checks],
-            "not_proven": list(self.not_proven),
-            "notes": list(self.notes),
-            "details": dict(self.details),
-        }
-
-
-def builtin_text() -> str:
-    """The public-domain excerpt that proofs use when no text is given."""
-    return (Path(__file__).with_name("text") / "excerpt.txt").read_text(encoding="utf-8")
+__all__ = ["TIERS", "Check", "Report", "validate"]
 
 
 def validate(
@@ -96,301 +39,401 @@ def validate(
     threads: int | None = None,
     gates: Path | None = None,
     require: Sequence[str] = (),
+    runtimes: Sequence[str] = (),
+    python: Mapping[str, Path] | None = None,
+    timeout: float | None = None,
+    cache: Path | Literal[False] | None = None,
+    relative: bool = True,
+    curve: bool = False,
+    greedy: tuple[int, int] = (4, 32),
+    baseline: Path | None = None,
     manifest: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Report:
-    """Compare the GGUF `candidate` with the model `reference` that it was made from.
+    """Compare the artifact `candidate` (GGUF, ONNX, .lcir, or a Hugging Face folder) with the model `reference`.
 
     text: evaluation text (default: a built-in public-domain excerpt). context: tokens per window, reduced to the
-    context in which the artifact is exact. max_windows: None for the whole text. require: runtimes ("llamacpp")
-    whose absence is exit code 3 instead of a line under "not proven".
+    context in which the artifact is exact. max_windows: None for the whole text. require: runtimes
+    whose absence is exit code 3 instead of a line under "not proven". runtimes: those to run it in (default: the one
+    that the format is for); python: interpreters by runtime; timeout: seconds per call there. cache: folder of
+    reference logits (None: the user's cache folder, False: none). relative: also compare with llama.cpp's own
+    quantizer; curve: measure all its types. greedy: (prompts, tokens). baseline: an earlier JSON report not to fall behind.
+
+    Raises InputError where the two are not the same model or the text is unusable, OptionError for wrong options.
     """
-    unknown = set(tiers) - set(TIERS)
+    unknown = set(tiers) - {*TIERS, *OPTIONAL_TIERS}
     if unknown:
-        raise OptionError(f"unknown tier {', '.join(sorted(unknown))}; tiers: {', '.join(TIERS)}")
+        known = ", ".join((*TIERS, *OPTIONAL_TIERS))
+        raise OptionError(f"unknown tier {', '.join(sorted(unknown))}; tiers: {known}")
     thresholds = gate_file.load(gates) if gates else gate_file.shipped()
     path = Path(candidate)
-    if path.suffix != ".gguf":
-        raise OptionError(f"{path}: only GGUF artifacts can be validated so far")
+    what = kind(path)
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise OptionError(f"unknown runtime {name}; runtimes: {', '.join(RUNTIMES)}")
+        if what not in RUNTIMES[name][2]:
+            raise OptionError(f"{path}: {name} loads {' and '.join(RUNTIMES[name][2])} artifacts, not {what}")
     progress("reading")
-    source, artifact = read(reference), read(path)
-    if (
-        source.arch.family != artifact.arch.family
-        and find(source.arch.family).gguf.arch != find(artifact.arch.family).gguf.arch
-    ):
-        raise InputError(
-            f"{path}: holds a {artifact.arch.family} model, the reference is {source.arch.family}"
-        )
+    source = read(reference)
+    proof = Proof(
+        source=source,
+        artifact=None if what == "onnx" else read(path),
+        path=path,
+        kind=what,
+        gates=thresholds,
+        options=Options(
+            text=text,
+            tiers=tuple(tiers),
+            context=context,
+            max_windows=max_windows,
+            threads=threads,
+            require=tuple(require),
+            runtimes=tuple(runtimes),
+            python=python or {},
+            timeout=timeout,
+            cache=None if cache is False else cache or default_folder(),
+            relative=relative,
+            curve=curve,
+            greedy=greedy,
+        ),
+        progress=progress,
+    )
+    if proof.artifact is not None:
+        _same_model(reference, source, path, proof.artifact)
+    corpus = proof.read_text()
+    _describe(proof, reference, corpus, manifest)
+    found = _tensors(proof)
+    if "tokens" in tiers:
+        proof.guarded("tokens", "tokens", lambda: _tokens(proof, corpus), runtime=_default(proof))
+    if "layers" in tiers:
+        proof.guarded("layers", "layers", lambda: _layers(proof, corpus))
+    if "logits" in tiers:
+        proof.guarded("logits", "logits", lambda: logit_tier.run(proof, corpus, found))
+    if baseline is not None:
+        for check in regressions(baseline, proof):
+            proof.checks.append(check)
+    return Report(
+        reference=str(reference),
+        candidate=str(path),
+        checks=tuple(proof.checks),
+        not_proven=tuple(proof.not_proven),
+        notes=tuple(dict.fromkeys(proof.notes)),
+        details=proof.details,
+        missing_required=proof.missing_required,
+    )
+
+
+def _same_model(reference: str | Path, source: Model, path: Path, artifact: Model) -> None:
+    """InputError where families or shapes say that one was not made from the other."""
+    families = [source.arch.family, artifact.arch.family]
+    if families[0] != families[1] and len({find(f).gguf.arch for f in families}) > 1:
+        raise InputError(f"{path}: holds a {families[1]} model, the reference is {families[0]}")
     shapes = [{name: entry.shape for name, entry in m.entries.items()} for m in (source, artifact)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         if shapes[0].get(name) != shapes[1].get(name):
             raise InputError(
-                f"{path}: is not made from {reference}: {name} is {shapes[1].get(name)} here and "
-                f"{shapes[0].get(name)} there"
+                f"{path}: is not made from {reference}: {name} is {_shape(shapes[1].get(name))} here and "
+                f"{_shape(shapes[0].get(name))} there"
             )
-    run = _Run(source, artifact, path, thresholds, progress)
-    corpus = run.read_text(text)
-    if "structure" in tiers or "tensors" in tiers:
-        run.tensors(tiers)
-    if "tokens" in tiers:
-        run.guarded("tokens", lambda: run.tokens(corpus), require)
-    if "logits" in tiers:
-        run.guarded("logits", lambda: run.logits(corpus, context, max_windows, threads), require)
-    return Report(
-        reference=str(reference),
-        candidate=str(path),
-        checks=tuple(run.checks),
-        not_proven=tuple(run.not_proven),
-        notes=tuple(run.notes),
-        details=run.details | ({"manifest": dict(manifest)} if manifest else {}),
-        missing_required=run.missing_required,
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape))
+
+
+def _default(proof: Proof) -> str:
+    return proof.options.runtimes[0] if proof.options.runtimes else DEFAULT[proof.kind]
+
+
+def _describe(proof: Proof, reference: str | Path, corpus: str, manifest: Mapping[str, Any] | None) -> None:
+    """What is compared with what, for the report."""
+    source, options = proof.source, proof.options
+    d = source.arch
+    files = _files(proof.path)
+    proof.details |= {
+        "reference": {
+            "path": str(reference),
+            "family": d.family,
+            "parameters": sum(e.data.size for e in source.entries.values()),
+            "layers": d.layers,
+            "vocabulary": d.vocab,
+            "context": d.context,
+            "sha256": model_hash(source.source) if Path(source.source).exists() else None,
+        },
+        "artifact": {
+            "path": str(proof.path),
+            "kind": proof.kind,
+            "bytes": sum(f.stat().st_size for f in files),
+            "parameters": None
+            if proof.artifact is None
+            else sum(e.data.size for e in proof.artifact.entries.values()),
+            "bits_per_weight": None,
+            "file_type": _file_type(proof),
+            "sha256": model_hash(proof.path),
+        },
+        "settings": {
+            "text": {
+                "name": "built-in excerpt" if options.text is None else options.text.name,
+                "sha256": hashlib.sha256(corpus.encode()).hexdigest(),
+                "bytes": len(corpus.encode()),
+            },
+            "context": options.context,
+            "windows": options.max_windows,
+            "threads": options.threads,
+            "tiers": list(options.tiers),
+            "runtimes": list(options.runtimes or (DEFAULT[proof.kind],)),
+        },
+    }
+    if manifest:
+        proof.details["manifest"] = dict(manifest)
+
+
+def _files(path: Path) -> list[Path]:
+    """The artifact's files: all shards of a split one, the weights of a folder, external data beside a graph."""
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file())
+    if path.suffix == ".gguf":
+        return list(container.read(path).paths)
+    return sorted({path, *path.parent.glob(f"{path.name}*data")})
+
+
+def _file_type(proof: Proof) -> str | None:
+    if proof.kind != "gguf":
+        return None
+    from lconvert.converters.gguf_mixture_rules import FTYPES
+
+    value = container.read(proof.path).metadata.get("general.file_type")
+    return next((n for n, f in FTYPES.items() if value is not None and f.number == value.data), None)
+
+
+# --- structure and tensors
+
+
+def _tensors(proof: Proof) -> tensors.TensorCheck | None:
+    """Both tiers; the table of tensors, None where they were left out or the format has none yet."""
+    wanted = {"structure", "tensors"} & set(proof.options.tiers)
+    if not wanted:
+        return None
+    if proof.artifact is None:
+        proof.not_proven.append("structure and tensors: ONNX graphs are not read into the IR")
+        return None
+    proof.progress("tensors")
+    found = None
+    if proof.kind == "gguf":
+        found = tensors.check_gguf(proof.path, proof.artifact, proof.source)
+    else:
+        found = tensors.check_folder(proof.path, proof.artifact, proof.source)
+    proof.details["tensors"] = found.to_json()
+    proof.details["artifact"]["bits_per_weight"] = found.bits_per_weight
+    if "structure" in wanted:
+        _structure(proof, found)
+    if "tensors" in wanted:
+        _values(proof, found)
+    return found
+
+
+def _structure(proof: Proof, found: tensors.TensorCheck) -> None:
+    assert proof.artifact is not None
+    types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))
+    proof.count("structure", "independent reader", found.structure, f"{found.tensors} tensors: {types}")
+    source, artifact = proof.source.arch, proof.artifact.arch
+    compared = structure.gguf_traits if proof.kind == "gguf" else traits.differences
+    proof.count("structure", "traits", compared(source, artifact), "as the source says")
+    for file in _files(proof.path):
+        pair = structure.manifest_hash(file)
+        if pair is not None:
+            proof.add("structure", "sha256 of the manifest", pair[0][:16], pair[1][:16], pair[0] == pair[1])
+    if proof.kind == "gguf":
+        _claims(proof)
+
+
+def _claims(proof: Proof) -> None:
+    """What the file's metadata says of its own tensors."""
+    assert proof.artifact is not None
+    file = container.read(proof.path)
+    proof.count(
+        "structure", "metadata", structure.gguf_claims(file, proof.artifact), "agrees with the tensors"
     )
+    fewer = structure.fewer_bits(file, proof.artifact)
+    chosen = proof.details.get("manifest", {}).get("options", {})
+    if any(chosen.get(key) for key in _CHOSEN):
+        proof.notes += [f"by choice: {text}" for text in fewer[:5]]
+        return
+    limit = float(proof.gates["mixture"]["fewer_bits"])
+    value = f"{len(fewer)} have fewer bits" if fewer else "as llama.cpp's mixture of this name"
+    proof.add(
+        "structure",
+        "tensor types",
+        value,
+        f"{limit:g} with fewer bits",
+        len(fewer) <= limit,
+        measured=len(fewer),
+        limit=limit,
+    )
+    proof.notes += [f"tensor types: {text}" for text in fewer[:5]]
 
 
-class _Run:
-    """The state of one validation: both models, and the checks so far."""
+#: options of a conversion that choose types other than the mixture's
+_CHOSEN = ("tensor_types", "output_tensor_type", "token_embedding_type", "pure")
 
-    def __init__(
-        self,
-        source: Model,
-        artifact: Model,
-        path: Path,
-        gates: dict[str, Any],
-        progress: Callable[[str], None],
-    ) -> None:
-        self.source, self.artifact, self.path, self.gates, self.progress = (
-            source,
-            artifact,
-            path,
-            gates,
-            progress,
-        )
-        self.checks: list[Check] = []
-        self.not_proven: list[str] = []
-        self.notes: list[str] = []
-        self.details: dict[str, Any] = {}
-        self.missing_required = False
 
-    def add(self, tier: str, name: str, value: str, gate: str, passed: bool | None) -> None:
-        self.checks.append(Check(tier, name, value, gate, passed))
-
-    def guarded(self, tier: str, work: Callable[[], None], require: Sequence[str]) -> None:
-        """A missing package leaves a plain statement of what was not proven."""
-        try:
-            work()
-        except MissingPackageError as e:
-            self.not_proven.append(f"{tier}: {e}")
-            if require:
-                self.missing_required = True
-
-    def read_text(self, text: Path | None) -> str:
-        if text is None:
-            return builtin_text()
-        try:
-            return text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{text}: cannot be read as UTF-8 text ({e})") from None
-
-    # --- structure and tensors
-
-    def tensors(self, tiers: Sequence[str]) -> None:
-        self.progress("tensors")
-        found: TensorCheck = check_gguf(self.path, self.artifact, self.source)
-        self.details["tensors"] = asdict(found)
-        if "structure" in tiers:
-            types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))
-            self.add(
-                "structure",
-                "independent reader",
-                f"{found.tensors} tensors: {types}",
-                "same",
-                not found.structure,
-            )
-            self.notes += found.structure[:5]
-            self.manifest()
-        if "tensors" in tiers:
-            difference = f"max |difference| {found.max_difference:g}"
-            self.add("tensors", "independent dequantization", difference, "0", found.max_difference == 0)
-            total = len(self.artifact.entries)
-            self.add(
+def _values(proof: Proof, found: tensors.TensorCheck) -> None:
+    """The tensors tier: exact where promised, close everywhere else."""
+    worst = found.max_difference
+    proof.add(
+        "tensors",
+        "independent dequantization",
+        f"max |difference| {worst:g}",
+        "0",
+        worst == 0,
+        measured=worst,
+        limit=0,
+    )
+    broken = found.broken_promises
+    value = f"{found.exact} of {len(found.table)}"
+    proof.add(
+        "tensors", "equal to the source", value, "all floats", not broken, measured=len(broken), limit=0
+    )
+    proof.notes += [f"not equal to the source: {name}" for name in broken[:5]]
+    bad = [f"{r.name} holds {r.non_finite}" for r in found.table if r.non_finite]
+    if bad:
+        proof.count("tensors", "NaN or infinite values", bad, "")
+    _stock_blocks(proof, found)
+    limit = float(proof.gates["relative_error"])
+    wrong = found.by_type(lambda r: r.relative_error if r.block_error is not None else None)
+    if wrong:
+        error, role = max(wrong.values())
+        name = "RMS error of the worst tensor"
+        value = f"{error:.3g} of its RMS in {role}"
+        proof.add("tensors", name, value, f"<= {limit:g}", error <= limit, measured=error, limit=limit)
+    for title, column, limits in (
+        ("worst block", lambda r: r.block_error, proof.gates["block_error"]),
+        ("worst block against the stock encoder's", lambda r: r.error_ratio, proof.gates["error_ratio"]),
+    ):
+        for type_, (error, role) in found.by_type(column).items():
+            gate = float(limits.get(type_, limits["default"]))
+            value = f"{error:.3g} in {role}"
+            proof.add(
                 "tensors",
-                "equal to the source",
-                f"{found.exact} of {total}",
-                "all floats",
-                not found.worst_exact,
+                f"{type_}: {title}",
+                value,
+                f"<= {gate:g}",
+                error <= gate,
+                measured=error,
+                limit=gate,
             )
-            limits = self.gates["block_error"]
-            for type_, (error, role) in found.block_error.items():
-                gate = float(limits.get(type_, limits["default"]))
-                self.add(
-                    "tensors",
-                    f"{type_}: worst block",
-                    f"{error:.3g} in {role}",
-                    f"<= {gate:g}",
-                    error <= gate,
-                )
-            self.notes += [f"not equal to the source: {name}" for name in found.worst_exact[:5]]
-            for type_, error in found.relative_error.items():
-                self.notes.append(f"relative error of {type_} tensors against the source: {error:.3e}")
+    for type_, (error, role) in found.by_type(lambda r: r.relative_error).items():
+        if error:
+            proof.notes.append(
+                f"relative error of {type_} tensors against the source: up to {error:.3e} ({role})"
+            )
 
-    def manifest(self) -> None:
-        """The file's hash against the manifest that was written with it, where there is one."""
-        beside = manifest_path(self.path)
-        if not beside.is_file():
-            return
+
+def _stock_blocks(proof: Proof, found: tensors.TensorCheck) -> None:
+    """Where most blocks are those of llama.cpp's encoder, all of them must be, or no further from the source."""
+    compared = [r for r in found.table if r.stock_blocks is not None]
+    if not compared:
+        return
+    same = sum(r.stock_blocks == 1 for r in compared)
+    damaged = [f"{r.name} has {r.damaged} damaged blocks" for r in compared if r.damaged]
+    proof.count(
+        "tensors",
+        "blocks of the stock encoder",
+        damaged,
+        f"{same} of {len(compared)} tensors block for block"
+        + ("" if same == len(compared) else ", the others by another method"),
+    )
+    judged = [r for r in compared if r.nearest is not None]
+    if judged:
+        stray = [f"{r.name} has {r.stray} codes that are not the nearest" for r in judged if r.stray]
+        lowest = min(r.nearest for r in judged if r.nearest is not None)
+        proof.count(
+            "tensors", "nearest codes", stray, f"{100 * lowest:.2f}% or more in {len(judged)} tensors"
+        )
+
+
+# --- tokens
+
+
+def _tokens(proof: Proof, corpus: str) -> None:
+    from lconvert.validators.runtimes.hf import encode, reference_tokenizer
+
+    source, artifact = proof.source, proof.artifact
+    if source.tokenizer is None:
+        proof.not_proven.append("tokens: the source has no tokenizer")
+        return
+    if artifact is None:
+        proof.not_proven.append("tokens: an ONNX file holds no tokenizer")
+        return
+    proof.progress("tokens")
+    found = (
+        structure.gguf_vocabulary(source.tokenizer, artifact.tokenizer, source.arch)
+        if proof.kind == "gguf"
+        else structure.same_tokenizer(source.tokenizer, artifact.tokenizer)
+    )
+    for name, wrong in found.items():
+        proof.count("tokens", name, wrong, "as in the source")
+    reference = reference_tokenizer(source.tokenizer)
+    if proof.kind == "gguf":
+        runtime = logit_tier.opened(proof, "llama.cpp", proof.path, vocab_only=True)
         try:
-            wanted = json.loads(beside.read_text())["files"][self.path.name]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            self.notes.append(f"{beside}: not readable as a manifest")
-            return
-        with open(self.path, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
-        self.add("structure", "sha256 of the manifest", found[:16], f"{str(wanted)[:16]}", found == wanted)
-
-    # --- tokens
-
-    def tokens(self, corpus: str) -> None:
-        from lconvert.validators import tokens
-        from lconvert.validators.runtimes.hf import reference_tokenizer
-        from lconvert.validators.runtimes.llamacpp import LlamaCpp
-
-        if self.source.tokenizer is None:
-            self.not_proven.append("tokens: the source has no tokenizer")
-            return
-        self.progress("tokens")
-        reference = reference_tokenizer(self.source.tokenizer)
-        runtime = LlamaCpp(self.path, vocab_only=True)
-        try:
-            result = tokens.compare(self.source.tokenizer, reference, runtime.tokenize, corpus)
+            result = tokens.compare(source.tokenizer, reference, runtime.tokenize, corpus)
         finally:
             runtime.close()
-        differs = tokens.autotokenizer_differs(Path(self.source.source), corpus.splitlines()[:200])
-        if differs:
-            self.notes.append(differs)
-        self.details["tokens"] = result.to_json()
-        for name, count, differences in result.rows():
-            self.add("tokens", name, f"{differences} of {count} texts differ", "0", differences == 0)
-        self.notes += result.examples()
+    elif artifact.tokenizer is None:
+        return
+    else:
+        other = reference_tokenizer(artifact.tokenizer)
 
-    # --- logits
+        def tokenize(text: str, *, special: bool) -> Sequence[int]:
+            return encode(other, text, special=special)
 
-    def logits(self, corpus: str, context: int, max_windows: int | None, threads: int | None) -> None:
-        from lconvert.forward import Forward
-        from lconvert.validators.runtimes.hf import Transformers
-        from lconvert.validators.runtimes.llamacpp import LlamaCpp
-
-        context = min(context, self.source.arch.context)
-        for loss in find(self.source.arch.family).gguf.losses(self.source.arch):
-            limit = f"exact up to {loss.limit} tokens and validated within that" if loss.limit else "accepted"
-            self.notes.append(f"{loss.name}: {loss.reason}; {limit}")
-            context = min(context, loss.limit or context)
-        texts = windows(self.ids(corpus), context, self.bos(), max_windows)
-        if (n := sum(map(len, texts))) < LEAST:
-            raise InputError(f"the text has only {n} tokens, which prove nothing; give a longer one (--text)")
-        self.progress("llama.cpp")
-        candidate = LlamaCpp(self.path, context=context, threads=threads)
-        try:
-            self.progress("reference model")
-            if (Path(self.source.source) / "config.json").is_file():
-                reference: Any = Transformers(self.source.source, threads=threads)
-                against = reference.info()
-            else:
-                reference = Forward(self.source)
-                against = {"runtime": "transformers, weights read by lconvert"}
-                self.notes.append(
-                    "logits: the reference is no Hugging Face folder, so lconvert read its weights itself"
-                )
-            self.details["runtimes"] = [against, candidate.info()]
-            stats = compare(reference.logits, candidate.logits, texts, lambda: self.progress("logits"))
-            self.cost(stats)
-            quantized = any(isinstance(e.data, QTensor) for e in self.artifact.entries.values())
-            if quantized:
-                own = Forward(self.dequantized())
-                self.fidelity(compare(own.logits, candidate.logits, texts, lambda: self.progress("fidelity")))
-        finally:
-            candidate.close()
-        if quantized:
-            self.graph(own, texts[:2], context, threads)
-
-    def graph(self, own: Any, texts: list[list[int]], context: int, threads: int | None) -> None:
-        """The artifact's numbers as F32 blocks in the same graph: what is wrong there is no kernel's rounding."""
-        from lconvert.converters import gguf, gguf_mixture
-        from lconvert.plan import execute
-        from lconvert.validators.runtimes.llamacpp import LlamaCpp
-
-        size = 4 * sum(e.data.size for e in self.artifact.entries.values())
-        if size > _GRAPH_LIMIT:
-            self.not_proven.append(
-                f"logits: the graph with F32 weights, because they would take {size / 1e9:.0f} GB"
-            )
-            return
-        self.progress("graph")
-        losses = tuple(loss.name for loss in find(self.artifact.arch.family).gguf.losses(self.artifact.arch))
-        options = gguf.Options(gguf_mixture.Options("F32"), allow_loss=losses)
-        with tempfile.TemporaryDirectory(prefix="lconvert-") as folder:
-            wide = execute(gguf.plan(self.artifact, "f32.gguf", options), Path(folder)).paths[0]
-            runtime = LlamaCpp(wide, context=context, threads=threads)
-            try:
-                stats = compare(own.logits, runtime.logits, texts, lambda: self.progress("graph"))
-            finally:
-                runtime.close()
-        self.details["graph"] = stats.to_json()
-        gate = gate_file.float_gate(self.gates, self.source.arch.default.mlp.activation)
-        value = f"mean {stats.kld_mean:.2e}  max {stats.kld_max:.2e}"
-        self.add("logits", "graph with F32 weights", value, f"mean <= {gate:.1e}", stats.kld_mean <= gate)
-
-    def dequantized(self) -> Model:
-        """The artifact's numbers in the source's architecture (for example with the window llama.cpp ignores)."""
-        from dataclasses import replace
-
-        arch = replace(self.source.arch, norm_offset=self.artifact.arch.norm_offset)
-        return replace(self.artifact, arch=arch, config=self.source.config)
-
-    def ids(self, corpus: str) -> list[int]:
-        if self.source.tokenizer is None:
-            import numpy as np
-
-            self.notes.append("no tokenizer: logits are compared on random token ids")
-            return [int(i) for i in np.random.default_rng(0).integers(0, self.source.arch.vocab, 4096)]
-        from lconvert.validators.runtimes.hf import reference_tokenizer
-
-        ids = reference_tokenizer(self.source.tokenizer).encode(corpus, add_special_tokens=False).ids
-        return list(ids)
-
-    def bos(self) -> int | None:
-        if self.source.tokenizer is None:
-            return None
-        found = self.source.tokenizer.special.get("bos", ())
-        return found[0] if found else None
-
-    def cost(self, stats: LogitStats) -> None:
-        quantized = any(isinstance(e.data, QTensor) for e in self.artifact.entries.values())
-        rounded = any(
-            not isinstance(e.data, QTensor) and e.data.dtype not in ("F32", _dtype(self.source, n))
-            for n, e in self.artifact.entries.items()
-        )
-        if quantized:
-            gate = gate_file.cost_gate(self.gates, typical_bits(self.path))
-        elif rounded:
-            gate = float(self.gates["cost"][0]["kld_mean"])
-        else:
-            gate = gate_file.float_gate(self.gates, self.source.arch.default.mlp.activation)
-        self.details["cost"] = stats.to_json()
-        self._logit_rows("cost", stats, gate)
-
-    def fidelity(self, stats: LogitStats) -> None:
-        self.details["fidelity"] = stats.to_json()
-        self._logit_rows("fidelity", stats, float(self.gates["fidelity"]["kld_mean"]))
-
-    def _logit_rows(self, what: str, s: LogitStats, gate: float) -> None:
-        value = f"mean {s.kld_mean:.2e}  median {s.kld_median:.2e}  99% {s.kld_p99:.2e}  max {s.kld_max:.2e}"
-        self.add("logits", f"{what}: KL divergence", value, f"mean <= {gate:.1e}", s.kld_mean <= gate)
-        same = f"{100 * s.same_top1:.2f}% of {s.tokens} tokens"
-        self.add("logits", f"{what}: same top-1", same, "", None)
-        ppl = f"{s.ppl_candidate:.4f} / {s.ppl_reference:.4f} = {s.ppl_ratio:.5f}"
-        self.add("logits", f"{what}: perplexity", ppl, "", None)
+        result = tokens.compare(source.tokenizer, reference, tokenize, corpus, limited=False)
+    differs = tokens.autotokenizer_differs(Path(source.source), corpus.splitlines()[:200])
+    if differs:
+        proof.notes.append(differs)
+    proof.details["tokens"] = result.to_json()
+    for name, count, differences in result.rows():
+        value = f"{differences} of {count} texts differ"
+        proof.add("tokens", name, value, "0", differences == 0, measured=differences, limit=0)
+    proof.notes += result.examples()
+    proof.guarded("tokens", "chat templates", lambda: _chat(proof))
 
 
-def _dtype(model: Model, role: str) -> str:
-    data = model.entries[role].data
-    return "" if isinstance(data, QTensor) else data.dtype
+def _chat(proof: Proof) -> None:
+    """Conversations rendered by the templates of both sides, and the tokens that end an answer."""
+    assert proof.artifact is not None
+    proof.progress("chat templates")
+    found = chat.compare(proof.source, proof.artifact)
+    proof.details["chat"] = found.to_json()
+    for name, value, passed in found.rows():
+        proof.add("tokens", name, value, "0" if "differ" in value else "the source's", passed)
+    proof.notes += [f"chat template: {d}" for d in found.differences[:3]]
+    proof.notes += [f"chat template: {text}" for text in (*found.notes, *found.skipped)]
+
+
+# --- layers
+
+
+def _layers(proof: Proof, corpus: str) -> None:
+    """Hidden states after every layer, so that the first broken one has a name."""
+    if proof.artifact is None:
+        proof.not_proven.append("layers: ONNX graphs are not read into the IR")
+        return
+    proof.progress("layers")
+    ids = logit_tier.token_ids(proof, corpus)[: min(proof.options.context, 256)]
+    found = layers.compare(proof.source, proof.artifact, ids, lambda: proof.progress("layers"))
+    proof.details["layers"] = found.to_json()
+    worst = max(found.layers, key=lambda x: x.own_error)
+    value = f"largest own error {worst.own_error:.2e} in {worst.layer}"
+    if found.broken:
+        value = f"first broken: {found.first_broken}; broken: {_listed(found.broken)}"
+    proof.add("layers", "own error of every layer", value, "as its weights explain", not found.broken)
+    proof.notes += [f"layers: {d}" for d in found.differences]
+    for layer in found.layers:
+        if layer.broken and layer.tensors:
+            proof.notes.append(f"layer {layer.layer}: look at {_listed(layer.tensors)}")
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(map(str, list(names)[:8]))

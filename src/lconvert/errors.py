@@ -37,3 +37,9 @@ class MissingPackageError(LconvertError):
     """An optional package is needed for this job and is not installed."""
 
     exit_code = 3
+
+
+class RuntimeFailure(LconvertError):
+    """A runtime died, hung past its time limit, or broke off in the middle of an answer."""
+
+    exit_code = 1

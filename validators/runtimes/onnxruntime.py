@@ -1,0 +1,207 @@
+"""A decoder in ONNX Runtime on the CPU.
+
+Graphs are taken by the names of their inputs, as the exporters of Hugging Face and of onnxruntime-genai give
+them: `input_ids`, and where there are any `attention_mask`, `position_ids` and `past_key_values.N.key` /
+`.value` with outputs `present.N.key` / `.value`; the logits are the output `logits`.
+
+Products with block-quantized weights (MatMulNBits) run at accuracy level 1, fp32 activations, for parity, and
+at level 4, activations rounded to 8 bits, for speed (docs/ContribOperators.md of onnxruntime,
+`accuracy_level`). The level set here is the session's, for weights that the graph holds as DequantizeLinear;
+a MatMulNBits node that is in the file has its own, which a session cannot change.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lconvert.errors import InputError, MissingPackageError
+from lconvert.validators.runtimes import Generation, Purpose, fits
+
+_ACCURACY_LEVEL: Mapping[Purpose, str] = {"parity": "1", "speed": "4"}
+_ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"  # onnxruntime_session_options_config_keys.h
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_TYPES: Mapping[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+_ROWS_BYTES = 128 << 20  # logits that one run makes
+
+
+def prepare() -> None:
+    """Import what the class here needs."""
+    package()
+
+
+def package() -> Any:
+    """The onnxruntime module."""
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError:
+        raise MissingPackageError(
+            "ONNX Runtime is not installed, so nothing was proven in it: pip install 'lconvert[onnx]'"
+        ) from None
+
+
+class OnnxRuntime:
+    """A decoder's .onnx file, with the tokenizer.json beside it where there is one.
+
+    accuracy_level: of MatMulNBits, instead of the purpose's. batch_tokens: longer prompts run in chunks of
+    this many, by default as many as make 128 MiB of logits; a graph without past inputs runs the whole prompt
+    at once.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        context: int = 512,
+        threads: int | None = None,
+        purpose: Purpose = "parity",
+        accuracy_level: int | None = None,
+        batch_tokens: int | None = None,
+    ):
+        self._package = package()
+        self._path, self._context = Path(path), context
+        self._tokenizer: Any = None
+        self._level = str(accuracy_level) if accuracy_level is not None else _ACCURACY_LEVEL[purpose]
+        options = self._package.SessionOptions()
+        options.add_session_config_entry(_ACCURACY_OPTION, self._level)
+        options.log_severity_level = 3  # errors
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = self._package.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
+            raise InputError(f"{path}: ONNX Runtime does not load it ({_short(e)})") from None
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
+        self._check()
+        vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
+        self._rows = batch_tokens or max(
+            1, _ROWS_BYTES // (4 * (vocab if isinstance(vocab, int) else 1 << 18))
+        )
+
+    def _check(self) -> None:
+        known = {"input_ids", "attention_mask", "position_ids", *self._past}
+        if "input_ids" not in self._inputs or "logits" not in self._outputs:
+            raise InputError(
+                f"{self._path}: not a decoder: inputs {sorted(self._inputs)}, outputs {self._outputs}; expected the "
+                "input input_ids and the output logits"
+            )
+        if unknown := sorted(self._inputs.keys() - known):
+            raise InputError(
+                f"{self._path}: unknown inputs {', '.join(unknown)}; nothing says what to feed them"
+            )
+        if missing := sorted(set(self._past.values()) - set(self._outputs)):
+            raise InputError(
+                f"{self._path}: keys and values go in but do not come out: no {', '.join(missing)}"
+            )
+        for name, node in self._inputs.items():
+            if node.type not in _TYPES:
+                raise InputError(f"{self._path}: input {name} is a {node.type}, which cannot be fed")
+
+    def _empty(self) -> dict[str, Any]:
+        """Keys and values of no tokens: (batch 1, heads, 0, width of a head)."""
+        out = {}
+        for name in self._past:
+            node = self._inputs[name]
+            if (
+                len(node.shape) != 4
+                or not isinstance(node.shape[1], int)
+                or not isinstance(node.shape[3], int)
+            ):
+                raise InputError(
+                    f"{self._path}: input {name} has the shape {node.shape}; expected (batch, heads, past, width) with "
+                    "fixed heads and width"
+                )
+            out[name] = np.zeros((1, node.shape[1], 0, node.shape[3]), _TYPES[node.type])
+        return out
+
+    def _run(self, ids: list[int], past: Mapping[str, Any], at: int) -> tuple[Any, dict[str, Any]]:
+        """Logits (1, tokens, vocab) of `ids` as positions from `at` on, and the keys and values after
+        them.
+        """
+        whole: dict[str, Any] = {
+            "input_ids": [ids],
+            "attention_mask": np.ones((1, at + len(ids))),
+            "position_ids": np.arange(at, at + len(ids))[None],
+        }
+        feed = {n: np.asarray(a, _TYPES[self._inputs[n].type]) for n, a in whole.items() if n in self._inputs}
+        try:
+            out = self._session.run(["logits", *self._past.values()], {**feed, **past})
+        except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
+            raise InputError(
+                f"{self._path}: ONNX Runtime failed on {len(ids)} tokens ({_short(e)})"
+            ) from None
+        if out[0].ndim != 3 or out[0].shape[0] != 1:
+            raise InputError(
+                f"{self._path}: logits have the shape {out[0].shape}, expected (1, tokens, vocabulary)"
+            )
+        return out[0], dict(zip(self._past, out[1:], strict=True))
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        from lconvert.validators.runtimes.hf import encode, file_tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = file_tokenizer(self._path.parent / "tokenizer.json")
+        return encode(self._tokenizer, text, special=special)
+
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
+        fits(len(ids), self._context)
+        rows = self._rows if self._past else len(ids)
+        past = self._empty()
+        out: NDArray[np.float32] | None = None
+        for at in range(0, len(ids), rows):
+            part, past = self._run(ids[at : at + rows], past, at)
+            if len(ids) <= rows:
+                return np.ascontiguousarray(part[0], dtype=np.float32)
+            out = np.empty((len(ids), part.shape[2]), np.float32) if out is None else out
+            out[at : at + rows] = part[0]
+        assert out is not None
+        return out
+
+    def generate(self, ids: list[int], n: int) -> Generation:
+        fits(len(ids) + n - 1 if ids else 0, self._context)
+        start, made, seconds = time.perf_counter(), list[int](), list[float]()
+        new, past, at = list(ids), self._empty(), 0
+        while len(made) < n:
+            logits, past = self._run(new, past, at)
+            made.append(int(logits[0, -1].argmax()))
+            seconds.append(time.perf_counter() - start)
+            if self._past:
+                new, at = made[-1:], len(ids) + len(made) - 1
+            else:
+                new = [*ids, *made]
+        return Generation(tuple(made), tuple(seconds))
+
+    def info(self) -> dict[str, str]:
+        options = self._session.get_session_options()
+        return {
+            "runtime": "onnxruntime",
+            "onnxruntime": str(self._package.__version__),
+            "device": ", ".join(self._session.get_providers()),
+            "accuracy_level": self._level,
+            "threads": str(options.intra_op_num_threads or "all"),
+            "kv_cache": "yes" if self._past else "no: every token runs the whole sequence",
+        }
+
+    def close(self) -> None:
+        del self._session
+
+
+def _short(e: Exception) -> str:
+    text = " ".join(str(e).split())
+    return text if len(text) <= 400 else text[:400] + "..."

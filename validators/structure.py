@@ -1,0 +1,240 @@
+"""Does the artifact say what the source says? Traits, vocabulary, special ids, and the hash its manifest recorded.
+
+Both sides are brought into one form first: the keys that a GGUF of these traits (this tokenizer) would hold. What a file
+leaves to the runtime's defaults, or writes in another width, is then no difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lconvert.archs import find
+from lconvert.converters import gguf, gguf_keys, gguf_mixture, tokenizer_gguf
+from lconvert.converters.gguf_mixture_rules import FTYPES
+from lconvert.errors import LconvertError
+from lconvert.formats.gguf import GGUFFile
+from lconvert.formats.gguf_values import Value
+from lconvert.ir import Decoder, Model, Tokenizer
+from lconvert.kernels.blocks import BLOCKS
+from lconvert.plan import manifest_path
+from lconvert.validators.runtimes.hf import reference_tokenizer
+
+#: Keys about all tokens; the others are about special ones.
+_VOCABULARY = ("tokens", "token_type", "scores", "merges", "model", "pre")
+_SHOWN = 60
+
+
+def gguf_traits(source: Decoder, artifact: Decoder) -> list[str]:
+    """Traits that the GGUF states otherwise than the source, "key: found, expected ..."."""
+    ours, theirs = (gguf_keys.metadata(find(d.family), d) for d in (source, artifact))
+    out = [f"{key}: {found}" for key, found in _differences(ours, theirs)]
+    factors, stored = gguf_keys.rope_tensors(source), gguf_keys.rope_tensors(artifact)
+    for name in sorted(factors.keys() | stored.keys()):
+        a, b = factors.get(name), stored.get(name)
+        if a is None or b is None or not np.array_equal(a, b):
+            out.append(f"{name}: the rotary factors are not the source's")
+    return out
+
+
+def gguf_vocabulary(source: Tokenizer, artifact: Tokenizer | None, d: Decoder) -> dict[str, list[str]]:
+    """Differences of vocabulary and of special ids, as lists of sentences under "vocabulary" and "special ids"."""
+    if artifact is None:
+        return {"vocabulary": ["the file holds no tokenizer"], "special ids": []}
+    expected = tokenizer_gguf.lower(source, d.vocab, d.family).keys
+    try:
+        found = tokenizer_gguf.lower(artifact, d.vocab, d.family).keys
+    except LconvertError as e:
+        return {"vocabulary": [str(e)], "special ids": []}
+    out: dict[str, list[str]] = {"vocabulary": [], "special ids": []}
+    for key, text in _differences(_functional(expected), _functional(found)):
+        name = key.removeprefix("tokenizer.ggml.")
+        out["vocabulary" if name in _VOCABULARY else "special ids"].append(f"{name}: {text}")
+    return out
+
+
+#: llama.cpp's token types by what they do to a text: control and user-defined tokens are both cut out of it.
+_TYPES = {3: 4}
+#: Keys that chat.py compares.
+_CHAT = "tokenizer.chat_template"
+
+
+def _functional(keys: Mapping[str, Value]) -> dict[str, Value]:
+    """The keys with token types that act alike made equal, without chat templates."""
+    out = {}
+    for key, value in keys.items():
+        name = key.removeprefix("tokenizer.ggml.")
+        if name == "token_type":
+            types = np.array(value.data)
+            for a, b in _TYPES.items():
+                types = np.where(types == a, b, types)
+            value = Value(value.kind, types, value.item)
+        if not key.startswith(_CHAT):
+            out[key] = value
+    return out
+
+
+def _differences(expected: Mapping[str, Value], found: Mapping[str, Value]) -> list[tuple[str, str]]:
+    out = []
+    for key in sorted(expected.keys() | found.keys()):
+        a, b = (None if (v := side.get(key)) is None else v.data for side in (expected, found))
+        if not _equal(a, b):
+            out.append((key, _told(a, b)))
+    return out
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return a == b or math.isclose(a, b, rel_tol=1e-6)
+    if (a is None or b is None) and not (a or b):  # a flag that is off may be left out
+        return isinstance(a, bool | None) and isinstance(b, bool | None)
+    if a is None or b is None or isinstance(a, str) or isinstance(b, str):
+        return bool(a == b)
+    return len(a) == len(b) and list(a) == list(b)
+
+
+def _told(a: Any, b: Any) -> str:
+    """A difference in one line; of arrays the first place where they differ."""
+    if _is_array(a) and _is_array(b):
+        if len(a) != len(b):
+            return f"{len(b)} items, expected {len(a)}"
+        at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+        count = sum(x != y for x, y in zip(a, b, strict=True))
+        return f"{count} differ, the first at {at}: {_short(b[at])}, expected {_short(a[at])}"
+    return f"{_short(b)}, expected {_short(a)}"
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, Sequence | np.ndarray) and not isinstance(x, str)
+
+
+def _short(x: Any) -> str:
+    if x is None:
+        return "absent"
+    if _is_array(x):
+        return f"an array of {len(x)}"
+    text = (
+        f"{x:.9g}"
+        if isinstance(x, float | np.floating)
+        else repr(x.item() if isinstance(x, np.generic) else x)
+    )
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _fields(prefix: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    if type(a) is type(b) and is_dataclass(a) and not isinstance(a, type):
+        return [
+            found
+            for f in fields(a)
+            for found in _fields(f"{prefix}{f.name}.", getattr(a, f.name), getattr(b, f.name))
+        ]
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return [
+            found
+            for key in sorted(a.keys() | b.keys(), key=str)
+            for found in _fields(f"{prefix}{key}.", a.get(key), b.get(key))
+        ]
+    return [] if a == b else [(prefix.rstrip("."), a, b)]
+
+
+def same_tokenizer(source: Tokenizer, artifact: Tokenizer | None) -> dict[str, list[str]]:
+    """A Hugging Face folder's tokenizer against the source's: files' content, special ids."""
+    if artifact is None:
+        return {"vocabulary": ["the folder holds no tokenizer"], "special ids": []}
+    a, b = (reference_tokenizer(t).get_vocab(with_added_tokens=True) for t in (source, artifact))
+    vocabulary = [
+        f"token {_short(name)}: {_short(y)}, expected {_short(x)}" for name, x, y in _fields("", a, b)
+    ]
+    a, b = (_merges(t) for t in (source, artifact))
+    if a != b:
+        vocabulary.append(f"merges: {_told(a, b)}")
+    special = [
+        f"{name}: {_short(b)}, expected {_short(a)}"
+        for name, a, b in _fields("", dict(source.special), dict(artifact.special))
+    ]
+    return {"vocabulary": vocabulary, "special ids": special}
+
+
+def _merges(t: Tokenizer) -> list[str]:
+    """The merges in the older of their two notations."""
+    found = t.json.get("model", {}).get("merges") or []
+    return [m if isinstance(m, str) else " ".join(m) for m in found]
+
+
+def manifest_hash(path: Path) -> tuple[str, str] | None:
+    """(found, wanted) sha256 of a file by the manifest beside it, None without one; wanted says why where it has none."""
+    beside = manifest_path(path)
+    if not beside.is_file():
+        return None
+    try:
+        wanted = json.loads(beside.read_text())["files"][path.name]["sha256"]
+    except KeyError:
+        wanted = "of another file"
+    except (OSError, ValueError, TypeError):
+        wanted = "unreadable"
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest(), str(wanted)
+
+
+def gguf_claims(file: GGUFFile, model: Model) -> list[str]:
+    """Keys that say something about the tensors beside them, and what they say wrongly."""
+    arch = find(model.arch.family).gguf.arch
+    rows = file.metadata.get(f"{arch}.vocab_size")
+    out = []
+    if rows is not None and rows.data != model.arch.vocab:
+        out.append(f"{arch}.vocab_size is {_short(rows.data)}, the embedding has {model.arch.vocab} rows")
+    value = file.metadata.get("general.file_type")
+    claimed = next((n for n, f in FTYPES.items() if value is not None and f.number == value.data), None)
+    sizes: dict[str, int] = {}
+    for t in file.tensors.values():
+        if len(t.shape) > 1:
+            sizes[t.type] = sizes.get(t.type, 0) + int(np.prod(t.shape))
+    if value is not None and claimed is None:
+        out.append(f"general.file_type is {_short(value.data)}, which llama.cpp does not have")
+    elif claimed is not None and sizes and not _typical(file, model, claimed) & sizes.keys():
+        out.append(f"general.file_type says {claimed}; the tensors are {', '.join(sorted(sizes))}")
+    return out
+
+
+def fewer_bits(file: GGUFFile, model: Model) -> list[str]:
+    """Tensors that have fewer bits than llama.cpp's mixture of the name in general.file_type gives them."""
+    value = file.metadata.get("general.file_type")
+    claimed = next((n for n, f in FTYPES.items() if value is not None and f.number == value.data), None)
+    if claimed is None:
+        return []
+    out = []
+    for name, choice in _mixture(file, model, claimed).items():
+        stored = file.tensors[name].type
+        if BLOCKS[stored].bits_per_weight < BLOCKS[choice].bits_per_weight:
+            out.append(f"{name} is {stored}, {claimed} makes it {choice}")
+    return out
+
+
+def _typical(file: GGUFFile, model: Model, claimed: str) -> set[str]:
+    """Types of matrices that a mixture of this name has in this model."""
+    return {t for n, t in _mixture(file, model, claimed).items() if len(file.tensors[n].shape) > 1}
+
+
+def _mixture(file: GGUFFile, model: Model, claimed: str) -> dict[str, str]:
+    """The type of every tensor of the file by llama.cpp's rules."""
+    names = list(file.tensors)
+    weighed = frozenset(names) if "quantize.imatrix.file" in file.metadata else None
+    infos = [gguf_mixture.TensorInfo(n, file.tensors[n].shape, _float(file, n)) for n in names]
+    options = gguf_mixture.Options(claimed, imatrix=weighed)
+    try:
+        chosen = gguf_mixture.choose_types(infos, gguf.hyper(find(model.arch.family), model), options)
+    except LconvertError:  # such as a type that needs an importance matrix which the file does not name
+        return {}
+    return {n: c.type for n, c in chosen.items()}
+
+
+def _float(file: GGUFFile, name: str) -> str:
+    """The type before quantization: what is F32 in the file was F32."""
+    return "F32" if file.tensors[name].type == "F32" else "BF16"
