@@ -1,5 +1,6 @@
 # make demo     set up .venv, convert the shipped model to Q4_K_M and prove it
 # make test     set up .venv, run the tests
+#               (vLLM has an environment of its own, .venv-vllm, 3 GB; make test VLLM=no leaves it out)
 # make check    lint, types, tests        make bench    measurements against the incumbents
 # make install  the development environment alone
 
@@ -9,6 +10,8 @@ PYTHON ?= python3
 # On Linux, PyPI's torch brings several GB of CUDA; TORCH_ARGS="--index-url <PyTorch's CPU wheel index>" avoids that.
 TORCH_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
+VLLM ?= yes
+VLLM_ENV := $(if $(filter no,$(VLLM)),,.venv-vllm/.installed)
 OUT := demo-out
 
 .PHONY: demo test install check lint bench clean kernels
@@ -21,8 +24,8 @@ demo: install
 	@echo "the proof is in $(OUT)/report.json, the manifest in $(OUT)/demo-Q4_K_M.gguf.manifest.json"
 
 # Every oracle is installed by `install`, so a test that skips for want of one fails here.
-test: install
-	LCONVERT_REQUIRE_ORACLES=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+test: install $(VLLM_ENV)
+	LCONVERT_REQUIRE_ORACLES=1 LCONVERT_WITHOUT_VLLM=$(if $(VLLM_ENV),,1) OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 check: install lint
 	$(MAKE) --no-print-directory test
@@ -56,6 +59,11 @@ $(VENV)/share/llama.cpp: $(VENV)/.python
 
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.h kernels/CMakeLists.txt) | $(VENV)/share/llama.cpp
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-vllm/.installed: $(VENV)/.installed
+	rm -rf .venv-vllm
+	$(BIN)/lconvert doctor --install vllm --into .venv-vllm --yes
 	touch $@
 
 clean:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 import lconvert
 from lconvert.formats import gguf
@@ -37,6 +41,72 @@ def test_compress_once(tmp_path: Path) -> None:
     types = {t.type for t in gguf.read(tmp_path / "model.gguf").tensors.values()}
     assert "Q4_0" in types
     assert lconvert.read(tmp_path / "model.lcir").arch == lconvert.read(DEMO).arch
+
+
+CI = ROOT / "examples" / "ci"
+
+
+def _release(model: Path, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    call = f"{sys.executable} -P -m lconvert"
+    settings = {
+        "MODEL": str(model),
+        "OUT": str(out),
+        "LCONVERT": call,
+        "WINDOWS": "1",
+        "TYPES": "Q8_0",
+        **env,
+    }
+    return subprocess.run(
+        ["sh", CI / "release.sh"], env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+
+
+def test_ci_script_publishes_everything_and_its_exit_code_is_the_verdict(tmp_path: Path) -> None:
+    done = _release(DEMO, tmp_path / "out", TYPES="Q8_0 Q4_K_M")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    names = sorted(p.name for p in (out / "reports").iterdir())
+    assert names == [
+        "demo_model-Q4_K_M.json",
+        "demo_model-Q8_0.json",
+        "junit.xml",
+        "report.html",
+        "summary.md",
+    ]
+    suites = ElementTree.parse(out / "reports" / "junit.xml").getroot()
+    cases = [c.get("name") for c in suites.iter("testcase")]
+    assert len(cases) > 30 and not list(suites.iter("failure"))
+    assert "quantized_by: lconvert" in (out / "README.md").read_text()
+    assert "demo_model-Q8_0.gguf" in (out / "reports" / "summary.md").read_text()
+    # A later build that became worse than the last release fails.
+    baseline = json.loads((out / "reports" / "demo_model-Q8_0.json").read_text())
+    for row in baseline["details"]["logits"]:
+        row["stats"]["kld"]["mean"] /= 2
+    (tmp_path / "demo_model-Q8_0.json").write_text(json.dumps(baseline))
+    done = _release(DEMO, out, BASELINES=str(tmp_path))
+    assert done.returncode == 1, done.stdout
+    assert "baseline" in (out / "reports" / "junit.xml").read_text(), "what failed is published"
+
+
+def test_ci_script_stops_at_wrong_input(tmp_path: Path) -> None:
+    done = _release(tmp_path / "missing", tmp_path / "out")
+    assert done.returncode == 2 and "missing" in done.stderr
+    done = _release(DEMO, tmp_path / "out", TEXT=str(tmp_path / "none.txt"))
+    assert done.returncode == 2 and "none.txt: no such file" in done.stderr
+    assert not (tmp_path / "out" / "reports" / "report.html").exists()
+
+
+def test_ci_workflow_calls_what_exists() -> None:
+    """As far as a workflow can be checked without its runner: it parses, and files and variables are the script's."""
+    workflow = yaml.safe_load((CI / "github-actions.yml").read_text())
+    steps = workflow["jobs"]["convert"]["steps"]
+    script = (CI / "release.sh").read_text()
+    [prove] = [s for s in steps if s.get("run") == "sh release.sh"]
+    for variable in set(prove["env"]) - {"LCONVERT_CACHE"}:
+        assert f"{variable}=${{{variable}" in script, variable
+    published = [s["with"][k] for s in steps for k in ("path", "report_paths") if k in s.get("with", {})]
+    assert {"release/reports", "release/reports/junit.xml"} <= set(published)
+    assert all("uses" in s or "run" in s for s in steps)
 
 
 def test_readme_example(tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ def _fidelity(model: Model, path: Path) -> float:
     runtime = LlamaCpp(path, context=128)
     try:
         ids = [int(i) for i in np.random.default_rng(1).integers(0, model.arch.vocab, 100)]
-        return compare(Forward(model).logits, runtime.logits, [ids]).kld_mean
+        models = {"a": Forward(model).logits, "b": runtime.logits}
+        return compare(models, [("a", "b")], [ids])["a", "b"].kld_mean
     finally:
         runtime.close()
 

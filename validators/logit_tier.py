@@ -183,7 +183,11 @@ class _Comparison:
         p = self.proof
         p.progress(f"opening {self.name}")
         with ExitStack() as stack:
-            candidate = self._opened(stack, self.name, p.path)
+            try:
+                candidate = self._opened(stack, self.name, p.path)
+            except InputError as e:
+                p.add("structure", f"{self.name} loads it", str(e), "loads", False)
+                return
             own = self._own()
             encoder = self._encoder(stack)
             models: dict[str, Logits] = {"reference": self.reference.logits, "candidate": candidate.logits}
@@ -390,7 +394,9 @@ class _Comparison:
     def _greedy(self, candidate: Runtime) -> None:
         p = self.proof
         count, length = p.options.greedy
-        if not count or not length or self.name == "dequantized":  # which nobody serves, and which has no cache
+        if (
+            not count or not length or self.name == "dequantized"
+        ):  # which nobody serves, and which has no cache
             return
         p.progress("greedy continuation")
         prompts = [ids[: max(1, min(32, len(ids) - 1))] for ids in self.texts[:count]]

@@ -17,11 +17,11 @@ from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
 from lconvert.formats import gguf as container
 from lconvert.ir import Model
-from lconvert.validators import chat, layers, logit_tier, structure, tensors, tokens, traits
 from lconvert.validators import gates as gate_file
+from lconvert.validators import layers, logit_tier, token_tier, weight_tiers
 from lconvert.validators.baseline import regressions
 from lconvert.validators.logit_cache import default_folder, model_hash
-from lconvert.validators.proof import Options, Proof
+from lconvert.validators.proof import Options, Proof, files
 from lconvert.validators.report import OPTIONAL_TIERS, TIERS, Check, Report
 from lconvert.validators.runtimes import DEFAULT, RUNTIMES, kind
 
@@ -102,12 +102,14 @@ def validate(
         _same_model(reference, source, path, proof.artifact)
     corpus = proof.read_text()
     _describe(proof, reference, corpus, manifest)
-    found = _tensors(proof)
+    found = weight_tiers.run(proof)
     if "tokens" in tiers:
-        proof.guarded("tokens", "tokens", lambda: _tokens(proof, corpus), runtime=_default(proof))
+        proof.guarded("tokens", "tokens", lambda: token_tier.run(proof, corpus), runtime=_default(proof))
     if "layers" in tiers:
         proof.guarded("layers", "layers", lambda: _layers(proof, corpus))
-    if "logits" in tiers:
+    if "logits" in tiers and found is not None and any(r.non_finite for r in found.table):
+        proof.not_proven.append("logits: tensors hold NaN or infinite values")
+    elif "logits" in tiers:
         proof.guarded("logits", "logits", lambda: logit_tier.run(proof, corpus, found))
     if baseline is not None:
         for check in regressions(baseline, proof):
@@ -149,7 +151,7 @@ def _describe(proof: Proof, reference: str | Path, corpus: str, manifest: Mappin
     """What is compared with what, for the report."""
     source, options = proof.source, proof.options
     d = source.arch
-    files = _files(proof.path)
+    stored = files(proof.path)
     proof.details |= {
         "reference": {
             "path": str(reference),
@@ -163,7 +165,7 @@ def _describe(proof: Proof, reference: str | Path, corpus: str, manifest: Mappin
         "artifact": {
             "path": str(proof.path),
             "kind": proof.kind,
-            "bytes": sum(f.stat().st_size for f in files),
+            "bytes": sum(f.stat().st_size for f in stored),
             "parameters": None
             if proof.artifact is None
             else sum(e.data.size for e in proof.artifact.entries.values()),
@@ -188,15 +190,6 @@ def _describe(proof: Proof, reference: str | Path, corpus: str, manifest: Mappin
         proof.details["manifest"] = dict(manifest)
 
 
-def _files(path: Path) -> list[Path]:
-    """The artifact's files: all shards of a split one, the weights of a folder, external data beside a graph."""
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file())
-    if path.suffix == ".gguf":
-        return list(container.read(path).paths)
-    return sorted({path, *path.parent.glob(f"{path.name}*data")})
-
-
 def _file_type(proof: Proof) -> str | None:
     if proof.kind != "gguf":
         return None
@@ -204,212 +197,6 @@ def _file_type(proof: Proof) -> str | None:
 
     value = container.read(proof.path).metadata.get("general.file_type")
     return next((n for n, f in FTYPES.items() if value is not None and f.number == value.data), None)
-
-
-# --- structure and tensors
-
-
-def _tensors(proof: Proof) -> tensors.TensorCheck | None:
-    """Both tiers; the table of tensors, None where they were left out or the format has none yet."""
-    wanted = {"structure", "tensors"} & set(proof.options.tiers)
-    if not wanted:
-        return None
-    if proof.artifact is None:
-        proof.not_proven.append("structure and tensors: ONNX graphs are not read into the IR")
-        return None
-    proof.progress("tensors")
-    found = None
-    if proof.kind == "gguf":
-        found = tensors.check_gguf(proof.path, proof.artifact, proof.source)
-    else:
-        found = tensors.check_folder(proof.path, proof.artifact, proof.source)
-    proof.details["tensors"] = found.to_json()
-    proof.details["artifact"]["bits_per_weight"] = found.bits_per_weight
-    if "structure" in wanted:
-        _structure(proof, found)
-    if "tensors" in wanted:
-        _values(proof, found)
-    return found
-
-
-def _structure(proof: Proof, found: tensors.TensorCheck) -> None:
-    assert proof.artifact is not None
-    types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))
-    proof.count("structure", "independent reader", found.structure, f"{found.tensors} tensors: {types}")
-    source, artifact = proof.source.arch, proof.artifact.arch
-    compared = structure.gguf_traits if proof.kind == "gguf" else traits.differences
-    proof.count("structure", "traits", compared(source, artifact), "as the source says")
-    for file in _files(proof.path):
-        pair = structure.manifest_hash(file)
-        if pair is not None:
-            proof.add("structure", "sha256 of the manifest", pair[0][:16], pair[1][:16], pair[0] == pair[1])
-    if proof.kind == "gguf":
-        _claims(proof)
-
-
-def _claims(proof: Proof) -> None:
-    """What the file's metadata says of its own tensors."""
-    assert proof.artifact is not None
-    file = container.read(proof.path)
-    proof.count(
-        "structure", "metadata", structure.gguf_claims(file, proof.artifact), "agrees with the tensors"
-    )
-    fewer = structure.fewer_bits(file, proof.artifact)
-    chosen = proof.details.get("manifest", {}).get("options", {})
-    if any(chosen.get(key) for key in _CHOSEN):
-        proof.notes += [f"by choice: {text}" for text in fewer[:5]]
-        return
-    limit = float(proof.gates["mixture"]["fewer_bits"])
-    value = f"{len(fewer)} have fewer bits" if fewer else "as llama.cpp's mixture of this name"
-    proof.add(
-        "structure",
-        "tensor types",
-        value,
-        f"{limit:g} with fewer bits",
-        len(fewer) <= limit,
-        measured=len(fewer),
-        limit=limit,
-    )
-    proof.notes += [f"tensor types: {text}" for text in fewer[:5]]
-
-
-#: options of a conversion that choose types other than the mixture's
-_CHOSEN = ("tensor_types", "output_tensor_type", "token_embedding_type", "pure")
-
-
-def _values(proof: Proof, found: tensors.TensorCheck) -> None:
-    """The tensors tier: exact where promised, close everywhere else."""
-    worst = found.max_difference
-    proof.add(
-        "tensors",
-        "independent dequantization",
-        f"max |difference| {worst:g}",
-        "0",
-        worst == 0,
-        measured=worst,
-        limit=0,
-    )
-    broken = found.broken_promises
-    value = f"{found.exact} of {len(found.table)}"
-    proof.add(
-        "tensors", "equal to the source", value, "all floats", not broken, measured=len(broken), limit=0
-    )
-    proof.notes += [f"not equal to the source: {name}" for name in broken[:5]]
-    bad = [f"{r.name} holds {r.non_finite}" for r in found.table if r.non_finite]
-    if bad:
-        proof.count("tensors", "NaN or infinite values", bad, "")
-    _stock_blocks(proof, found)
-    limit = float(proof.gates["relative_error"])
-    wrong = found.by_type(lambda r: r.relative_error if r.block_error is not None else None)
-    if wrong:
-        error, role = max(wrong.values())
-        name = "RMS error of the worst tensor"
-        value = f"{error:.3g} of its RMS in {role}"
-        proof.add("tensors", name, value, f"<= {limit:g}", error <= limit, measured=error, limit=limit)
-    for title, column, limits in (
-        ("worst block", lambda r: r.block_error, proof.gates["block_error"]),
-        ("worst block against the stock encoder's", lambda r: r.error_ratio, proof.gates["error_ratio"]),
-    ):
-        for type_, (error, role) in found.by_type(column).items():
-            gate = float(limits.get(type_, limits["default"]))
-            value = f"{error:.3g} in {role}"
-            proof.add(
-                "tensors",
-                f"{type_}: {title}",
-                value,
-                f"<= {gate:g}",
-                error <= gate,
-                measured=error,
-                limit=gate,
-            )
-    for type_, (error, role) in found.by_type(lambda r: r.relative_error).items():
-        if error:
-            proof.notes.append(
-                f"relative error of {type_} tensors against the source: up to {error:.3e} ({role})"
-            )
-
-
-def _stock_blocks(proof: Proof, found: tensors.TensorCheck) -> None:
-    """Where most blocks are those of llama.cpp's encoder, all of them must be, or no further from the source."""
-    compared = [r for r in found.table if r.stock_blocks is not None]
-    if not compared:
-        return
-    same = sum(r.stock_blocks == 1 for r in compared)
-    damaged = [f"{r.name} has {r.damaged} damaged blocks" for r in compared if r.damaged]
-    proof.count(
-        "tensors",
-        "blocks of the stock encoder",
-        damaged,
-        f"{same} of {len(compared)} tensors block for block"
-        + ("" if same == len(compared) else ", the others by another method"),
-    )
-    judged = [r for r in compared if r.nearest is not None]
-    if judged:
-        stray = [f"{r.name} has {r.stray} codes that are not the nearest" for r in judged if r.stray]
-        lowest = min(r.nearest for r in judged if r.nearest is not None)
-        proof.count(
-            "tensors", "nearest codes", stray, f"{100 * lowest:.2f}% or more in {len(judged)} tensors"
-        )
-
-
-# --- tokens
-
-
-def _tokens(proof: Proof, corpus: str) -> None:
-    from lconvert.validators.runtimes.hf import encode, reference_tokenizer
-
-    source, artifact = proof.source, proof.artifact
-    if source.tokenizer is None:
-        proof.not_proven.append("tokens: the source has no tokenizer")
-        return
-    if artifact is None:
-        proof.not_proven.append("tokens: an ONNX file holds no tokenizer")
-        return
-    proof.progress("tokens")
-    found = (
-        structure.gguf_vocabulary(source.tokenizer, artifact.tokenizer, source.arch)
-        if proof.kind == "gguf"
-        else structure.same_tokenizer(source.tokenizer, artifact.tokenizer)
-    )
-    for name, wrong in found.items():
-        proof.count("tokens", name, wrong, "as in the source")
-    reference = reference_tokenizer(source.tokenizer)
-    if proof.kind == "gguf":
-        runtime = logit_tier.opened(proof, "llama.cpp", proof.path, vocab_only=True)
-        try:
-            result = tokens.compare(source.tokenizer, reference, runtime.tokenize, corpus)
-        finally:
-            runtime.close()
-    elif artifact.tokenizer is None:
-        return
-    else:
-        other = reference_tokenizer(artifact.tokenizer)
-
-        def tokenize(text: str, *, special: bool) -> Sequence[int]:
-            return encode(other, text, special=special)
-
-        result = tokens.compare(source.tokenizer, reference, tokenize, corpus, limited=False)
-    differs = tokens.autotokenizer_differs(Path(source.source), corpus.splitlines()[:200])
-    if differs:
-        proof.notes.append(differs)
-    proof.details["tokens"] = result.to_json()
-    for name, count, differences in result.rows():
-        value = f"{differences} of {count} texts differ"
-        proof.add("tokens", name, value, "0", differences == 0, measured=differences, limit=0)
-    proof.notes += result.examples()
-    proof.guarded("tokens", "chat templates", lambda: _chat(proof))
-
-
-def _chat(proof: Proof) -> None:
-    """Conversations rendered by the templates of both sides, and the tokens that end an answer."""
-    assert proof.artifact is not None
-    proof.progress("chat templates")
-    found = chat.compare(proof.source, proof.artifact)
-    proof.details["chat"] = found.to_json()
-    for name, value, passed in found.rows():
-        proof.add("tokens", name, value, "0" if "differ" in value else "the source's", passed)
-    proof.notes += [f"chat template: {d}" for d in found.differences[:3]]
-    proof.notes += [f"chat template: {text}" for text in (*found.notes, *found.skipped)]
 
 
 # --- layers

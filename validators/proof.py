@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lconvert.errors import InputError, MissingPackageError, RuntimeFailure
+from lconvert.formats import gguf as container
 from lconvert.ir import Model, QTensor
 from lconvert.validators.report import TIERS, Check
 
@@ -125,3 +126,12 @@ def builtin_text() -> str:
 def _dtype(model: Model, role: str) -> str:
     data = model.entries[role].data
     return "" if isinstance(data, QTensor) else data.dtype
+
+
+def files(path: Path) -> list[Path]:
+    """The artifact's files: all shards of a split one, the weights of a folder, external data beside a graph."""
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file())
+    if path.suffix == ".gguf":
+        return list(container.read(path).paths)
+    return sorted({path, *path.parent.glob(f"{path.name}*data")})

@@ -39,7 +39,7 @@ class TensorRow:
     stock_blocks: share of blocks whose values are those of the stock encoder (llama.cpp's, without importances) on the
     source's values, None where it was not run. damaged: blocks that are not, in a tensor where most are, and that are
     further from the source. error_ratio: the worst block's squared error / the same block's by the stock encoder, in a
-    tensor that some other method has encoded. nearest: there, the share of codes that are the nearest to the source given
+    tensor that some other method has encoded. stock_ratio: the same over the whole tensor. nearest: there, the share of codes that are the nearest to the source given
     the stored scales; stray: codes that are not, in a tensor where nearly all are.
     """
 
@@ -56,6 +56,7 @@ class TensorRow:
     stock_blocks: float | None = None
     damaged: int = 0
     error_ratio: float | None = None
+    stock_ratio: float | None = None
     nearest: float | None = None
     stray: int = 0
     non_finite: int = 0
@@ -281,6 +282,7 @@ def compare(role: str, data: Tensor | QTensor, original: Tensor | QTensor, shift
         stock_blocks=sums.same / sums.blocks if sums.blocks else None,
         damaged=sums.worse if sums.blocks and sums.same >= _STOCK * sums.blocks else 0,
         error_ratio=_finite(sums.ratio) if other else None,
+        stock_ratio=_finite(sums.error / sums.best if sums.best else 1.0) if other else None,
         nearest=1 - far / total if total else None,
         stray=far if far <= (1 - codes.NEARLY_ALL) * total else 0,
         non_finite=sums.non_finite,
@@ -312,7 +314,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.equal = self.is_cast = True
-        self.error = self.norm = self.worst = self.ratio = 0.0
+        self.error = self.norm = self.worst = self.ratio = self.best = 0.0
         self.blocks = self.same = self.worse = self.non_finite = 0
 
     def add(self, a: NDArray[np.float32], b: NDArray[np.float32], width: int, type_: str) -> None:
@@ -359,6 +361,7 @@ class _Sums:
         c = kernels.dequantize(type_, encoded, b.shape[1])
         same = (a == c).reshape(-1, width).all(axis=1)
         best = np.square(c.astype(np.float64) - b).reshape(-1, width).sum(axis=1)
+        self.best += float(best.sum())
         self.blocks += len(same)
         self.same += int(same.sum())
         other = ~same

@@ -98,6 +98,7 @@ def _type_flags(f: Any) -> Any:
     "--text", type=click.Path(path_type=Path), help="Text for the proof [default: a built-in excerpt]."
 )
 @click.option("--report", type=click.Path(path_type=Path), help="Write the proof as JSON here.")
+@click.option("--no-card", is_flag=True, help="Do not write a model card (README.md) beside the file.")
 @threads_option
 @_type_flags
 def command(
@@ -112,6 +113,7 @@ def command(
     force: bool,
     resume: bool,
     no_validate: bool,
+    no_card: bool,
     text: Path | None,
     report: Path | None,
     threads: int | None,
@@ -161,9 +163,11 @@ def command(
     with progress_bar("converting", plan.size) as tell:
         result = execute(plan, out.parent, threads=threads, force=force, resume=resume, progress=tell)
     if no_validate:
+        if not no_card:
+            _card(source, result, None)
         _summary(result, None, as_json)
         return 0
-    from lconvert.validators import parity
+    from lconvert.validators import documents, parity
 
     try:
         with status("validating") as tell:
@@ -172,10 +176,21 @@ def command(
             )
     except LconvertError as e:
         raise type(e)(f"{result.paths[0]} is written but not proven: {e}") from None
+    data = proof.to_json()
     if report:
-        report.write_text(json.dumps(proof.to_json(), indent=1) + "\n")
+        report.write_text(documents.dumps(data))
+    if not no_card:
+        _card(source, result, data)
     _summary(result, proof, as_json)
     return proof.exit_code
+
+
+def _card(source: str, result: Any, report: dict[str, Any] | None) -> None:
+    """The model card beside the artifact."""
+    from lconvert.validators import card
+
+    text = card.card(result.manifest, report, card.source_card(source))
+    card.write(result.paths[0].parent, text, result.paths[0].name)
 
 
 def _summary(result: Any, proof: Any, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def command(
       lconvert validate ./my-model my-model-Q4_K_M.gguf --layers --baseline last-release.json
       lconvert validate ./my-model ./my-model --runtime vllm --python .venv-vllm/bin/python
     """
-    from lconvert.validators import parity
+    from lconvert.validators import documents, parity
 
     read = [options["text"], options["gates"], options["baseline"]]
     fail_fast_files(read=read, written=[report, html, junit, markdown])
@@ -112,12 +111,12 @@ def command(
             **options,
         )
     data = proof.to_json()
-    content = json.dumps(data, indent=1, allow_nan=False)
+    content = documents.dumps(data)
     if report:
-        report.write_text(content + "\n", encoding="utf-8")
+        report.write_text(content, encoding="utf-8")
     _write(html, junit, markdown, data)
     if as_json:
-        click.echo(content)
+        click.echo(content, nl=False)
     else:
         print_report(proof)
     return proof.exit_code

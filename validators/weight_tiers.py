@@ -1,0 +1,151 @@
+"""The tiers structure and tensors: does the artifact hold what it should, and does it say so truly?"""
+
+from __future__ import annotations
+
+from lconvert.formats import gguf as container
+from lconvert.validators import structure, tensors, traits
+from lconvert.validators.proof import Proof, files
+
+
+def run(proof: Proof) -> tensors.TensorCheck | None:
+    """Both tiers; the table of tensors, None where they were left out or the format has none yet."""
+    wanted = {"structure", "tensors"} & set(proof.options.tiers)
+    if not wanted:
+        return None
+    if proof.artifact is None:
+        proof.not_proven.append("structure and tensors: ONNX graphs are not read into the IR")
+        return None
+    proof.progress("tensors")
+    found = None
+    if proof.kind == "gguf":
+        found = tensors.check_gguf(proof.path, proof.artifact, proof.source)
+    else:
+        found = tensors.check_folder(proof.path, proof.artifact, proof.source)
+    proof.details["tensors"] = found.to_json()
+    proof.details["artifact"]["bits_per_weight"] = found.bits_per_weight
+    if "structure" in wanted:
+        _structure(proof, found)
+    if "tensors" in wanted:
+        _values(proof, found)
+    return found
+
+
+def _structure(proof: Proof, found: tensors.TensorCheck) -> None:
+    assert proof.artifact is not None
+    types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))
+    proof.count("structure", "independent reader", found.structure, f"{found.tensors} tensors: {types}")
+    source, artifact = proof.source.arch, proof.artifact.arch
+    compared = structure.gguf_traits if proof.kind == "gguf" else traits.differences
+    proof.count("structure", "traits", compared(source, artifact), "as the source says")
+    for file in files(proof.path):
+        pair = structure.manifest_hash(file)
+        if pair is not None:
+            proof.add("structure", "sha256 of the manifest", pair[0][:16], pair[1][:16], pair[0] == pair[1])
+    if proof.kind == "gguf":
+        _claims(proof)
+
+
+def _claims(proof: Proof) -> None:
+    """What the file's metadata says of its own tensors."""
+    assert proof.artifact is not None
+    file = container.read(proof.path)
+    proof.count(
+        "structure", "metadata", structure.gguf_claims(file, proof.artifact), "agrees with the tensors"
+    )
+    fewer = structure.fewer_bits(file, proof.artifact)
+    chosen = proof.details.get("manifest", {}).get("options", {})
+    if any(chosen.get(key) for key in _CHOSEN):
+        proof.notes += [f"by choice: {text}" for text in fewer[:5]]
+        return
+    limit = float(proof.gates["mixture"]["fewer_bits"])
+    value = f"{len(fewer)} have fewer bits" if fewer else "as llama.cpp's mixture of this name"
+    proof.add(
+        "structure",
+        "tensor types",
+        value,
+        f"{limit:g} with fewer bits",
+        len(fewer) <= limit,
+        measured=len(fewer),
+        limit=limit,
+    )
+    proof.notes += [f"tensor types: {text}" for text in fewer[:5]]
+
+
+#: options of a conversion that choose types other than the mixture's
+_CHOSEN = ("tensor_types", "output_tensor_type", "token_embedding_type", "pure")
+
+
+def _values(proof: Proof, found: tensors.TensorCheck) -> None:
+    """The tensors tier: exact where promised, close everywhere else."""
+    worst = found.max_difference
+    proof.add(
+        "tensors",
+        "independent dequantization",
+        f"max |difference| {worst:g}",
+        "0",
+        worst == 0,
+        measured=worst,
+        limit=0,
+    )
+    broken = found.broken_promises
+    value = f"{found.exact} of {len(found.table)}"
+    proof.add(
+        "tensors", "equal to the source", value, "all floats", not broken, measured=len(broken), limit=0
+    )
+    proof.notes += [f"not equal to the source: {name}" for name in broken[:5]]
+    bad = [f"{r.name} holds {r.non_finite}" for r in found.table if r.non_finite]
+    if bad:
+        proof.count("tensors", "NaN or infinite values", bad, "")
+    _stock_blocks(proof, found)
+    limit = float(proof.gates["relative_error"])
+    wrong = found.by_type(lambda r: r.relative_error if r.block_error is not None else None)
+    if wrong:
+        error, role = max(wrong.values())
+        name = "RMS error of the worst tensor"
+        value = f"{error:.3g} of its RMS in {role}"
+        proof.add("tensors", name, value, f"<= {limit:g}", error <= limit, measured=error, limit=limit)
+    for title, column, limits in (
+        ("worst block", lambda r: r.block_error, proof.gates["block_error"]),
+        ("squared error against the stock encoder's", lambda r: r.stock_ratio, proof.gates["stock_ratio"]),
+        ("worst block against the stock encoder's", lambda r: r.error_ratio, proof.gates["error_ratio"]),
+    ):
+        for type_, (error, role) in found.by_type(column).items():
+            gate = float(limits.get(type_, limits["default"]))
+            value = f"{error:.3g} in {role}"
+            proof.add(
+                "tensors",
+                f"{type_}: {title}",
+                value,
+                f"<= {gate:g}",
+                error <= gate,
+                measured=error,
+                limit=gate,
+            )
+    for type_, (error, role) in found.by_type(lambda r: r.relative_error).items():
+        if error:
+            proof.notes.append(
+                f"relative error of {type_} tensors against the source: up to {error:.3e} ({role})"
+            )
+
+
+def _stock_blocks(proof: Proof, found: tensors.TensorCheck) -> None:
+    """Where most blocks are those of llama.cpp's encoder, all of them must be, or no further from the source."""
+    compared = [r for r in found.table if r.stock_blocks is not None]
+    if not compared:
+        return
+    same = sum(r.stock_blocks == 1 for r in compared)
+    damaged = [f"{r.name} has {r.damaged} damaged blocks" for r in compared if r.damaged]
+    proof.count(
+        "tensors",
+        "blocks of the stock encoder",
+        damaged,
+        f"{same} of {len(compared)} tensors block for block"
+        + ("" if same == len(compared) else ", the others by another method"),
+    )
+    judged = [r for r in compared if r.nearest is not None]
+    if judged:
+        stray = [f"{r.name} has {r.stray} codes that are not the nearest" for r in judged if r.stray]
+        lowest = min(r.nearest for r in judged if r.nearest is not None)
+        proof.count(
+            "tensors", "nearest codes", stray, f"{100 * lowest:.2f}% or more in {len(judged)} tensors"
+        )
