@@ -13,12 +13,13 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # appended, so that no folder here hides a package
 from tests.conftest import SHARED
-from tests.faults.faults import EQUIVALENT, FAULTS, PENDING, SHARED_FAULTS, Fault
+from tests.faults.faults import EQUIVALENT, FAULTS, HIDDEN, PENDING, SHARED_FAULTS, Fault
 from tests.faults.judge import judge, largest_difference, plant
 from tests.faults.models import GOOD, Models, unseen
 
@@ -69,8 +70,21 @@ def main() -> int:
         models = Models(Path(work), options.redraw)
         rows = planted(models, faults, Path(work))
         alarms = accused(models)
+        print("\nDamage that only the manifest's hash is sure to show, and what the gates say without it:\n")
+        row("fault", "model", "type", "without a manifest")
+        row(*["---"] * 4)
+        for fault in HIDDEN:
+            folder = Path(work) / f"hidden-{fault.id}"
+            folder.mkdir()
+            found = judge(models, fault.model, plant(models, replace(fault, manifest=None), folder))
+            row(
+                fault.name,
+                fault.model,
+                fault.type,
+                f"{found.tier}: {found.words}" if found.tier else "nothing",
+            )
         print("\nChanges that change nothing:\n")
-        row("change", "model", "type", "max \\|delta logit\\| in llama.cpp")
+        row("change", "model", "type", "max |delta logit| in llama.cpp")
         row(*["---"] * 4)
         for change in EQUIVALENT:
             folder = Path(work) / f"equivalent-{change.id}"

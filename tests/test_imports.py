@@ -31,6 +31,14 @@ ORDER = {
     for name in group
 }
 HEAVY = {
+    "datasets",
+    "lm_eval",
+    "matplotlib",
+    "mlflow",
+    "onnx",
+    "onnxruntime",
+    "vllm",
+    "wandb",
     "torch",
     "transformers",
     "tokenizers",

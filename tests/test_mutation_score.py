@@ -18,7 +18,7 @@ from tests.conftest import ROOT, SHARED
 for package in ("torch", "transformers", "llama_cpp", "gguf", "safetensors", "tokenizers"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 from lconvert.validators.report import TIERS
-from tests.faults.faults import EQUIVALENT, FAULTS, FOLDERS, PENDING, SHARED_FAULTS, TRAITS, Fault
+from tests.faults.faults import EQUIVALENT, FAULTS, FOLDERS, HIDDEN, PENDING, SHARED_FAULTS, TRAITS, Fault
 from tests.faults.judge import judge, largest_difference, plant
 from tests.faults.models import GOOD, Models, unseen
 
@@ -37,7 +37,7 @@ def _needs(fault: Fault) -> None:
         pytest.skip("the shared models are not beside this checkout")
 
 
-@pytest.mark.parametrize("fault", FAULTS + SHARED_FAULTS, ids=_id)
+@pytest.mark.parametrize("fault", FAULTS + SHARED_FAULTS + HIDDEN, ids=_id)
 def test_every_fault_is_caught_in_its_tier(fault: Fault, models: Models, tmp_path: Path) -> None:
     _needs(fault)
     bad = plant(models, fault, tmp_path)

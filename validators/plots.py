@@ -179,6 +179,30 @@ def quality(rows: Sequence[Mapping[str, Any]], stock_rows: Sequence[Mapping[str,
         return figure
 
 
+def frontiers(models: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Any:
+    """Mean KLD against bits per weight for several models, one curve each; the types are named on the topmost."""
+    with _drawing(4.4) as (figure, axes):
+        series = []
+        for label, found in models:
+            rows = sorted(filter(_drawable, found), key=lambda r: float(r["bits_per_weight"]))
+            series.append(
+                Series(
+                    label,
+                    [r["bits_per_weight"] for r in rows],
+                    [max(r["kld_mean"], _LEAST) for r in rows],
+                )
+            )
+        _curves(axes, series, marker=True)
+        _log(axes, [y for s in series for y in s.y])
+        top = max(models, key=lambda m: max(float(r["kld_mean"]) for r in m[1]))
+        for row in filter(_drawable, top[1]):
+            at = row["bits_per_weight"], max(row["kld_mean"], _LEAST)
+            _label(axes, *at, row.get("type", ""), COLOURS["muted"], (5, 4), "left")
+        axes.margins(x=0.1, y=0.1)
+        _name(axes, "bits per weight", "mean KL divergence, nats", legend=len(models) > 1)
+        return figure
+
+
 def bars(rows: Sequence[tuple[str, Mapping[str, Any]]], unit: str, factor: float = 1.0) -> Any:
     """Medians as horizontal bars with the range of the repetitions; a row is (label, {median, min, max})."""
     kept = [(label, s) for label, s in rows if s.get("median") is not None]

@@ -159,7 +159,25 @@ def same_tokenizer(source: Tokenizer, artifact: Tokenizer | None) -> dict[str, l
         f"{name}: {_short(b)}, expected {_short(a)}"
         for name, a, b in _fields("", dict(source.special), dict(artifact.special))
     ]
+    for name in _SETTINGS:
+        a, b = source.config.get(name), artifact.config.get(name)
+        if a != b:
+            special.append(f"tokenizer_config.json, {name}: {_short(b)}, expected {_short(a)}")
     return {"vocabulary": vocabulary, "special ids": special}
+
+
+#: Settings of a tokenizer that change what a prompt becomes.
+_SETTINGS = ("model_max_length", "add_bos_token", "add_eos_token", "padding_side", "truncation_side")
+
+
+def same_ids(source: Mapping[str, Any], artifact: Mapping[str, Any]) -> list[str]:
+    """Special ids in two config.json, which generation falls back to."""
+    names = [f"{name}_token_id" for name in ("bos", "eos", "pad", "unk", "sep", "decoder_start")]
+    return [
+        f"config.json, {name}: {_short(artifact.get(name))}, expected {_short(source.get(name))}"
+        for name in names
+        if source.get(name) != artifact.get(name)
+    ]
 
 
 def _merges(t: Tokenizer) -> list[str]:

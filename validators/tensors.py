@@ -35,7 +35,8 @@ class TensorRow:
     """One tensor of the artifact, by canonical role, against the source's.
 
     promised: a float type, whose values must be the source's, or the source's rounded to nearest; kept: they are.
-    relative_error: RMS error / RMS of the source. block_error: in the worst block, max |error| / max |source|.
+    relative_error: RMS error / RMS of the source. block_error: in the worst block, max |error| / max |source|;
+    block_rms: the same with root mean squares.
     stock_blocks: share of blocks whose values are those of the stock encoder (llama.cpp's, without importances) on the
     source's values, None where it was not run. damaged: blocks that are not, in a tensor where most are, and that are
     further from the source. error_ratio: the worst block's squared error / the same block's by the stock encoder, in a
@@ -53,6 +54,7 @@ class TensorRow:
     kept: bool
     relative_error: float | None
     block_error: float | None = None
+    block_rms: float | None = None
     stock_blocks: float | None = None
     damaged: int = 0
     error_ratio: float | None = None
@@ -241,7 +243,8 @@ def _independent_difference(package: Any, own: gguf.GGUFFile, name: str, other: 
         stop = min(start + step, raw.shape[0])
         ours = kernels.dequantize(info.type, raw.read(start, stop), cols)
         theirs = package.dequantize(stored[start:stop].reshape(-1), other.tensor_type).reshape(ours.shape)
-        difference = np.abs(ours.astype(np.float64) - theirs)
+        with np.errstate(invalid="ignore"):  # infinities: counted where values are
+            difference = np.abs(ours.astype(np.float64) - theirs)
         worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
     return worst
 
@@ -279,6 +282,7 @@ def compare(role: str, data: Tensor | QTensor, original: Tensor | QTensor, shift
         kept=sums.equal or (bool(cast) and sums.is_cast),
         relative_error=_finite((sums.error / sums.norm) ** 0.5 if sums.norm else 0.0),
         block_error=_finite(sums.worst) if block else None,
+        block_rms=_finite(sums.worst_rms) if block else None,
         stock_blocks=sums.same / sums.blocks if sums.blocks else None,
         damaged=sums.worse if sums.blocks and sums.same >= _STOCK * sums.blocks else 0,
         error_ratio=_finite(sums.ratio) if other else None,
@@ -314,7 +318,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.equal = self.is_cast = True
-        self.error = self.norm = self.worst = self.ratio = self.best = 0.0
+        self.error = self.norm = self.worst = self.worst_rms = self.ratio = self.best = 0.0
         self.blocks = self.same = self.worse = self.non_finite = 0
 
     def add(self, a: NDArray[np.float32], b: NDArray[np.float32], width: int, type_: str) -> None:
@@ -326,7 +330,8 @@ class _Sums:
             self.same += a.size // width if type_ else 0
             return
         self.equal = False
-        delta = a.astype(np.float64) - b
+        with np.errstate(invalid="ignore"):
+            delta = a.astype(np.float64) - b
         squares = np.square(delta)
         self.error += float(squares.sum())
         self.norm += float(np.square(b, dtype=np.float64).sum())
@@ -336,6 +341,10 @@ class _Sums:
         largest = np.abs(b).reshape(-1, width).max(axis=1)
         ratio = np.divide(wrong, largest, out=np.where(wrong > 0, np.inf, 0.0), where=largest > 0)
         self.worst = max(self.worst, float(ratio.max(initial=0.0)))
+        wrong = squares.reshape(-1, width).sum(axis=1)
+        largest = np.square(b, dtype=np.float64).reshape(-1, width).sum(axis=1)
+        ratio = np.divide(wrong, largest, out=np.where(wrong > 0, np.inf, 0.0), where=largest > 0)
+        self.worst_rms = max(self.worst_rms, float(ratio.max(initial=0.0)) ** 0.5)
         if type_:
             self._stock(a, b, squares.reshape(-1, width).sum(axis=1), width, type_)
 

@@ -26,6 +26,8 @@ def run(proof: Proof, corpus: str) -> None:
         if proof.kind == "gguf"
         else structure.same_tokenizer(source.tokenizer, artifact.tokenizer)
     )
+    if proof.kind == "hf":
+        found["special ids"] += structure.same_ids(source.config, artifact.config)
     for name, wrong in found.items():
         proof.count("tokens", name, wrong, "as in the source")
     reference = reference_tokenizer(source.tokenizer)

@@ -106,6 +106,7 @@ def _values(proof: Proof, found: tensors.TensorCheck) -> None:
         proof.add("tensors", name, value, f"<= {limit:g}", error <= limit, measured=error, limit=limit)
     for title, column, limits in (
         ("worst block", lambda r: r.block_error, proof.gates["block_error"]),
+        ("RMS of the worst block", lambda r: r.block_rms, proof.gates["block_rms"]),
         ("squared error against the stock encoder's", lambda r: r.stock_ratio, proof.gates["stock_ratio"]),
         ("worst block against the stock encoder's", lambda r: r.error_ratio, proof.gates["error_ratio"]),
     ):

@@ -206,14 +206,6 @@ def transposed(x: NDArray[Any]) -> NDArray[Any]:
     return x.T
 
 
-def swapped_rows(a: int, b: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    def change(x: NDArray[Any]) -> NDArray[Any]:
-        x[[a, b]] = x[[b, a]]
-        return x
-
-    return change
-
-
 # --- tokenizer and container -----------------------------------------------------------------------------
 
 
@@ -336,6 +328,36 @@ def plain_added_token(folder: Folder) -> None:
 
 def other_eos(folder: Folder) -> None:
     folder.json["tokenizer_config.json"]["eos_token"] = "<|pad|>"
+
+
+def without_post_processor(folder: Folder) -> None:
+    """Nothing is put around a text any more."""
+    folder.json["tokenizer.json"]["post_processor"] = None
+
+
+def added_tokens(**values: Any) -> Callable[[Folder], None]:
+    """Fields of all added tokens."""
+
+    def change(folder: Folder) -> None:
+        for token in folder.json["tokenizer.json"]["added_tokens"]:
+            token.update(values)
+
+    return change
+
+
+def other_split(folder: Folder) -> None:
+    """GPT-2's way to split a text."""
+    folder.json["tokenizer.json"]["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+
+
+def other_end(folder: Folder) -> None:
+    """Generation stops at another token than the model was trained to end with."""
+    folder.json["generation_config.json"]["eos_token_id"] = 2044
 
 
 def other_template(folder: Folder) -> None:

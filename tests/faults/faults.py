@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Types
 from numpy.typing import NDArray
 
 from .changes import (
+    added_tokens,
     as_type,
     blocks,
     changed,
@@ -31,7 +32,9 @@ from .changes import (
     map_values,
     mislabelled,
     new_key,
+    other_end,
     other_eos,
+    other_split,
     other_template,
     parts,
     permute_heads,
@@ -55,6 +58,7 @@ from .changes import (
     transposed,
     unwoven,
     without,
+    without_post_processor,
     woven,
 )
 from .planter import (
@@ -228,6 +232,8 @@ VALUES = (
     Fault("one byte flipped: codes", "olmo2", "Q2_K", "tensors", bit("blk.1.ffn_up.weight", 50, 40, 0xFF)),
     Fault("one byte flipped: codes", "qwen3", "Q3_K_M", "tensors", bit("blk.1.ffn_up.weight", 50, 40, 0xFF)),
     Fault("one byte flipped: codes", "phi3", "IQ4_NL", "tensors", bit("blk.1.ffn_up.weight", 50, 10, 0xFF)),
+    Fault("one byte flipped: codes", "mistral", "IQ4_XS", "tensors", bit("blk.1.ffn_up.weight", 50, 20, 0xFF)),
+    Fault("one byte flipped: codes", "llama", "TQ2_0", "tensors", bit("blk.1.ffn_up.weight", 50, 11, 0xFF)),
     Fault("one byte flipped: codes", "demo", "Q4_K_M imatrix", "tensors", bit("blk.1.ffn_up.weight", 50, 60, 0xFF)),
     Fault("one byte flipped: codes", "qwen3", "Q4_K_M imatrix", "tensors", bit("blk.1.ffn_up.weight", 50, 60, 0xFF)),
     Fault("scale of the neighbouring block", "llama", "Q4_K_M imatrix", "tensors",
@@ -238,6 +244,14 @@ VALUES = (
           in_gguf(swap("blk.{}.ffn_gate.weight", "blk.{}.ffn_up.weight"))),
     Fault("gate and up swapped", "granite", "IQ2_XS imatrix", "tensors",
           in_gguf(swap("blk.{}.ffn_gate.weight", "blk.{}.ffn_up.weight"))),
+    Fault("two blocks swapped", "mistral", "IQ3_S imatrix", "tensors",
+          in_gguf(swap_blocks("blk.0.ffn_up.weight", 110, 10, 11))),
+    Fault("two blocks swapped", "granite", "IQ2_XS imatrix", "tensors",
+          in_gguf(swap_blocks("blk.0.ffn_up.weight", 74, 10, 11))),
+    Fault("scale of a block four times too large", "mistral", "IQ3_S imatrix", "tensors",
+          bit("blk.1.ffn_up.weight", 51, 1, 0x08)),
+    Fault("one byte flipped: low nibble of a code byte", "mistral", "IQ4_XS imatrix", "tensors",
+          bit("blk.1.ffn_up.weight", 50, 20, 0x0F)),
     Fault("one bit flipped: exponent", "demo", "F32", "tensors", bit("blk.0.attn_q.weight", 1000, 3, 0x20)),
     Fault("one bit flipped: lowest of a mantissa", "demo", "F32", "tensors", bit("blk.0.attn_q.weight", 1000, 0, 1)),
     Fault("one bit flipped: lowest of a mantissa, in a norm", "cohere", "Q4_K_M", "tensors",
@@ -379,6 +393,8 @@ FOLDERS = (
                                map_folder(lambda x: x[woven(128, 4)], "k_proj")(f), None)[-1])),
     Fault("head tied although it is not", "llama", "HF", "structure", in_folder(config(tie_word_embeddings=True))),
     Fault("bias dropped", "qwen2", "HF", "tensors", in_folder(map_folder(_no_bias, "layers.0.self_attn.q_proj.bias"))),
+    Fault("wrong BOS in the config", "llama", "HF", "tokens", in_folder(config(bos_token_id=7)), silent=True),
+    Fault("wrong EOS in the config", "demo", "HF", "tokens", in_folder(config(eos_token_id=7)), silent=True),
     Fault("soft cap dropped", "gemma2", "HF", "structure", in_folder(config(final_logit_softcapping=None))),
     Fault("sliding window ignored", "gemma3", "HF", "structure",
           in_folder(config(layer_types=["full_attention"] * 3))),
@@ -401,6 +417,11 @@ FOLDERS = (
     Fault("two merges reordered", "llama", "HF", "tokens", in_folder(swapped_merges)),
     Fault("added token missing", "qwen3", "HF", "tokens", in_folder(plain_added_token)),
     Fault("wrong EOS", "llama", "HF", "tokens", in_folder(other_eos)),
+    Fault("wrong EOS for generation", "demo", "HF", "tokens", in_folder(other_end)),
+    Fault("BOS not added", "llama", "HF", "tokens", in_folder(without_post_processor)),
+    Fault("added tokens no longer special", "qwen3", "HF", "tokens", in_folder(added_tokens(special=False))),
+    Fault("added tokens strip what is before them", "qwen2", "HF", "tokens", in_folder(added_tokens(lstrip=True))),
+    Fault("wrong pre-tokenizer", "demo", "HF", "tokens", in_folder(other_split)),
     Fault("wrong chat template", "llama", "HF", "tokens", in_folder(other_template)),
 )  # fmt: skip
 
@@ -420,6 +441,19 @@ SHARED_FAULTS = (
           in_gguf(swapped_items("tokenizer.ggml.scores", 265, 300))),
     Fault("space prefix lost", "stories260K", "Q8_0", "tokens",
           in_gguf(new_key("tokenizer.ggml.add_space_prefix", False, BOOL))),
+)  # fmt: skip
+
+#: Damage that hides in what coarse types lose anyway, where nobody can know how the file was encoded: only the manifest's hash
+#: is sure to show it.
+HIDDEN = (
+    Fault("one byte flipped: codes", "mistral", "IQ3_S imatrix", "structure",
+          bit("blk.1.ffn_up.weight", 50, 20, 0xFF), says="sha256", manifest=("mistral", "IQ3_S imatrix")),
+    Fault("one byte flipped: codes", "granite", "IQ2_XS imatrix", "structure",
+          bit("blk.1.ffn_up.weight", 50, 20, 0xFF), says="sha256", manifest=("granite", "IQ2_XS imatrix")),
+    Fault("two bits flipped: lowest of two codes", "llama", "Q4_0 imatrix", "structure",
+          bit("blk.1.ffn_up.weight", 50, 10, 0x11), says="sha256", manifest=("llama", "Q4_0 imatrix")),
+    Fault("lowest byte of a scale", "mistral", "IQ3_S imatrix", "structure",
+          bit("blk.1.ffn_up.weight", 51, 0, 0xFF), says="sha256", manifest=("mistral", "IQ3_S imatrix")),
 )  # fmt: skip
 
 #: Changes that change nothing: llama.cpp must give the same ids and exactly the same logits.

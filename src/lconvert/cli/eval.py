@@ -128,9 +128,10 @@ def _drop(text: str) -> tuple[str, float]:
 
 def _text(path: Path | None) -> str:
     from lconvert.errors import InputError
+    from lconvert.validators.proof import builtin_text
 
     if path is None:
-        path = Path(__file__).resolve().parent.parent / "validators" / "text" / "excerpt.txt"
+        return builtin_text()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
