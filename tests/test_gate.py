@@ -93,6 +93,29 @@ def test_two_runtimes_in_one_report(artifacts: Path) -> None:
         report.stats("stock")
 
 
+def test_an_onnx_file_is_an_artifact(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    from tests.onnx_decoder import llama
+
+    report = lconvert.validate(DEMO, llama(DEMO, tmp_path / "m.onnx"), max_windows=2)
+    assert report.passed and report.stats()["kld"]["mean"] <= 1e-11
+    levels = {r["role"]: r.get("accuracy_level") for r in report.details["runtimes"]}
+    assert levels == {"reference": None, "candidate": "1", "served": "4"}
+    assert report.stats("served")["tokens"] == 1024
+    assert "tokens: an ONNX file holds no tokenizer" in report.not_proven
+    # A graph that was made with another rotary base.
+    shutil.copytree(DEMO, tmp_path / "other", copy_function=shutil.copy)
+    config = json.loads((DEMO / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    wrong = llama(tmp_path / "other", tmp_path / "wrong.onnx")
+    report = lconvert.validate(DEMO, wrong, max_windows=1)
+    assert ("logits", "cost: KL divergence") in failed(report)
+    (tmp_path / "no.onnx").write_bytes(b"no graph")
+    report = lconvert.validate(DEMO, tmp_path / "no.onnx", max_windows=1)
+    assert failed(report) == {("structure", "onnxruntime loads it")} and report.exit_code == 1
+
+
 # --- bad input -------------------------------------------------------------------------------------------
 
 

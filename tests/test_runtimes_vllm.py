@@ -191,3 +191,20 @@ def test_a_quantized_folder(shared: Path) -> None:
     assert 1e-4 < distance(base.logits(ids), runtime.logits(ids))[0] < 0.2
     runtime.close()
     assert len(remote._POOL) == 1, "one import of vLLM must serve every model"
+
+
+def test_the_gate_holds_in_vllm() -> None:
+    """A dense folder in fp32: largest difference of a log-probability below 1e-4, the gate of gates.yaml."""
+    report = lconvert.validate(
+        DEMO,
+        DEMO,
+        runtimes=["vllm"],
+        python={"vllm": PYTHON},
+        tiers=["logits"],
+        max_windows=1,
+        context=CONTEXT,
+    )
+    assert report.passed, [c for c in report.checks if c.passed is False]
+    assert 0 < report.stats()["max_logprob_difference"] < 1e-4
+    [check] = [c for c in report.checks if "delta log p" in c.name]
+    assert check.limit == 1e-4 and check.passed

@@ -11,7 +11,7 @@ from lconvert.validators.page import Cell
 Details = Mapping[str, Any]
 
 #: the order in which comparisons are shown
-_ORDER = ("cost", "stock", "fidelity", "graph")
+_ORDER = ("cost", "stock", "served", "fidelity", "graph")
 
 
 def first(details: Details, measure: str) -> Mapping[str, Any] | None:
@@ -128,6 +128,7 @@ _MEASURES = {
     "cost": "Cost: the artifact against the original.",
     "stock": "Stock: the stock encoder at the same size against the original.",
     "fidelity": "Fidelity: the artifact in its runtime against its own numbers evaluated in fp32.",
+    "served": "Served: the cost at the settings that one would serve with.",
     "graph": "Graph: its numbers as F32 weights in the runtime against the same evaluation.",
 }
 

@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from lconvert import __version__
 from lconvert.archs import find
 from lconvert.converters import gguf, gguf_mixture
 from lconvert.errors import InputError
 from lconvert.ir import Model
 from lconvert.plan import execute
 from lconvert.validators import gates as gate_file
-from lconvert.validators import greedy, logit_cache, stock
+from lconvert.validators import greedy, stock
 from lconvert.validators.logits import LEAST, Logits, LogitStats, compare, paired, windows
-from lconvert.validators.proof import Proof
-from lconvert.validators.runtimes import DEFAULT, Generation, Runtime, llamacpp, open_runtime
+from lconvert.validators.proof import Proof, files
+from lconvert.validators.reference import Reference
+from lconvert.validators.runtimes import DEFAULT, Purpose, Runtime, llamacpp, open_runtime
 from lconvert.validators.runtimes.config import settings
 from lconvert.validators.tensors import TensorCheck, typical_bits
 
@@ -35,67 +35,8 @@ _GRAPH_LIMIT = 8 << 30
 _STOCK_LIMIT = 2 << 30
 
 
-class Reference:
-    """The original model: transformers on a Hugging Face folder, else our own reading. Opened when first needed."""
-
-    def __init__(self, proof: Proof) -> None:
-        source, options = proof.source, proof.options
-        self._source, self._options = source, options
-        folder = Path(source.source)
-        self.independent = (folder / "config.json").is_file()
-        self._runtime: Runtime | None = None
-        self._cached = logit_cache.CachedLogits(options.cache, self._key(folder), self._open)
-
-    def _key(self, folder: Path) -> dict[str, Any]:
-        if self._options.cache is None:
-            return {}
-        return {
-            "model": logit_cache.model_hash(folder) if folder.exists() else None,
-            "runtime": "transformers" if self.independent else f"dequantized by lconvert {__version__}",
-            "versions": _versions("torch", "transformers"),
-            "settings": "fp32, eager attention",
-        }
-
-    def _open(self) -> Logits:
-        return self.runtime.logits
-
-    @property
-    def runtime(self) -> Runtime:
-        if self._runtime is None:
-            name = "transformers" if self.independent else "dequantized"
-            self._runtime = open_runtime(name, self._source.source, threads=self._options.threads)
-        return self._runtime
-
-    def logits(self, ids: list[int]) -> Any:
-        return self._cached(ids)
-
-    def generate(self, ids: list[int], n: int) -> Generation:
-        return Generation(self._cached.continuation(ids, n, lambda: self.runtime.generate(ids, n).ids), ())
-
-    def info(self) -> dict[str, str]:
-        if self._runtime is not None:
-            return self._runtime.info()
-        return {"runtime": "transformers", "logits": "from the cache", **_versions("torch", "transformers")}
-
-    @property
-    def notes(self) -> list[str]:
-        return self._cached.notes
-
-    def close(self) -> None:
-        if self._runtime is not None:
-            self._runtime.close()
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    out = {}
-    for name in packages:
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            out[name] = "not installed"
-    return out
+#: Runtimes whose speed costs accuracy, and by which setting: they are measured at both.
+_SERVED = {"onnxruntime": "accuracy level 4"}
 
 
 def run(proof: Proof, corpus: str, tensors: TensorCheck | None) -> None:
@@ -147,7 +88,15 @@ def _bos(proof: Proof) -> int | None:
     return found[0] if found else None
 
 
-def opened(proof: Proof, name: str, path: Path, *, context: int = 512, vocab_only: bool = False) -> Runtime:
+def opened(
+    proof: Proof,
+    name: str,
+    path: Path,
+    *,
+    context: int = 512,
+    vocab_only: bool = False,
+    purpose: Purpose = "parity",
+) -> Runtime:
     """A runtime by the options and by lconvert.toml, in another interpreter where one is configured."""
     configured = settings(name)
     python = proof.options.python.get(name) or configured.python
@@ -158,6 +107,7 @@ def opened(proof: Proof, name: str, path: Path, *, context: int = 512, vocab_onl
         path,
         context=context,
         threads=proof.options.threads,
+        purpose=purpose,
         python=python,
         timeout=proof.options.timeout or configured.timeout,
         options=configured.options,
@@ -215,6 +165,8 @@ class _Comparison:
             if made is not None:
                 self._relative(cost, stats["reference", "stock"], made)
             self._greedy(candidate)
+            if self.name in _SERVED:
+                self._served(stack)
             if encoder is not None and p.options.curve:
                 self._curve(stack, encoder, made, stats)
         if own is not None and p.kind == "gguf":
@@ -274,8 +226,7 @@ class _Comparison:
         p = self.proof
         self._record("cost", stats, p.source.name or "original")
         if p.quantized:
-            assert p.artifact is not None
-            bits = typical_bits(self.tensors.table) if self.tensors else stock.bits_per_weight(p.path)
+            bits = typical_bits(self.tensors.table) if self.tensors else self._bits()
             gate = gate_file.cost_gate(p.gates, bits)
             if rival is not None and p.gates["cost_follows_stock"]:
                 gate = max(gate, rival.kld_mean * float(p.gates["relative"]["factor"]))
@@ -285,6 +236,13 @@ class _Comparison:
         else:
             self._rows("cost", stats, self._floor())
             self._logprob(stats)
+
+    def _bits(self) -> float:
+        """Bits per weight by the file's size, where its tensors were not looked at."""
+        if self.proof.kind == "gguf":
+            return stock.bits_per_weight(self.proof.path)
+        size = sum(f.stat().st_size for f in files(self.proof.path))
+        return 8 * size / max(1, sum(e.data.size for e in self.proof.source.entries.values()))
 
     def _floor(self) -> float:
         return gate_file.float_gate(
@@ -389,7 +347,21 @@ class _Comparison:
             )
         self.proof.details["curve"] = rows
 
-    # --- greedy continuation, and the graph
+    # --- as served, greedy continuation, and the graph
+
+    def _served(self, stack: ExitStack) -> None:
+        """The cost at the settings that one would serve with; no gate judges it."""
+        p = self.proof
+        p.progress(f"{self.name} as served")
+        context = self.context + p.options.greedy[1]
+        runtime = opened(p, self.name, p.path, context=context, purpose="speed")
+        stack.callback(runtime.close)
+        models = {"reference": self.reference.logits, "served": runtime.logits}
+        stats = compare(models, [("reference", "served")], self.texts[:2])["reference", "served"]
+        p.details["runtimes"].append({"role": "served"} | runtime.info())
+        self._record("served", stats, p.source.name or "original")
+        name = f"as served: KL divergence ({_SERVED[self.name]})"
+        self._add(name, f"mean {stats.kld_mean:.2e}", measured=stats.kld_mean)
 
     def _greedy(self, candidate: Runtime) -> None:
         p = self.proof

@@ -103,6 +103,8 @@ class Proof:
     @property
     def quantized(self) -> bool:
         """Whether the artifact holds tensors on a grid."""
+        if self.kind == "onnx":
+            return _quantized_graph(self.path)
         return self.artifact is not None and any(
             isinstance(e.data, QTensor) for e in self.artifact.entries.values()
         )
@@ -135,3 +137,19 @@ def files(path: Path) -> list[Path]:
     if path.suffix == ".gguf":
         return list(container.read(path).paths)
     return sorted({path, *path.parent.glob(f"{path.name}*data")})
+
+
+def _quantized_graph(path: Path) -> bool:
+    """Whether an ONNX graph multiplies by quantized weights."""
+    try:
+        import onnx
+    except ImportError:
+        raise MissingPackageError("onnx is not installed: pip install 'lconvert[onnx]'") from None
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as e:  # noqa: BLE001 - protobuf has its own errors
+        raise InputError(f"{path}: is not an ONNX file ({e})") from None
+    return any(n.op_type in _QUANTIZED_NODES for n in graph.node)
+
+
+_QUANTIZED_NODES = ("DequantizeLinear", "MatMulNBits", "MatMulInteger", "QMoE", "GatherBlockQuantized")
