@@ -38,7 +38,7 @@ def lifted(folder: Path) -> Path:
     """The shipped gates without the one on cost, and with fidelity for models that amplify every rounding."""
     own = dict(gates.shipped())
     own["cost"] = [{"bits": 33.0, "kld_mean": 100.0}]
-    own["fidelity"] = {"kld_mean": 0.5}
+    own["fidelity"] = {"llama.cpp": [{"bits": 32, "kld_mean": 0.5}]}
     own["float_floor"] = {"gelu_tanh": 1e-6, "gelu": 1e-6}  # measured up to 3.4e-7 on random models
     path = folder / "gates.yaml"
     path.write_text(yaml.safe_dump(own))

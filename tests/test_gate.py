@@ -493,10 +493,16 @@ def test_every_gate_says_which_measurement_set_it() -> None:
 
 
 def test_gates_of_a_user_are_laid_over_the_shipped_ones(tmp_path: Path) -> None:
-    (tmp_path / "g.yaml").write_text("schema: lconvert.gates/2\nfidelity:\n  llama.cpp: 1e-3\n")
+    (tmp_path / "g.yaml").write_text(
+        "schema: lconvert.gates/2\nfidelity:\n  llama.cpp: [{bits: 9, kld_mean: 1e-3}]\n"
+    )
     found = gates.load(tmp_path / "g.yaml")
-    assert gates.fidelity_gate(found, "llama.cpp") == 1e-3
-    assert gates.fidelity_gate(found, "vllm") == gates.fidelity_gate(gates.shipped(), "vllm")
+    assert (
+        gates.fidelity_gate(found, "llama.cpp", 2.6) == gates.fidelity_gate(found, "llama.cpp", 8.5) == 1e-3
+    )
+    shipped = gates.shipped()
+    assert gates.fidelity_gate(found, "vllm", 4.0) == gates.fidelity_gate(shipped, "vllm", 4.0)
+    assert gates.fidelity_gate(shipped, "llama.cpp", 2.6) > gates.fidelity_gate(shipped, "llama.cpp", 2.8)
     (tmp_path / "g.yaml").write_text("schema: lconvert.gates/2\nfidelity: 3\n")
     with pytest.raises(OptionError, match="gate fidelity is not what the shipped"):
         gates.load(tmp_path / "g.yaml")

@@ -66,14 +66,23 @@ def float_gate(gates: dict[str, Any], activation: str, runtime: str) -> float:
     return float(gates["float_floor"].get(activation, own)) if runtime == "llama.cpp" else own
 
 
-def fidelity_gate(gates: dict[str, Any], runtime: str) -> float:
+def fidelity_gate(gates: dict[str, Any], runtime: str, bits: float) -> float:
     """Mean KLD allowed between the artifact in a runtime and its own numbers in fp32."""
-    return float(gates["fidelity"].get(runtime, gates["fidelity"]["default"]))
+    return _bracket(gates["fidelity"].get(runtime, gates["fidelity"]["default"]), bits)
 
 
 def cost_gate(gates: dict[str, Any], bits: float) -> float:
     """Mean KLD allowed for an artifact of so many bits per quantized weight."""
-    for row in reversed(gates["cost"]):
-        if bits <= float(row["bits"]):
-            return float(row["kld_mean"])
-    return float(gates["cost"][0]["kld_mean"])
+    return _bracket(gates["cost"], bits)
+
+
+def usual(gates: dict[str, Any], bits: float) -> float:
+    """Mean KLD that larger models stay below at this width."""
+    return _bracket(gates["usual"], bits)
+
+
+def _bracket(rows: list[dict[str, float]], bits: float) -> float:
+    """The row with the least ceiling that is not below `bits`, the first one for more than all."""
+    return next(
+        (float(r["kld_mean"]) for r in reversed(rows) if bits <= float(r["bits"])), rows[0]["kld_mean"]
+    )

@@ -226,8 +226,13 @@ class _Comparison:
         p = self.proof
         self._record("cost", stats, p.source.name or "original")
         if p.quantized:
-            bits = typical_bits(self.tensors.table) if self.tensors else self._bits()
-            gate = gate_file.cost_gate(p.gates, bits)
+            bits = self._typical_bits()
+            gate, usual = gate_file.cost_gate(p.gates, bits), gate_file.usual(p.gates, bits)
+            if stats.kld_mean > usual:
+                p.notes.append(
+                    f"quality: a mean KLD of {stats.kld_mean:.2g} is more than models of 7 to 8 billion parameters lose at "
+                    f"this width ({usual:g}); it is this model's, not the conversion's, if the tensors are as they should be"
+                )
             if rival is not None and p.gates["cost_follows_stock"]:
                 gate = max(gate, rival.kld_mean * float(p.gates["relative"]["factor"]))
             self._rows("cost", stats, gate)
@@ -237,8 +242,10 @@ class _Comparison:
             self._rows("cost", stats, self._floor())
             self._logprob(stats)
 
-    def _bits(self) -> float:
-        """Bits per weight by the file's size, where its tensors were not looked at."""
+    def _typical_bits(self) -> float:
+        """Bits per weight of the layers; by the file's size, where its tensors were not looked at."""
+        if self.tensors is not None:
+            return typical_bits(self.tensors.table)
         if self.proof.kind == "gguf":
             return stock.bits_per_weight(self.proof.path)
         size = sum(f.stat().st_size for f in files(self.proof.path))
@@ -258,7 +265,9 @@ class _Comparison:
 
     def _fidelity(self, stats: LogitStats) -> None:
         self._record("fidelity", stats, "the artifact's numbers in fp32")
-        self._rows("fidelity", stats, gate_file.fidelity_gate(self.proof.gates, self.name))
+        self._rows(
+            "fidelity", stats, gate_file.fidelity_gate(self.proof.gates, self.name, self._typical_bits())
+        )
 
     def _rows(self, what: str, s: LogitStats, gate: float) -> None:
         k = s.data["kld"]
