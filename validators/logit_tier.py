@@ -28,7 +28,7 @@ from lconvert.validators.proof import Proof, files
 from lconvert.validators.reference import Reference
 from lconvert.validators.runtimes import DEFAULT, Purpose, Runtime, llamacpp, open_runtime
 from lconvert.validators.runtimes.config import settings
-from lconvert.validators.tensors import TensorCheck, typical_bits
+from lconvert.validators.tensors import typical_bits
 
 #: Largest temporary file for the check of the graph with F32 weights, and largest model given to the stock encoder.
 _GRAPH_LIMIT = 8 << 30
@@ -39,7 +39,7 @@ _STOCK_LIMIT = 2 << 30
 _SERVED = {"onnxruntime": "accuracy level 4"}
 
 
-def run(proof: Proof, corpus: str, tensors: TensorCheck | None) -> None:
+def run(proof: Proof, corpus: str) -> None:
     """All of the tier, for every runtime that was asked for."""
     context = _context(proof)
     texts = windows(token_ids(proof, corpus), context, _bos(proof), proof.options.max_windows)
@@ -53,7 +53,7 @@ def run(proof: Proof, corpus: str, tensors: TensorCheck | None) -> None:
     names = proof.options.runtimes or (DEFAULT[proof.kind],)
     try:
         for name in names:
-            work = _Comparison(proof, reference, name, texts, context, tensors)
+            work = _Comparison(proof, reference, name, texts, context)
             proof.guarded("logits", f"logits in {name}", work.run, runtime=name)
     finally:
         proof.notes += reference.notes
@@ -124,10 +124,9 @@ class _Comparison:
         name: str,
         texts: list[list[int]],
         context: int,
-        tensors: TensorCheck | None,
     ) -> None:
         self.proof, self.reference, self.name, self.texts = proof, reference, name, texts
-        self.context, self.tensors = context, tensors
+        self.context = context
 
     def run(self) -> None:
         p = self.proof
@@ -243,11 +242,9 @@ class _Comparison:
             self._logprob(stats)
 
     def _typical_bits(self) -> float:
-        """Bits per weight of the layers; by the file's size, where its tensors were not looked at."""
-        if self.tensors is not None:
-            return typical_bits(self.tensors.table)
-        if self.proof.kind == "gguf":
-            return stock.bits_per_weight(self.proof.path)
+        """Bits per weight of the layers; by the file's size, where tensors are not read."""
+        if self.proof.artifact is not None:
+            return typical_bits(self.proof.artifact)
         size = sum(f.stat().st_size for f in files(self.proof.path))
         return 8 * size / max(1, sum(e.data.size for e in self.proof.source.entries.values()))
 

@@ -110,7 +110,7 @@ def validate(
     if "logits" in tiers and found is not None and any(r.non_finite for r in found.table):
         proof.not_proven.append("logits: tensors hold NaN or infinite values")
     elif "logits" in tiers:
-        proof.guarded("logits", "logits", lambda: logit_tier.run(proof, corpus, found))
+        proof.guarded("logits", "logits", lambda: logit_tier.run(proof, corpus))
     if baseline is not None:
         for check in regressions(baseline, proof):
             proof.checks.append(check)

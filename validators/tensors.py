@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lconvert import kernels
 from lconvert.errors import InputError, MissingPackageError
 from lconvert.formats import gguf
 from lconvert.ir import Model, QTensor, Tensor
-from lconvert.kernels.blocks import BLOCKS, BlockType
+from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
 from lconvert.validators import codes
 
@@ -207,13 +207,13 @@ def check_entries(
     return tuple(rows)
 
 
-def typical_bits(table: Sequence[TensorRow]) -> float:
+def typical_bits(artifact: Model) -> float:
     """Bits per weight that at least half of the layers' weights have at most; small models store much of their
     size in the embedding and the output, which have rules of their own."""
     sizes = sorted(
-        (r.bits_per_weight, int(np.prod(r.shape)))
-        for r in table
-        if r.name.startswith("layers.") and len(r.shape) > 1
+        (_bits(_stored_bytes(e.data), e.data.size), e.data.size)
+        for name, e in artifact.entries.items()
+        if name.startswith("layers.") and len(e.shape) > 1
     )
     half, seen = sum(n for _, n in sizes) / 2, 0
     for bits, n in sizes:
@@ -266,7 +266,7 @@ def compare(role: str, data: Tensor | QTensor, original: Tensor | QTensor, shift
         sums.add(a, b, block.elems if block else 0, type_ if stock else "")
         if cast:
             sums.cast(a, b, cast)
-    size = _stored_bytes(data, block)
+    size = _stored_bytes(data)
     other = bool(sums.blocks) and sums.same < _STOCK * sums.blocks
     far, total = 0, 0
     if other and isinstance(data, QTensor) and isinstance(original, Tensor) and type_ in codes.TYPES:
@@ -298,12 +298,13 @@ def _finite(x: float) -> float:
     return x if np.isfinite(x) else float(np.finfo(np.float64).max)
 
 
-def _stored_bytes(data: Tensor | QTensor, block: BlockType | None) -> int:
+def _stored_bytes(data: Tensor | QTensor) -> int:
+    block = BLOCKS.get(_type(data)) if isinstance(data, QTensor) else None
     if block is not None:
         return data.size // block.elems * block.nbytes
     if isinstance(data, Tensor):
         return data.size * BLOCKS[data.dtype].nbytes
-    side = sum(_stored_bytes(t, None) for t in (data.scale, data.zero, data.offset) if t is not None)
+    side = sum(_stored_bytes(t) for t in (data.scale, data.zero, data.offset) if t is not None)
     return -(-data.size * data.grid.bits // 8) + side
 
 
