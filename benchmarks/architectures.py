@@ -17,15 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import lconvert
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # appended, so that no folder here hides a package
 from tests import arch_cases, random_models
 
 from lconvert.archs import find, names
-from lconvert.validators import gates, parity
+from lconvert.validators import parity
 
 TRAINED = {
     "llama": "wiki-llama-12m", "mistral": "wiki-mistral", "mixtral": "wiki-mixtral", "gemma3_text": "wiki-gemma3",
@@ -34,32 +32,21 @@ TRAINED = {
 FTYPES = ("F32", "Q8_0", "Q4_K_M")
 
 
-def lifted(folder: Path) -> Path:
-    """The shipped gates without the one on cost, and with fidelity for models that amplify every rounding."""
-    own = dict(gates.shipped())
-    own["cost"] = [{"bits": 33.0, "kld_mean": 100.0}]
-    own["fidelity"] = {"llama.cpp": [{"bits": 32, "kld_mean": 0.5}]}
-    own["float_floor"] = {"gelu_tanh": 1e-6, "gelu": 1e-6}  # measured up to 3.4e-7 on random models
-    path = folder / "gates.yaml"
-    path.write_text(yaml.safe_dump(own))
-    return path
-
-
 def measure(model_type: str, models: Path | None, work: Path) -> dict[str, Any]:
     trained = models / TRAINED[model_type] if models and model_type in TRAINED else None
     row: dict[str, Any] = {"model_type": model_type, "gguf": find(model_type).gguf.arch}
-    own = None
     if trained and trained.is_dir():
         folder, row["model"] = trained, "trained"
     else:
         case = next(c for c in arch_cases.load() if c.model_type == model_type)
         folder, row["model"] = random_models.build(case, work / case.name), "random"
-        own = lifted(work)
     for ftype in FTYPES:
         path = work / f"{model_type}-{ftype}.gguf"
         lconvert.convert(folder, path, ftype=ftype)
-        context = 200 if own else 512  # every further token adds to what random models amplify
-        report = parity.validate(folder, path, max_windows=4, context=context, gates=own)
+        context = (
+            200 if row["model"] == "random" else 512
+        )  # every further token adds to what random models amplify
+        report = parity.validate(folder, path, max_windows=4, context=context)
         details = {r["measure"]: r["stats"]["kld"]["mean"] for r in report.details["logits"]}
         failed = [f"{c.tier}: {c.name} {c.value}" for c in report.checks if c.passed is False]
         row[ftype] = details | {"passed": report.passed, "failed": failed}

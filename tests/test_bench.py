@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from lconvert.validators import bench as module
 from lconvert.validators import documents, machine
 from lconvert.validators.bench import Entry, bench, prompt
 from lconvert.validators.latency import Request, Slo, goodput, percentiles, spread, timings
-from lconvert.validators.runtimes import Generation, llamacpp, remote
+from lconvert.validators.runtimes import Generation, remote
 from lconvert.validators.stored import stored
 from tests.conftest import DEMO
 
@@ -419,56 +418,6 @@ def test_bits_of_a_compressed_model_count_its_scales(tmp_path: Path) -> None:
     kinds = [(t.size, 4 + 16 / 128 if isinstance(t, QTensor) else 16) for t in wide]
     assert {b for _, b in kinds} == {4.125, 16}
     assert bits == pytest.approx(sum(n * b for n, b in kinds) / sum(n for n, _ in kinds))
-
-
-def _llama_perf(path: Path, prompt_tokens: int, n: int) -> float:
-    """Decode tokens per second as llama.cpp counts them itself (llama_perf_context: t_eval_ms / n_eval)."""
-    import llama_cpp as c
-
-    llamacpp.capture_log(c)
-    model_params = c.llama_model_default_params()
-    model_params.use_extra_bufts = False
-    model = c.llama_model_load_from_file(str(path).encode(), model_params)
-    params = c.llama_context_default_params()
-    params.n_ctx, params.n_threads, params.n_threads_batch, params.no_perf = prompt_tokens + n, 1, 1, False
-    params.type_k = params.type_v = c.GGML_TYPE_F32  # what purpose="parity" uses
-    params.flash_attn_type = 0
-    context = c.llama_init_from_model(model, params)
-    vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(model))
-
-    def decode(ids: list[int]) -> int:
-        array = (ctypes.c_int32 * len(ids))(*ids)
-        assert c.llama_decode(context, c.llama_batch_get_one(array, len(ids))) == 0
-        logits = np.ctypeslib.as_array(c.llama_get_logits_ith(context, -1), shape=(vocabulary,))
-        return int(logits.argmax())
-
-    token = decode([5] * prompt_tokens)
-    c.llama_perf_context_reset(context)
-    for _ in range(n - 1):
-        token = decode([token])
-    perf = c.llama_perf_context(context)
-    c.llama_free(context)
-    c.llama_model_free(model)
-    assert perf.n_eval == n - 1
-    return float(1000 * perf.n_eval / perf.t_eval_ms)
-
-
-def test_decode_speed_agrees_with_llama_cpps_own_count(artifacts: dict[str, Path]) -> None:
-    """In pairs, because the machine is noisy; the median of five pairs."""
-    ratios = []
-    for _ in range(5):
-        theirs = _llama_perf(artifacts["Q8_0"], 64, 96)
-        (r,) = bench(
-            [Entry(artifacts["Q8_0"])],
-            prompt_tokens=64,
-            output_tokens=96,
-            repetitions=1,
-            warmup=0,
-            threads=1,
-            purpose="parity",
-        )["results"]
-        ratios.append(r["decode_tokens_per_s"]["median"] / theirs)
-    assert 0.7 < np.median(ratios) < 1.3, ratios
 
 
 def test_an_interpreter_without_the_runtime_is_named(artifacts: dict[str, Path], tmp_path: Path) -> None:

@@ -355,6 +355,9 @@ def test_a_server_and_its_processes_end_with_the_block(
         assert url.startswith("http://127.0.0.1:")
         assert len(_processes(str(artifact))) == 2
         raise ZeroDivisionError
+    deadline = time.monotonic() + 10
+    while _processes(str(artifact)) and time.monotonic() < deadline:  # killed, not yet gone
+        time.sleep(0.05)
     assert not _processes(str(artifact))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lconvert.errors import InputError, OptionError
+from lconvert.validators import documents
 from lconvert.validators.proof import Proof
 from lconvert.validators.report import SCHEMA, Check
 
@@ -21,34 +21,27 @@ _FIGURES: tuple[tuple[tuple[str, ...], str, bool], ...] = (
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A report of `lconvert validate --report`; OptionError for anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
-        raise OptionError(f"{path}: is not JSON ({e})") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise OptionError(f"{path}: is {found!r}, not a report ({SCHEMA}); write one with validate --report")
+    """A report of `lconvert validate --report`; InputError for anything else."""
+    data = documents.load(path)
+    details = data.get("details", {})
+    text = details.get("settings", {}).get("text", {})
+    if data["schema"] != SCHEMA or "sha256" not in text or details.get("artifact", {}).get("bytes") is None:
+        raise InputError(f"{path}: is no report of a validation; write one with lconvert validate --report")
     return data
 
 
-def regressions(path: Path, proof: Proof) -> Iterator[Check]:
-    """Checks of the tier "baseline"."""
-    old = load(path)
-    try:
-        yield from _compared(old, proof)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise OptionError(f"{path}: is not a complete report ({type(e).__name__}: {e})") from None
-
-
-def _compared(old: dict[str, Any], proof: Proof) -> Iterator[Check]:
-    settings = proof.details["settings"]
+def comparable(old: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """OptionError where `old` was measured with another text, another window or another number of them."""
     for key in ("text", "context", "windows"):
-        a, b = (s[key] if key != "text" else s[key]["sha256"] for s in (old["details"]["settings"], settings))
+        a, b = (
+            s.get(key) if key != "text" else s[key]["sha256"] for s in (old["details"]["settings"], settings)
+        )
         if a != b:
             raise OptionError(f"the baseline was measured with another {key}: {a} there, {b} here")
+
+
+def regressions(old: dict[str, Any], proof: Proof) -> Iterator[Check]:
+    """Checks of the tier "baseline" against the report `old`, which is comparable."""
     passed = {(c["tier"], c["name"]): c["passed"] for c in old["checks"]}
     now = {(c.tier, c.name): c.passed for c in proof.checks}
     lost = [f"{t}: {n}" for (t, n), ok in passed.items() if ok and t != "baseline" and not now.get((t, n))]
@@ -75,6 +68,8 @@ def _compared(old: dict[str, Any], proof: Proof) -> Iterator[Check]:
 def _figures(row: dict[str, Any], new: dict[str, Any], factor: float, floor: float) -> Iterator[Check]:
     for keys, title, up in _FIGURES:
         a, b = _at(row["stats"], keys), _at(new, keys)
+        if a is None or b is None:  # was not finite, or not measured: nothing to fall behind
+            continue
         limit = a * factor + floor if up else a / factor - floor
         passed = b <= limit if up else b >= limit
         name = f"{row['measure']} ({row['runtime']}): {title}"
@@ -82,7 +77,7 @@ def _figures(row: dict[str, Any], new: dict[str, Any], factor: float, floor: flo
         yield Check("baseline", name, f"{b:.4g}, {a:.4g} before", f"{sign} {limit:.4g}", passed, b, limit)
 
 
-def _at(stats: Any, keys: tuple[str, ...]) -> float:
+def _at(stats: Any, keys: tuple[str, ...]) -> float | None:
     for key in keys:
         stats = stats[key]
-    return float(stats)
+    return None if stats is None else float(stats)

@@ -32,18 +32,28 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def card(
-    manifest: Mapping[str, Any], report: Mapping[str, Any] | None = None, source_card_text: str | None = None
+    manifest: Mapping[str, Any],
+    report: Mapping[str, Any] | None = None,
+    source_card_text: str | None = None,
+    *,
+    artifact: str | None = None,
+    source: str | None = None,
 ) -> str:
     """The card of one artifact.
 
     manifest: lconvert.manifest/1, as written beside it. report: lconvert.report/2 of it; without one the card says that
-    nothing was proven. source_card_text: the source's README.md, for licence and language.
+    nothing was proven. source_card_text: the source's README.md, for licence and language. artifact, source: their names
+    where the artifact is a folder, and where no report names them.
     """
-    return cards([(manifest, report)], source_card_text)
+    return cards([(manifest, report)], source_card_text, artifact=artifact, source=source)
 
 
 def cards(
-    parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]], source_card_text: str | None = None
+    parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]],
+    source_card_text: str | None = None,
+    *,
+    artifact: str | None = None,
+    source: str | None = None,
 ) -> str:
     """One card for several artifacts of one model, which share a folder."""
     manifest, first = parts[0]
@@ -64,7 +74,9 @@ def cards(
         "tags": [*tags, *(["quantized"] if _quantized(parts) else []), "lconvert"],
     }
     front = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, default_flow_style=False)
-    title = _title(manifest, first) if len(parts) == 1 or not first else show.name(first["reference"])
+    title = artifact or (
+        _title(manifest, first) if len(parts) == 1 or not first else show.name(first["reference"])
+    )
     licence = (
         ""
         if "license" in known
@@ -74,9 +86,9 @@ def cards(
         f"---\n{front}---",
         MARKER,
         f"# {show.markdown(title)}",
-        f"{_origin(base, manifest, first)} {licence}".rstrip(),
+        f"{_origin(base, manifest, first, source)} {licence}".rstrip(),
         "## Files\n\n" + _files(parts),
-        "## How to run it\n\n" + _run(runtime, manifest),
+        "## How to run it\n\n" + _run(runtime, manifest, artifact),
         "## How it was made\n\n" + "\n\n".join(_made(m) for m, _ in parts),
         *(section(r, of_several=len(reports) > 1) for r in reports),
     ]
@@ -152,10 +164,12 @@ def write(folder: Path, text: str, name: str, *, merged: bool = False) -> Path:
 
     A README.md is replaced only if lconvert wrote it, and about this artifact; `merged`: the card is about all of the folder.
     """
-    for path in (folder / "README.md", folder / f"{name}.card.md"):
+    own = folder / f"{name}.card.md"
+    for path in (folder / "README.md", own):
         try:
             standing = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-            if standing is None or (MARKER in standing and (merged or show.markdown(name) in standing)):
+            about_it = merged or path == own or (standing is not None and show.markdown(name) in standing)
+            if standing is None or (MARKER in standing and about_it):
                 path.write_text(text, encoding="utf-8")
                 return path
         except OSError as e:
@@ -216,8 +230,10 @@ def _title(manifest: Mapping[str, Any], report: Mapping[str, Any] | None) -> str
     return show.name(report["candidate"]) if report else show.name(files[0]) if files else "Converted model"
 
 
-def _origin(base: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
-    source = report["reference"] if report else next(iter(manifest.get("sources", {})), None)
+def _origin(
+    base: str | None, manifest: Mapping[str, Any], report: Mapping[str, Any] | None, source: str | None
+) -> str:
+    source = source or (report["reference"] if report else next(iter(manifest.get("sources", {})), None))
     if base:
         return f"Converted from [{show.markdown(base)}](https://huggingface.co/{base}) by lconvert."
     return (
@@ -286,7 +302,7 @@ def _made(manifest: Mapping[str, Any]) -> str:
     return "\n\n".join(p for p in parts if p)
 
 
-def _run(runtime: str, manifest: Mapping[str, Any]) -> str:
+def _run(runtime: str, manifest: Mapping[str, Any], artifact: str | None) -> str:
     """Commands for the runtime that the target is for."""
     files = list(manifest.get("files", {}))
     first = shlex.quote(show.visible(show.name(files[0]))) if files else "MODEL"
@@ -304,7 +320,8 @@ def _run(runtime: str, manifest: Mapping[str, Any]) -> str:
             f"session = onnxruntime.InferenceSession({show.visible(show.name(files[0]))!r})",
         ]
         return show.fence("\n".join(lines), "python")
-    return "Read it with lconvert: " + show.code(f"lconvert inspect {first}")
+    name = shlex.quote(show.visible(artifact)) if artifact else first
+    return "Convert it to a runtime's format: " + show.code(f"lconvert hf-to-gguf {name} -o model.gguf")
 
 
 def _conditions(details: Mapping[str, Any]) -> str:

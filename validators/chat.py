@@ -17,6 +17,7 @@ from typing import Any
 from lconvert.converters import tokenizer_gguf
 from lconvert.errors import UnsupportedError
 from lconvert.ir import Model, Tokenizer
+from lconvert.validators.bounded import Bounded
 from lconvert.validators.chat_sides import TRANSFORMERS, Side, folder_side, gguf_side, model_side
 from lconvert.validators.conversations import conversations
 
@@ -31,6 +32,9 @@ class Difference:
     conversation: str
     expected: str
     found: str
+
+    def __str__(self) -> str:
+        return f"{self.conversation}: {self.found!r}, expected {self.expected!r}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class ChatReport:
         out = []
         if self.conversations or self.different:
             value = f"{self.different} of {self.conversations} renderings differ"
+            if self.refused:
+                value += f", {self.refused} are refused by both"
             out.append(("chat template", value, not self.different))
         for s in self.stops:
             value = f"{list(s.found)}" if s.equal else f"{list(s.found)} instead of {list(s.expected)}"
@@ -154,41 +160,43 @@ def compare_sides(
         {_plain(name): text for name, text in side.templates.items()} for side in (reference, candidate)
     )
     names = sorted({*named, *stored})
-    expect = next(iter(reference.renderers.values()))
-    for name in names:
-        a, b = named.get(name), stored.get(name)
-        if a is None or b is None:
-            compared += 1
-            found.append(Difference(f"template {name}", _described(a), _described(b)))
-            continue
-        before = compared - refused
-        for conversation in conversations(special):
-            wanted = expect(a, reference.tokens, conversation)
-            for renderer, render in candidate.renderers.items():
-                if conversation.continues and renderer != TRANSFORMERS:
-                    continue  # a service of transformers, not of the template
-                where = f"{conversation.name} ({name}, {renderer})"
+    talks = conversations(special)
+    renderers = [next(iter(reference.renderers.values())), *candidate.renderers.values()]
+    with Bounded(renderers, talks) as render:
+        for name in names:
+            a, b = named.get(name), stored.get(name)
+            if a is None or b is None:
                 compared += 1
-                seen = render(b, candidate.tokens, conversation)
-                if wanted.text is None and seen.text is None:
-                    refused += 1
-                    continue
-                if wanted.text != seen.text:  # the template may print the time, which has gone on
-                    wanted = expect(a, reference.tokens, conversation)
-                    seen = render(b, candidate.tokens, conversation)
-                if wanted.text is None or wanted.text != seen.text:
-                    found.append(Difference(where, *_around(str(wanted), str(seen))))
-                    continue
-                ids = list(reference.encode(wanted.text)), list(candidate.encode(wanted.text))
-                if ids[0] == ids[1]:
-                    continue
-                why = excuse(wanted.text)
-                if why:
-                    skipped.append(f"ids of {where}: {why}")
-                else:
-                    found.append(Difference(f"ids of {where}", *_around_ids(*ids)))
-        if compared - refused == before:
-            silent.append(f"the template {name} refuses every conversation")
+                found.append(Difference(f"template {name}", _described(a), _described(b)))
+                continue
+            before = compared - refused
+            for number, conversation in enumerate(talks):
+                for which, renderer in enumerate(candidate.renderers, start=1):
+                    if conversation.continues and renderer != TRANSFORMERS:
+                        continue  # a service of transformers, not of the template
+                    where = f"{conversation.name} ({name}, {renderer})"
+                    compared += 1
+                    wanted = render(0, a, reference.tokens, number)
+                    seen = render(which, b, candidate.tokens, number)
+                    if wanted.text is None and seen.text is None:
+                        refused += 1
+                        continue
+                    if wanted.text != seen.text:  # the template may print the time, which has gone on
+                        wanted = render(0, a, reference.tokens, number)
+                        seen = render(which, b, candidate.tokens, number)
+                    if wanted.text is None or wanted.text != seen.text:
+                        found.append(Difference(where, *_around(str(wanted), str(seen))))
+                        continue
+                    ids = list(reference.encode(wanted.text)), list(candidate.encode(wanted.text))
+                    if ids[0] == ids[1]:
+                        continue
+                    why = excuse(wanted.text)
+                    if why:
+                        skipped.append(f"ids of {where}: {why}")
+                    else:
+                        found.append(Difference(f"ids of {where}", *_around_ids(*ids)))
+            if compared - refused == before:
+                silent.append(f"the template {name} refuses every conversation")
     stops, notes = _stops(reference, candidate, excuse)
     notes += silent
     if not names:

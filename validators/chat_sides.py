@@ -1,6 +1,6 @@
 """How a source or an artifact renders and tokenizes chats: a Hugging Face folder, a GGUF in llama.cpp, or any model read.
 
-Templates are code of strangers; every renderer here runs them in a sandbox.
+Templates are code of strangers; every renderer here runs them in a sandbox, and bounded.py in a process with limits.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _attempt(work: Callable[[], str]) -> Rendered:
     try:
         return Rendered(work())
     except Exception as e:  # noqa: BLE001 - a template can fail in any way, and both sides must
-        return Rendered(None, " ".join(str(e).split()))
+        return Rendered(None, " ".join(str(e).split()) or type(e).__name__)
 
 
 def _by_transformers(template: str, tokens: Mapping[str, str], c: Conversation) -> Rendered:

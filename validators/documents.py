@@ -58,7 +58,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB are no report of lconvert")
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant, parse_int=_integer)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
     except (ValueError, RecursionError) as e:
@@ -136,6 +136,11 @@ def check(data: Any, where: str) -> None:
     wrong = next(problems(data, schema(name)), None)
     if wrong:
         raise InputError(f"{where}: is damaged: {wrong}; docs/report.md describes {given}")
+    failed = sum(c["passed"] is False for c in data.get("checks", ()))
+    if failed and (data["passed"] or data["exit_code"] != 1):
+        raise InputError(
+            f"{where}: is damaged: {failed} of its checks failed, and its verdict is not a failure"
+        )
 
 
 def manifest(path: Path) -> dict[str, Any]:
@@ -169,6 +174,12 @@ def dumps(data: Mapping[str, Any]) -> str:
 
 def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 300:  # beyond what a float holds
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 # --- the part of JSON Schema that our schemas use ------------------------------------------------------------

@@ -33,15 +33,19 @@ def default_folder() -> Path:
 
 
 def model_hash(path: str | Path) -> str:
-    """sha256 over names and contents of a model's files: a folder's weights and JSON, or one file."""
+    """sha256 of a file; of a folder, over the names and hashes of its weights and JSON files."""
     root = Path(path)
-    files = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.suffix in _MODEL_FILES)
+    if root.is_file():
+        return _file_hash(root)
     total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        total.update(f"{file.name}\0{digest}\0".encode(errors="surrogateescape"))
+    for file in sorted(p for p in root.iterdir() if p.suffix in _MODEL_FILES):
+        total.update(f"{file.name}\0{_file_hash(file)}\0".encode(errors="surrogateescape"))
     return total.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 _MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
@@ -134,6 +138,7 @@ class CachedLogits:
     def _store(self, path: Path, logits: NDArray[np.float32]) -> None:
         """Atomically; a full disk or a folder without permission costs the cache, not the validation."""
         try:
+            from safetensors import SafetensorError
             from safetensors.numpy import save_file
         except ImportError:
             raise _missing() from None
@@ -152,9 +157,9 @@ class CachedLogits:
                 os.replace(temporary, path)
             finally:
                 Path(temporary).unlink(missing_ok=True)
-        except OSError as e:
+        except (OSError, SafetensorError) as e:  # the package has a class of its own for a full disk
             self._folder = None
-            self.notes.append(f"reference logits were not cached: {e.strerror or e}")
+            self.notes.append(f"reference logits were not cached: {getattr(e, 'strerror', None) or e}")
 
 
 def _digest(x: NDArray[np.float32]) -> str:

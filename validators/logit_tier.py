@@ -19,7 +19,7 @@ import numpy as np
 from lconvert.archs import find
 from lconvert.converters import gguf, gguf_mixture
 from lconvert.errors import InputError
-from lconvert.ir import Model
+from lconvert.ir import Model, QTensor
 from lconvert.plan import execute
 from lconvert.validators import gates as gate_file
 from lconvert.validators import greedy, stock
@@ -35,16 +35,25 @@ _GRAPH_LIMIT = 8 << 30
 _STOCK_LIMIT = 2 << 30
 
 
+#: Tokens below which neighbours are too few for intervals (8 blocks of the bootstrap).
+_FEW = 256
 #: Runtimes whose speed costs accuracy, and by which setting: they are measured at both.
 _SERVED = {"onnxruntime": "accuracy level 4"}
 
 
 def run(proof: Proof, corpus: str) -> None:
     """All of the tier, for every runtime that was asked for."""
-    context = _context(proof)
+    context = window(proof)
+    _limits(proof, context)
     texts = windows(token_ids(proof, corpus), context, _bos(proof), proof.options.max_windows)
     if (n := sum(map(len, texts))) < LEAST:
-        raise InputError(f"the text has only {n} tokens, which prove nothing; give a longer one (--text)")
+        raise InputError(
+            f"{n} tokens to compare prove nothing; give a longer text (--text), more windows or longer ones"
+        )
+    if n < _FEW:
+        proof.notes.append(
+            f"logits: {n} tokens are few; intervals and the gate against the stock encoder need {_FEW}"
+        )
     if len(texts) == 1 and len(texts[0]) < context:
         proof.notes.append(
             f"logits: the text is shorter than one window: {len(texts[0])} of {context} tokens"
@@ -60,17 +69,21 @@ def run(proof: Proof, corpus: str) -> None:
         reference.close()
 
 
-def _context(proof: Proof) -> int:
+def window(proof: Proof) -> int:
     """Tokens per window: as asked for, as the model has, and as far as the artifact is exact."""
     d = proof.source.arch
-    context = min(proof.options.context, d.context)
-    if proof.kind != "gguf":
-        return context
-    for loss in find(d.family).gguf.losses(d):
+    losses = find(d.family).gguf.losses(d) if proof.kind == "gguf" else ()
+    return min(proof.options.context, d.context, *(loss.limit for loss in losses if loss.limit))
+
+
+def _limits(proof: Proof, context: int) -> None:
+    """What the artifact lacks, and why windows are shorter than asked for."""
+    d = proof.source.arch
+    if context < proof.options.context:
+        proof.notes.append(f"logits: windows of {context} tokens, as far as the model and the artifact go")
+    for loss in find(d.family).gguf.losses(d) if proof.kind == "gguf" else ():
         limit = f"exact up to {loss.limit} tokens and validated within that" if loss.limit else "accepted"
         proof.notes.append(f"{loss.name}: {loss.reason}; {limit}")
-        context = min(context, loss.limit or context)
-    return context
 
 
 def token_ids(proof: Proof, corpus: str) -> list[int]:
@@ -289,18 +302,21 @@ class _Comparison:
 
     def _encoder(self, stack: ExitStack) -> stock.StockEncoder | None:
         p = self.proof
-        if p.kind != "gguf" or not p.quantized or not (p.options.relative or p.options.curve):
+        if p.kind != "gguf" or not p.quantized:
             return None
-        if any(e.data.__class__.__name__ == "QTensor" for e in p.source.entries.values()):
+        if not p.options.relative:
+            p.not_proven.append("relative to the stock encoder: left out by choice")
+            if not p.options.curve:
+                return None
+        if any(isinstance(e.data, QTensor) for e in p.source.entries.values()):
             p.not_proven.append("relative to the stock encoder: the source is quantized itself")
             return None
         size = stock.StockEncoder.size(p.source)
-        if size > _STOCK_LIMIT:
+        if size > _STOCK_LIMIT and not p.options.curve:
             p.not_proven.append(
                 f"relative to the stock encoder: it would have to quantize {size / 1e9:.0f} GB; --curve does it"
             )
-            if not p.options.curve:
-                return None
+            return None
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lconvert-"))
         return stock.StockEncoder(p.source, Path(folder), p.options.threads)
 
@@ -380,9 +396,11 @@ class _Comparison:
         prompts = [ids[: max(1, min(32, len(ids) - 1))] for ids in self.texts[:count]]
         found = greedy.compare(self.reference, candidate, prompts, length)  # type: ignore[arg-type]
         p.details.setdefault("greedy", found.to_json() | {"runtime": self.name})
-        value = f"{100 * found.agreement:.1f}% of {found.tokens} tokens before a difference"
+        value = f"{100 * found.agreement:.1f}% of {found.tokens} tokens until the texts part"
         exact = not (p.quantized or p.rounded)
         wrong = [d for d in found.differences if not d.tie]
+        if wrong:
+            value += f", at logit gaps up to {max(abs(d.margin) for d in wrong):.2g}"
         if exact and p.artifact is not None:
             self._add("greedy continuation", value, "no difference but ties", len(wrong), 0)
         else:

@@ -17,9 +17,9 @@ from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
 from lconvert.formats import gguf as container
 from lconvert.ir import Model
+from lconvert.validators import baseline as earlier
 from lconvert.validators import gates as gate_file
 from lconvert.validators import layers, logit_tier, token_tier, weight_tiers
-from lconvert.validators.baseline import regressions
 from lconvert.validators.logit_cache import default_folder, model_hash
 from lconvert.validators.proof import Options, Proof, files
 from lconvert.validators.report import OPTIONAL_TIERS, TIERS, Check, Report
@@ -73,6 +73,8 @@ def validate(
             raise OptionError(f"unknown runtime {name}; runtimes: {', '.join(RUNTIMES)}")
         if what not in RUNTIMES[name][2]:
             raise OptionError(f"{path}: {name} loads {' and '.join(RUNTIMES[name][2])} artifacts, not {what}")
+    _requirable(require, tiers, tuple(runtimes) or (DEFAULT[what],), what)
+    old = None if baseline is None else earlier.load(baseline)
     progress("reading")
     source = read(reference)
     proof = Proof(
@@ -102,6 +104,8 @@ def validate(
         _same_model(reference, source, path, proof.artifact)
     corpus = proof.read_text()
     _describe(proof, reference, corpus, manifest)
+    if old is not None:
+        earlier.comparable(old, proof.details["settings"])
     found = weight_tiers.run(proof)
     if "tokens" in tiers:
         proof.guarded("tokens", "tokens", lambda: token_tier.run(proof, corpus), runtime=_default(proof))
@@ -111,9 +115,10 @@ def validate(
         proof.not_proven.append("logits: tensors hold NaN or infinite values")
     elif "logits" in tiers:
         proof.guarded("logits", "logits", lambda: logit_tier.run(proof, corpus))
-    if baseline is not None:
-        for check in regressions(baseline, proof):
-            proof.checks.append(check)
+    if left := [t for t in TIERS if t not in tiers]:
+        proof.notes.append(f"not asked for: {', '.join(left)}")
+    if old is not None:
+        proof.checks += earlier.regressions(old, proof)
     return Report(
         reference=str(reference),
         candidate=str(path),
@@ -123,6 +128,17 @@ def validate(
         details=proof.details,
         missing_required=proof.missing_required,
     )
+
+
+def _requirable(require: Sequence[str], tiers: Sequence[str], runtimes: Sequence[str], what: str) -> None:
+    """OptionError for a required runtime that this validation would never open: its absence could not be noticed."""
+    used = set(runtimes) if "logits" in tiers else set()
+    used |= {"llama.cpp"} if "tokens" in tiers and what == "gguf" else set()
+    used |= {"transformers"} if {"tokens", "logits", "layers"} & set(tiers) else set()
+    for name in require:
+        if name not in used | {u.replace(".", "") for u in used}:
+            known = f"this validation opens {', '.join(sorted(used)) or 'none'}"
+            raise OptionError(f"{name} is required, but {known}; choose it (--runtime) or do not require it")
 
 
 def _same_model(reference: str | Path, source: Model, path: Path, artifact: Model) -> None:
@@ -179,7 +195,7 @@ def _describe(proof: Proof, reference: str | Path, corpus: str, manifest: Mappin
                 "sha256": hashlib.sha256(corpus.encode()).hexdigest(),
                 "bytes": len(corpus.encode()),
             },
-            "context": options.context,
+            "context": logit_tier.window(proof),
             "windows": options.max_windows,
             "threads": options.threads,
             "tiers": list(options.tiers),

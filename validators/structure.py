@@ -186,19 +186,31 @@ def _merges(t: Tokenizer) -> list[str]:
     return [m if isinstance(m, str) else " ".join(m) for m in found]
 
 
-def manifest_hash(path: Path) -> tuple[str, str] | None:
-    """(found, wanted) sha256 of a file by the manifest beside it, None without one; wanted says why where it has none."""
-    beside = manifest_path(path)
-    if not beside.is_file():
-        return None
-    try:
-        wanted = json.loads(beside.read_text())["files"][path.name]["sha256"]
-    except KeyError:
-        wanted = "of another file"
-    except (OSError, ValueError, TypeError):
-        wanted = "unreadable"
+def manifest_hashes(files: Sequence[Path]) -> dict[str, tuple[str, str]]:
+    """(found, wanted) sha256 by file name, of all files that a manifest beside one of `files` lists; {} without one.
+
+    Where there is no hash to compare, found or wanted says why in words.
+    """
+    out: dict[str, tuple[str, str]] = {}
+    for path in files:
+        beside = manifest_path(path)
+        if not beside.is_file():
+            continue
+        try:
+            listed = {
+                str(name): str(f["sha256"]) for name, f in json.loads(beside.read_text())["files"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            listed = {path.name: "unreadable"}
+        here = {f.name: f for f in files if f.parent == path.parent}
+        for name, wanted in ({path.name: "of another file"} | listed).items():
+            out[name] = (_sha256(here[name]) if name in here else "missing", wanted)
+    return out
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest(), str(wanted)
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def gguf_claims(file: GGUFFile, model: Model) -> list[str]:

@@ -17,7 +17,7 @@ from lconvert.formats import gguf
 from lconvert.ir import Model, QTensor, Tensor
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
-from lconvert.validators import codes
+from lconvert.validators import codes, folder_values
 
 _SLAB = 1 << 22  # values compared at a time
 
@@ -70,7 +70,7 @@ class TensorCheck:
 
     tensors: int
     structure: tuple[str, ...]  # what the independent reader sees differently
-    max_difference: float  # independent values against the canonical ones; must be 0
+    max_difference: float | None  # independent values against ours; must be 0. None: not all were compared
     table: tuple[TensorRow, ...]
     bits_per_weight: float  # of all weights with two or more dimensions
     types: dict[str, int]
@@ -161,26 +161,14 @@ def check_gguf(
 def check_folder(
     path: Path, artifact: Model, source: Model, progress: Callable[[], None] = lambda: None
 ) -> TensorCheck:
-    """A Hugging Face folder of dense tensors, seen independently by the safetensors package."""
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise MissingPackageError("safetensors is not installed: pip install 'lconvert[hf]'") from None
-    seen: dict[str, tuple[int, ...]] = {}
-    structure = []
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, "numpy") as f:
-                for name in f.keys():  # noqa: SIM118 - not a dictionary
-                    seen[name] = tuple(f.get_slice(name).get_shape())
-        except Exception as e:  # noqa: BLE001 - its errors have no common class
-            structure.append(f"{file.name}: the safetensors package refuses it ({e})")
+    """A Hugging Face or .lcir folder; what it stores is seen independently by the safetensors package."""
+    count, differences, worst = folder_values.independent(path)
     table = check_entries(artifact, source, progress)
     matrices = [r for r in table if len(r.shape) > 1]
     return TensorCheck(
-        tensors=len(seen),
-        structure=tuple(structure),
-        max_difference=0.0,
+        tensors=count,
+        structure=tuple(differences),
+        max_difference=worst,
         table=table,
         bits_per_weight=_bits(sum(r.bytes for r in matrices), sum(int(np.prod(r.shape)) for r in matrices)),
         types=_counted(r.type for r in table),

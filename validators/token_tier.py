@@ -69,5 +69,7 @@ def _chat(proof: Proof) -> None:
     proof.details["chat"] = found.to_json()
     for name, value, passed in found.rows():
         proof.add("tokens", name, value, "0" if "differ" in value else "the source's", passed)
+    if found.conversations and found.refused == found.conversations:
+        proof.not_proven.append("tokens: the chat template, which refuses every conversation on both sides")
     proof.notes += [f"chat template: {d}" for d in found.differences[:3]]
     proof.notes += [f"chat template: {text}" for text in (*found.notes, *found.skipped)]

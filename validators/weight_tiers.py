@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from lconvert.errors import InputError
 from lconvert.formats import gguf as container
-from lconvert.validators import structure, tensors, traits
+from lconvert.plan import manifest_path
+from lconvert.validators import documents, structure, tensors, traits
 from lconvert.validators.proof import Proof, files
+
+#: structure.manifest_hashes
+Hashes = Mapping[str, tuple[str, str]]
 
 
 def run(proof: Proof) -> tensors.TensorCheck | None:
@@ -37,24 +45,35 @@ def _structure(proof: Proof, found: tensors.TensorCheck) -> None:
     source, artifact = proof.source.arch, proof.artifact.arch
     compared = structure.gguf_traits if proof.kind == "gguf" else traits.differences
     proof.count("structure", "traits", compared(source, artifact), "as the source says")
-    for file in files(proof.path):
-        pair = structure.manifest_hash(file)
-        if pair is not None:
-            proof.add("structure", "sha256 of the manifest", pair[0][:16], pair[1][:16], pair[0] == pair[1])
+    hashes = structure.manifest_hashes(files(proof.path))
+    _hashes(proof, hashes)
     if proof.kind == "gguf":
-        _claims(proof)
+        _claims(proof, _options(proof, hashes))
 
 
-def _claims(proof: Proof) -> None:
-    """What the file's metadata says of its own tensors."""
+def _hashes(proof: Proof, found: Hashes) -> None:
+    """All files of the artifact against the manifest beside the first of them."""
+    name = "sha256 of the manifest"
+    if len(found) == 1:
+        ((seen, wanted),) = found.values()
+        proof.add("structure", name, seen[:16], wanted[:16], seen == wanted)
+    elif found:
+        wrong = [f"{f} is {a[:16]}, expected {b[:16]}" for f, (a, b) in found.items() if a != b]
+        proof.count("structure", name, wrong, f"{len(found)} files")
+
+
+def _claims(proof: Proof, options: Mapping[str, Any]) -> None:
+    """What the file's metadata says of its own tensors. options: those of its conversion, as far as they are known."""
     assert proof.artifact is not None
     file = container.read(proof.path)
     proof.count(
         "structure", "metadata", structure.gguf_claims(file, proof.artifact), "agrees with the tensors"
     )
     fewer = structure.fewer_bits(file, proof.artifact)
-    chosen = proof.details.get("manifest", {}).get("options", {})
-    if any(chosen.get(key) for key in _CHOSEN):
+    chosen = [name for name in _CHOSEN if options.get(name)]
+    if chosen:
+        value = f"by choice ({', '.join(chosen)}): {len(fewer)} have fewer bits"
+        proof.add("structure", "tensor types", value, measured=len(fewer))
         proof.notes += [f"by choice: {text}" for text in fewer[:5]]
         return
     limit = float(proof.gates["mixture"]["fewer_bits"])
@@ -71,22 +90,27 @@ def _claims(proof: Proof) -> None:
     proof.notes += [f"tensor types: {text}" for text in fewer[:5]]
 
 
+def _options(proof: Proof, hashes: Hashes) -> Mapping[str, Any]:
+    """The options of the conversion: out of the manifest given, else of the one beside the file if it is this file's."""
+    given = proof.details.get("manifest")
+    if given is None:
+        if not hashes or any(seen != wanted for seen, wanted in hashes.values()):
+            return {}
+        try:
+            given = documents.manifest(manifest_path(files(proof.path)[0]))
+        except InputError:
+            return {}
+    options: Mapping[str, Any] = given.get("plan", {}).get("options", {})
+    return options
+
+
 #: options of a conversion that choose types other than the mixture's
 _CHOSEN = ("tensor_types", "output_tensor_type", "token_embedding_type", "pure")
 
 
 def _values(proof: Proof, found: tensors.TensorCheck) -> None:
     """The tensors tier: exact where promised, close everywhere else."""
-    worst = found.max_difference
-    proof.add(
-        "tensors",
-        "independent dequantization",
-        f"max |difference| {worst:g}",
-        "0",
-        worst == 0,
-        measured=worst,
-        limit=0,
-    )
+    _independent(proof, found.max_difference)
     broken = found.broken_promises
     value = f"{found.exact} of {len(found.table)}"
     proof.add(
@@ -127,6 +151,22 @@ def _values(proof: Proof, found: tensors.TensorCheck) -> None:
             proof.notes.append(
                 f"relative error of {type_} tensors against the source: up to {error:.3e} ({role})"
             )
+
+
+def _independent(proof: Proof, worst: float | None) -> None:
+    """Another program's reading of the values; of a folder that is what is stored, not what codes stand for."""
+    if worst is None:
+        proof.not_proven.append(
+            "tensors: values that only torch reads, read independently (it is not installed)"
+        )
+    else:
+        name = "independent dequantization" if proof.kind == "gguf" else "independent reading of values"
+        value = f"max |difference| {worst:g}"
+        proof.add("tensors", name, value, "0", worst == 0, measured=worst, limit=0)
+    if proof.kind == "lcir" and proof.quantized:
+        proof.not_proven.append(
+            "tensors and logits: another program's dequantization; only lconvert reads the codes of .lcir"
+        )
 
 
 def _stock_blocks(proof: Proof, found: tensors.TensorCheck) -> None:

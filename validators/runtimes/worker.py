@@ -209,7 +209,11 @@ def error(e: BaseException) -> dict[str, Any]:
 
 
 def importable(places: list[str]) -> None:
-    """Make the package lconvert importable from the folders `places` and from nowhere else."""
+    """Make the package lconvert importable from the folders `places` and from nowhere else.
+
+    An editable installation has two: the sources, and a folder with nothing but the compiled kernels.
+    """
+    places = sorted(places, key=lambda p: not os.path.isfile(os.path.join(p, "__init__.py")))
     spec = importlib.util.spec_from_file_location(
         "lconvert", os.path.join(places[0], "__init__.py"), submodule_search_locations=places
     )
@@ -217,6 +221,9 @@ def importable(places: list[str]) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["lconvert"] = module
     spec.loader.exec_module(module)
+    for place in places[1:]:
+        for name in filter(lambda n: os.path.isdir(os.path.join(place, n)), os.listdir(place)):
+            importlib.import_module(f"lconvert.{name}").__path__.append(os.path.join(place, name))
 
 
 def prepared(name: str) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lconvert.cli.common import fail_fast_files, human, status, table, threads_option
+from lconvert.cli.validate import keep_inputs, save
 from lconvert.errors import OptionError
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def command(
     from lconvert.validators.latency import Slo
 
     fail_fast_files(written=[report])
+    keep_inputs([Path(_entry(text, runtime).path) for text in artifacts], (), [report] if report else ())
     interpreters = _interpreters(pythons)
     if plots is not None and not plots.is_dir():
         raise OptionError(f"--plots {plots}: is not a folder; make it first")
@@ -126,7 +128,7 @@ def command(
             )
     content = json.dumps(found, indent=1)
     if report:
-        report.write_text(content + "\n")
+        save(report, content + "\n")
     if plots:
         _draw(found, plots)
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,25 @@ from lconvert.errors import InputError, OptionError, OutputError
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 1024), help="Worker threads [default: CPUs this process may use]."
 )
+
+
+no_card_option = click.option(
+    "--no-card", is_flag=True, help="Do not write a model card (README.md) beside the artifact."
+)
+
+
+def write_card(
+    source: str, result: Any, report: Mapping[str, Any] | None = None, folder: Path | None = None
+) -> None:
+    """The model card of a result: beside a file, or in `folder` where that is the artifact."""
+    from lconvert.validators import card
+
+    path: Path = result.paths[0]
+    name = path.name if folder is None else folder.resolve().name
+    text = card.card(
+        result.manifest, report, card.source_card(source), artifact=name, source=Path(source).resolve().name
+    )
+    card.write(folder or path.parent, text, name, merged=folder is not None)
 
 
 def parse_size(text: str | None) -> int | None:
@@ -179,4 +198,6 @@ def print_report(report: Any) -> None:
         click.echo(f"not proven: {line}")
     for line in report.notes:
         click.echo(f"note: {line}")
+    if not any(c.passed is not None for c in report.checks):
+        click.echo("nothing was judged")
     click.echo({0: "PASS", 1: "FAIL", 3: "INCOMPLETE: a required runtime is missing"}[report.exit_code])

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from lconvert.cli.common import print_plan, print_result, progress_bar, threads_option
+from lconvert.cli.common import (
+    no_card_option,
+    print_plan,
+    print_result,
+    progress_bar,
+    threads_option,
+    write_card,
+)
 
 
 @click.command("compress")
@@ -22,6 +29,7 @@ from lconvert.cli.common import print_plan, print_result, progress_bar, threads_
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--resume", is_flag=True, help="Continue a run that was killed.")
+@no_card_option
 @threads_option
 def command(
     source: str,
@@ -31,6 +39,7 @@ def command(
     as_json: bool,
     force: bool,
     resume: bool,
+    no_card: bool,
     threads: int | None,
 ) -> int:
     """Compress SOURCE by a recipe and write it as an .lcir folder, which every converter reads.
@@ -58,6 +67,8 @@ def command(
         return print_plan(plan, as_json)
     with progress_bar("compressing", plan.size) as tell:
         result = execute(plan, output, threads=threads, force=force, resume=resume, progress=tell)
+    if not no_card:
+        write_card(source, result, folder=output)
     if as_json:
         click.echo(
             json.dumps({"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}, indent=1)

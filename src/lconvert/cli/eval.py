@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lconvert.cli.common import fail_fast_files, status, table, threads_option
+from lconvert.cli.validate import keep_inputs, save
 from lconvert.errors import OptionError
 
 
@@ -87,6 +88,8 @@ def command(
       lconvert eval my-model-Q4_K_M.gguf --reference ./my-model --needle --context 4096 --report needle.json
     """
     fail_fast_files(read=[haystack], written=[report])
+    read = [path for path in (haystack, *map(Path, tasks)) if path is not None]
+    keep_inputs([p for p in (artifact, reference) if p is not None], read, [report] if report else ())
     limits = dict(_drop(text) for text in drops)
     for path in (artifact, reference):
         if path is not None and not path.exists():
@@ -106,7 +109,7 @@ def command(
         )
     content = json.dumps(proof.to_json(), indent=1)
     if report:
-        report.write_text(content + "\n")
+        save(report, content + "\n")
     if as_json:
         click.echo(content)
     else:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from lconvert.cli.common import print_plan, print_result, progress_bar, threads_option
+from lconvert.cli.common import (
+    no_card_option,
+    print_plan,
+    print_result,
+    progress_bar,
+    threads_option,
+    write_card,
+)
 
 
 @click.command("gguf-to-hf")
@@ -21,6 +28,7 @@ from lconvert.cli.common import print_plan, print_result, progress_bar, threads_
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
+@no_card_option
 @threads_option
 def command(
     source: str,
@@ -29,6 +37,7 @@ def command(
     dry_run: bool,
     as_json: bool,
     force: bool,
+    no_card: bool,
     threads: int | None,
 ) -> int:
     """Write SOURCE (a GGUF file, an .lcir folder, a checkpoint) as a folder that transformers loads.
@@ -50,6 +59,8 @@ def command(
         return print_plan(plan, as_json)
     with progress_bar("writing", plan.size) as tell:
         result = execute(plan, output, threads=threads, force=force, progress=tell)
+    if not no_card:
+        write_card(source, result, folder=output)
     if as_json:
         click.echo(
             json.dumps({"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}, indent=1)

@@ -12,11 +12,13 @@ from lconvert.cli.common import (
     fail_fast_files,
     fail_fast_output,
     file_stem,
+    no_card_option,
     parse_size,
     print_plan,
     progress_bar,
     status,
     threads_option,
+    write_card,
 )
 
 #: llama-quantize's file types as flags; converters/gguf_mixture_rules.py has what each means.
@@ -98,7 +100,7 @@ def _type_flags(f: Any) -> Any:
     "--text", type=click.Path(path_type=Path), help="Text for the proof [default: a built-in excerpt]."
 )
 @click.option("--report", type=click.Path(path_type=Path), help="Write the proof as JSON here.")
-@click.option("--no-card", is_flag=True, help="Do not write a model card (README.md) beside the file.")
+@no_card_option
 @threads_option
 @_type_flags
 def command(
@@ -164,7 +166,7 @@ def command(
         result = execute(plan, out.parent, threads=threads, force=force, resume=resume, progress=tell)
     if no_validate:
         if not no_card:
-            _card(source, result, None)
+            write_card(source, result)
         _summary(result, None, as_json)
         return 0
     from lconvert.validators import documents, parity
@@ -180,17 +182,9 @@ def command(
     if report:
         report.write_text(documents.dumps(data))
     if not no_card:
-        _card(source, result, data)
+        write_card(source, result, data)
     _summary(result, proof, as_json)
     return proof.exit_code
-
-
-def _card(source: str, result: Any, report: dict[str, Any] | None) -> None:
-    """The model card beside the artifact."""
-    from lconvert.validators import card
-
-    text = card.card(result.manifest, report, card.source_card(source))
-    card.write(result.paths[0].parent, text, result.paths[0].name)
 
 
 def _summary(result: Any, proof: Any, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lconvert.cli.common import fail_fast_files
+from lconvert.cli.validate import save
 from lconvert.errors import InputError, OptionError, OutputError
 
 
@@ -25,7 +26,7 @@ from lconvert.errors import InputError, OptionError, OutputError
 )
 @click.option(
     "--card", type=click.Path(path_type=Path), metavar="DIR",
-    help="Write a model card (README.md) into this folder; one that lconvert did not write is left alone.",
+    help="Write a model card (README.md) into this folder; a card by others is left alone.",
 )  # fmt: skip
 @click.option("--mlflow", metavar="URI", help="Write the figures into this MLflow tracking store.")
 @click.option("--wandb", metavar="PROJECT", help="Write the figures into this Weights & Biases project.")
@@ -100,7 +101,7 @@ def command(
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    save(path, text)
     click.echo(f"wrote {path}")
 
 

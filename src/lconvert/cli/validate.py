@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from lconvert.cli.common import fail_fast_files, print_report, status, threads_option
-from lconvert.errors import OptionError
+from lconvert.errors import OptionError, OutputError
 
 _FILE = click.Path(path_type=Path)
 
@@ -93,6 +94,8 @@ def command(
     fail_fast_files(read=read, written=[report, html, junit, markdown])
     if candidate.suffix in (".gguf", ".onnx"):
         fail_fast_files(read=[candidate])
+    outputs = [p for p in (report, html, junit, markdown) if p]
+    keep_inputs((Path(reference), candidate), [p for p in read[:2] if p], outputs)
     if no_cache and cache:
         raise OptionError("--cache and --no-cache contradict each other")
     chosen = tuple(tiers) or parity.TIERS
@@ -113,7 +116,7 @@ def command(
     data = proof.to_json()
     content = documents.dumps(data)
     if report:
-        report.write_text(content, encoding="utf-8")
+        save(report, content)
     _write(html, junit, markdown, data)
     if as_json:
         click.echo(content, nl=False)
@@ -124,6 +127,8 @@ def command(
 
 def interpreters(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, Path]:
     """--python values by runtime; one without a name is for the one runtime that was chosen."""
+    from lconvert.validators.runtimes import RUNTIMES
+
     out = {}
     for text in given:
         name, equals, path = text.partition("=")
@@ -131,8 +136,33 @@ def interpreters(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, Pat
             if len(runtimes) != 1:
                 raise OptionError(f"--python {text}: say for which runtime, as in --python vllm={text}")
             name, path = runtimes[0], text
+        if name not in RUNTIMES:
+            raise OptionError(f"--python {text}: unknown runtime {name}; runtimes: {', '.join(RUNTIMES)}")
         out[name] = Path(path)
     return out
+
+
+def keep_inputs(models: Sequence[Path], read: Sequence[Path], written: Sequence[Path]) -> None:
+    """OutputError where a report would replace what is validated or read, or another report of this run."""
+    if len({p.absolute() for p in written}) < len(written):
+        raise OutputError("two reports would be written to one file; give each a name of its own")
+    for path in (p for p in written if p.exists()):
+        same = any(p.exists() and p.samefile(path) for p in (*models, *read))
+        shard = any(m.suffix == path.suffix and m.parent.resolve() == path.parent.resolve() for m in models)
+        inside = any(m.is_dir() and path.resolve().is_relative_to(m.resolve()) for m in models)
+        ours = path.suffix in (".html", ".xml") or b"lconvert" in path.read_bytes()[:2000]
+        if same or shard or (inside and not ours):
+            raise OutputError(f"{path}: holds something else than a report; choose another output")
+
+
+def save(path: Path, text: str) -> None:
+    """Write a report; OutputError, and nothing half written, where the disk is full or the folder is read-only."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            path.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from None
 
 
 def _write(html: Path | None, junit: Path | None, markdown: Path | None, data: dict[str, Any]) -> None:
@@ -145,4 +175,4 @@ def _write(html: Path | None, junit: Path | None, markdown: Path | None, data: d
     )
     for path, make in makers:
         if path is not None:
-            path.write_text(make(), encoding="utf-8")
+            save(path, make())
