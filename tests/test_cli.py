@@ -245,7 +245,7 @@ def slow(*args):
     time.sleep(0.005)
     return real(*args)
 plan.os.pwrite = slow
-sys.argv = ["lconvert", "hf-to-gguf", SOURCE, "--q8_0", "--no-validate", "--name", "x", "-o", OUT]
+sys.argv = ["lconvert", "hf-to-gguf", SOURCE, "--q8_0", "--no-validate", "--no-card", "--name", "x", "-o", OUT]
 from lconvert.cli import main
 main()
 """
@@ -276,7 +276,7 @@ def test_ctrl_c_keeps_what_resume_can_use(env: dict[str, str], tmp_path: Path) -
     code, err = interrupted(source, out, 0.0, env)
     assert (code, err) == (130, "lconvert: interrupted; what was finished is kept for --resume\n")
     assert sorted(p.name for p in out.parent.iterdir()) == ["m.gguf.partial", "m.gguf.partial.json"]
-    argv = ["hf-to-gguf", str(source), "--q8_0", "--no-validate", "--name", "x", "-o"]
+    argv = ["hf-to-gguf", str(source), "--q8_0", "--no-validate", "--no-card", "--name", "x", "-o"]
     assert inside([*argv, str(out), "--resume"])[0] == 0
     assert inside([*argv, str(tmp_path / "whole.gguf")])[0] == 0
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -298,7 +298,7 @@ def test_a_second_run_into_the_same_file(env: dict[str, str], tmp_path: Path) ->
     while not (tmp_path / "m.gguf.partial").exists():
         assert first.poll() is None
         time.sleep(0.002)
-    argv = ["hf-to-gguf", str(source), "--no-validate", "--name", "x", "-o"]
+    argv = ["hf-to-gguf", str(source), "--no-validate", "--no-card", "--name", "x", "-o"]
     code_, _, err = inside([*argv, str(out), "--q4_0", "--force"])
     assert code_ == 2 and "m.gguf.partial: another run is writing this file; wait for it" in err
     assert first.wait(timeout=60) == 0
@@ -346,7 +346,7 @@ def test_a_models_name_cannot_choose_the_folder(name: str) -> None:
         start = min(len(data) - sum(-(-t.nbytes // 32) * 32 for t in file.tensors.values()), len(data))
         (folder / "s.gguf").write_bytes(head + data[start:])
         before = set(folder.iterdir())
-        code, _, err = inside(["hf-to-gguf", "s.gguf", "--no-validate"])
+        code, _, err = inside(["hf-to-gguf", "s.gguf", "--no-validate", "--no-card"])
         new = {p.name for p in set(folder.iterdir()) - before}
     assert code == 0, err
     assert len(new) == 2 and all(re.fullmatch(r"[\w.+-]{1,120}", n) and n[0] != "." for n in new), new

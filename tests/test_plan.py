@@ -124,7 +124,7 @@ def test_file_size_limit_is_a_clear_error(checkpoint: Path, tmp_path: Path) -> N
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
-sys.argv = ["lconvert", "hf-to-gguf", {str(checkpoint)!r}, "--q8_0", "--no-validate", "-o", {str(tmp_path / "m.gguf")!r}]
+sys.argv = ["lconvert", "hf-to-gguf", {str(checkpoint)!r}, "--q8_0", "--no-validate", "--no-card", "-o", {str(tmp_path / "m.gguf")!r}]
 from lconvert.cli import main
 main()
 """
@@ -218,7 +218,7 @@ from lconvert import plan
 plan.SLAB_BYTES, plan.CHECKPOINT_SECONDS = 20000, 0.0
 real = plan.os.pwrite
 plan.os.pwrite = lambda *args: (time.sleep(0.001), real(*args))[1]
-sys.argv = ["lconvert", "hf-to-gguf", SOURCE, "--q4_k_m", "--no-validate", "-o", OUT, *EXTRA]
+sys.argv = ["lconvert", "hf-to-gguf", SOURCE, "--q4_k_m", "--no-validate", "--no-card", "-o", OUT, *EXTRA]
 from lconvert.cli import main
 main()
 """
