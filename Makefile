@@ -20,8 +20,9 @@ demo: install
 	@mkdir -p $(OUT)
 	$(BIN)/lconvert hf-to-gguf examples/demo_model --q4_k_m -o $(OUT)/demo-Q4_K_M.gguf --force --no-validate
 	$(BIN)/lconvert inspect $(OUT)/demo-Q4_K_M.gguf
-	$(BIN)/lconvert validate examples/demo_model $(OUT)/demo-Q4_K_M.gguf --require llamacpp --report $(OUT)/report.json
-	@echo "the proof is in $(OUT)/report.json, the manifest in $(OUT)/demo-Q4_K_M.gguf.manifest.json"
+	$(BIN)/lconvert validate examples/demo_model $(OUT)/demo-Q4_K_M.gguf --require llamacpp --layers \
+	  --report $(OUT)/report.json --html $(OUT)/report.html
+	@echo "the proof is in $(OUT)/report.html and report.json, the manifest in $(OUT)/demo-Q4_K_M.gguf.manifest.json"
 
 # Every oracle is installed by `install`, so a test that skips for want of one fails here.
 test: install $(VLLM_ENV)
