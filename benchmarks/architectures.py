@@ -3,9 +3,7 @@
     python -P benchmarks/architectures.py [--models DIR] [--json OUT]
 
 A folder DIR/wiki-<name> with a trained model of an architecture is used where there is one; otherwise the random model
-of tests/arch_cases. Random models are far harder to quantize than trained ones, so for them the gate on cost (the
-distance to the unquantized model) is lifted and the one on fidelity is loose; structure, tensors and the graph (F32
-weights within 1e-10, with GELU 1e-6) are gated as always.
+of tests/arch_cases, which is far harder to quantize. The gates are the default ones.
 """
 
 from __future__ import annotations
