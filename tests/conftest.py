@@ -2,7 +2,7 @@
 
 With LCONVERT_REQUIRE_ORACLES set (as `make test` does) a test that skips for want of a package or of llama.cpp's
 source fails instead. Only what is no oracle of a conversion may be missing: larger trained models outside the
-repository, a browser, wandb, and vLLM's environment where LCONVERT_WITHOUT_VLLM says so (`make test VLLM=no`).
+repository, a browser, and vLLM's environment where LCONVERT_WITHOUT_VLLM says so (`make test VLLM=no`).
 """
 
 from __future__ import annotations
