@@ -12,7 +12,7 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ __all__ = [
     "isa",
     "isas",
     "native_available",
+    "native_module",
     "pack",
     "quantize",
     "unpack",
@@ -65,6 +66,11 @@ def _compiled() -> ModuleType | None:
 def _compiled_types(isa: str) -> frozenset[int]:
     native = _compiled()
     return frozenset(native.types(isa)) if native and isa != "reference" else frozenset()
+
+
+def native_module() -> ModuleType | None:
+    """The compiled module, or None where it is missing or $LCONVERT_ISA asks for the reference."""
+    return _compiled() if isa() != "reference" else None
 
 
 def native_available() -> bool:
@@ -256,18 +262,104 @@ def dequantize(
     return out
 
 
+class _Parts(NamedTuple):
+    """What the compiled `pack` and `unpack` move: the range of the codes and the type of `sub` codes' scale."""
+
+    low: int
+    high: int
+    sub: int = 32
+    scale: type[np.generic] = np.float16
+    offset: bool = False
+
+    @property
+    def code(self) -> type[np.generic]:
+        return np.int8 if self.low < 0 else np.uint8
+
+
+_PARTS = {
+    "Q4_0": _Parts(-8, 7),
+    "Q4_1": _Parts(0, 15, offset=True),
+    "Q5_0": _Parts(-16, 15),
+    "Q5_1": _Parts(0, 31, offset=True),
+    "Q8_0": _Parts(-128, 127),
+    "MXFP4": _Parts(0, 15, scale=np.uint8),
+    "NVFP4": _Parts(0, 15, 16, np.uint8),
+}
+
+
 def unpack(type: str, blocks: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     """The integers and scales inside `blocks` uint8 (rows, row_bytes); `pack` is the inverse.
 
     Parts: "codes" (rows, cols); "scale", and where the type has them "offset", "super_scale", "super_offset". Their
-    meaning per type is in the family's reference module.
+    meaning per type is in the family's reference module. Releases the GIL for the types of 32 and 64 values.
     """
-    parts: dict[str, NDArray[Any]] = family(type).UNPACK[type](_rows_of(_block_type(type), blocks))
+    block = _block_type(type)
+    blocks = _rows_of(block, blocks)
+    native = native_module()
+    if native is None or type not in _PARTS:
+        parts: dict[str, NDArray[Any]] = family(type).UNPACK[type](blocks)
+        return parts
+    layout = _PARTS[type]
+    rows, cols = len(blocks), blocks.shape[1] // block.nbytes * block.elems
+    parts = {"codes": np.empty((rows, cols), layout.code)}
+    for name in ("scale", "offset") if layout.offset else ("scale",):
+        parts[name] = np.empty((rows, cols // layout.sub), layout.scale)
+    native.unpack_blocks(block.ggml_id, blocks, *_part_bytes(parts))
     return parts
 
 
 def pack(type: str, parts: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
-    """Blocks uint8 (rows, row_bytes) of the given parts; codes and scales must be in range."""
-    _block_type(type)
-    blocks: NDArray[np.uint8] = family(type).PACK[type](parts)
+    """Blocks uint8 (rows, row_bytes) of the given parts, those of `unpack`.
+
+    For the types of 32 and 64 values InputError names the first code out of range or a part of the wrong shape, and the
+    GIL is released; for the others codes and scales must be in range.
+    """
+    block = _block_type(type)
+    if type not in _PARTS:
+        blocks: NDArray[np.uint8] = family(type).PACK[type](parts)
+        return blocks
+    layout = _PARTS[type]
+    parts = _checked_parts(block, layout, parts)
+    native = native_module()
+    if native is None:
+        _check_codes(block, layout, parts["codes"])
+        blocks = family(type).PACK[type](parts)
+        return blocks
+    rows, cols = parts["codes"].shape
+    blocks = np.empty((rows, block.row_bytes(cols)), np.uint8)
+    if not native.pack_blocks(block.ggml_id, *_part_bytes(parts), blocks):
+        _check_codes(block, layout, parts["codes"])
     return blocks
+
+
+def _part_bytes(parts: dict[str, NDArray[Any]]) -> list[NDArray[np.uint8] | None]:
+    """Codes, scale and offset as bytes."""
+    return [parts[name].view(np.uint8) if name in parts else None for name in ("codes", "scale", "offset")]
+
+
+def _checked_parts(
+    block: BlockType, layout: _Parts, parts: dict[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Contiguous parts of the stored types and of shapes that belong together; codes of another type are in range."""
+    codes = parts["codes"]
+    if codes.ndim != 2:
+        raise InputError(f"{block.name} codes must be (rows, columns), got shape {codes.shape}")
+    _checked_cols(block, codes.shape[1])
+    if codes.dtype != layout.code:
+        _check_codes(block, layout, codes)
+    found = {"codes": np.ascontiguousarray(codes, layout.code)}
+    shape = (len(codes), codes.shape[1] // layout.sub)
+    for name in ("scale", "offset") if layout.offset else ("scale",):
+        if parts[name].shape != shape:
+            raise InputError(f"{block.name} {name} must have shape {shape}, got {parts[name].shape}")
+        found[name] = np.ascontiguousarray(parts[name], layout.scale)
+    return found
+
+
+def _check_codes(block: BlockType, layout: _Parts, codes: NDArray[Any]) -> None:
+    bad = (codes < layout.low) | (codes > layout.high)
+    if bad.any():
+        row, col = divmod(int(bad.argmax()), codes.shape[1])
+        raise InputError(
+            f"code {codes[row, col]} at row {row}, column {col} is outside {block.name}'s {layout.low} to {layout.high}"
+        )

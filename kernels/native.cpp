@@ -22,6 +22,8 @@
 
 namespace nb = nanobind;
 
+void bind_packing(nb::module_& m);  // packing.cpp
+
 namespace {
 
 using lconvert::Isa;
@@ -181,4 +183,5 @@ NB_MODULE(_native, m) {
           "`limit`.");
     m.def("dequantize", &dequantize, nb::arg("isa"), nb::arg("type"), nb::arg("blocks"), nb::arg("out"),
           "Fills out (rows, cols) with the values of blocks (rows, row_bytes).");
+    bind_packing(m);
 }

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import UnsupportedError
-from lconvert.ir import Grid, QTensor, Tensor, as_f32
+from lconvert.ir import Entry, Grid, QTensor, Tensor, as_f32
 
 _F32 = np.float32
 
@@ -90,10 +90,24 @@ def dequantize(q: QTensor, start: int = 0, stop: int | None = None) -> NDArray[n
     w = grid_values(q.grid, q.codes.read(start, stop))
     if q.zero is not None:
         w = w - _spread(q, q.zero, start, stop)
-    w = w * _spread(q, q.scale, start, stop)
+    scale = _spread(q, q.scale, start, stop)
+    w = w / scale if q.divisor else w * scale
     if q.offset is not None:
         w = w - _spread(q, q.offset, start, stop)
     return w
+
+
+def effective(entry: Entry, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+    """Rows of the matrix that an entry applies, in fp32: its values times an unfolded scale of its input."""
+    w = values(entry.data, start, stop)
+    t = entry.transform
+    if t is None or t.param is None or t.folded:
+        return w
+    if (t.kind, t.where) != ("scale", "input"):
+        raise UnsupportedError(
+            f"{entry.name}: an unfolded transform {t.kind} of its {t.where} cannot be applied"
+        )
+    return w * as_f32(t.param.load(), t.param.dtype)
 
 
 def values(data: Tensor | QTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
