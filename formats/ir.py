@@ -8,9 +8,12 @@ lcir.json, schema "lcir/1":
   entries     canonical name -> node
   node        {"tensor": NAME}                   a dense array, stored under NAME
               {"codes": NAME, "grid": {...}, "block": [...], "shape": [...], "scale": node,
-               "zero": node?, "offset": node?, "g_idx": node?, "packed": 4?}    a QTensor
+               "zero": node?, "offset": node?, "g_idx": node?, "divisor": true?, "packed": 4?}    a QTensor
+              an entry's node may also have "activation": spec and "transform": {"kind", "where", "param": node?}
+  kv          {"k": spec, "v": spec, ...}?       the KV cache
+  spec        {"grid", "per", "dynamic", "group", "divisor", "scale": node?, "zero": node?}    an ActSpec
 Codes of up to 4 bits are stored two to a byte, first code in the low half ("packed": 4), when rows are even.
-Activation specs, unfolded transforms, KV specs, masks, outliers and low-rank parts are refused: no pass makes them yet.
+Masks, outliers and low-rank parts are refused: no pass makes them yet.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ from lconvert.formats import safetensors
 from lconvert.formats.files import show
 from lconvert.formats.json_object import read_object
 from lconvert.ir import (
+    ActSpec,
     Attention,
     Decoder,
     Entry,
     Grid,
+    KVSpec,
     Layer,
     Mlp,
     Model,
@@ -43,6 +48,7 @@ from lconvert.ir import (
     Rope,
     Tensor,
     Tokenizer,
+    Transform,
 )
 from lconvert.spec import check
 
@@ -101,19 +107,51 @@ def _node(name: str, data: Tensor | QTensor, out: list[Stored]) -> dict[str, Any
         value = getattr(data, side)
         if value is not None:
             node[side] = _node(f"{name}.{side}", value, out)
+    return node | ({"divisor": True} if data.divisor else {})
+
+
+def _spec(name: str, spec: ActSpec, out: list[Stored]) -> dict[str, Any]:
+    node: dict[str, Any] = {
+        "grid": dataclasses.asdict(spec.grid),
+        "per": spec.per,
+        "dynamic": spec.dynamic,
+        "group": spec.group,
+        "divisor": spec.divisor,
+    }
+    for side in ("scale", "zero"):
+        if (value := getattr(spec, side)) is not None:
+            node[side] = _node(f"{name}.{side}", value, out)
+    return node
+
+
+def _extras(entry: Entry, out: list[Stored]) -> dict[str, Any]:
+    """What an entry has besides its numbers: how its input is quantized, and what is done to it first."""
+    node: dict[str, Any] = {}
+    if entry.activation is not None:
+        node["activation"] = _spec(f"{entry.name}.activation", entry.activation, out)
+    if (t := entry.transform) is not None:
+        param = {} if t.param is None else {"param": _node(f"{entry.name}.transform", t.param, out)}
+        node["transform"] = {"kind": t.kind, "where": t.where} | param
     return node
 
 
 def describe(model: Model) -> tuple[dict[str, Any], list[Stored]]:
     """lcir.json's content and the arrays to store, in order."""
-    if model.kv is not None or any(not t.folded for t in model.transforms):
-        raise UnsupportedError(f"KV specs and unfolded transforms cannot be stored in {SCHEMA}")
+    if any(not t.folded for t in model.transforms):
+        raise UnsupportedError(f"unfolded transforms of the whole model cannot be stored in {SCHEMA}")
     stored: list[Stored] = []
     entries: dict[str, Any] = {}
     for name, entry in model.entries.items():
-        if entry.activation is not None or entry.transform is not None:
-            raise UnsupportedError(f"{name}: activation specs and transforms cannot be stored in {SCHEMA}")
-        entries[name] = _node(name, entry.data, stored) | {"provenance": list(entry.provenance)}
+        entries[name] = _node(name, entry.data, stored) | _extras(entry, stored)
+        entries[name]["provenance"] = list(entry.provenance)
+    kv = None
+    if (c := model.kv) is not None:
+        kv = {
+            "k": _spec("kv.k", c.k, stored),
+            "v": _spec("kv.v", c.v, stored),
+            "residual_window": c.residual_window,
+        }
+        kv |= {"sinks": c.sinks, "pre_rope": c.pre_rope}
     arch = dataclasses.asdict(model.arch)
     arch["overrides"] = {str(i): o for i, o in arch["overrides"].items()}
     meta = {
@@ -127,6 +165,8 @@ def describe(model: Model) -> tuple[dict[str, Any], list[Stored]]:
         "report": list(model.report),
         "entries": entries,
     }
+    if kv is not None:
+        meta["kv"] = kv
     return meta, stored
 
 
@@ -239,7 +279,36 @@ class _Reader:
                 raise InputError(
                     f"{self.where}: {g_idx.origin} names group {groups.max()} of {scale.shape[-1]}"
                 )
-        return QTensor(shape, _checked(codes, grid), grid, block, scale, **sides)  # type: ignore[arg-type]
+        divisor = data.get("divisor") is True
+        return QTensor(shape, _checked(codes, grid), grid, block, scale, divisor=divisor, **sides)  # type: ignore[arg-type]
+
+    def plain(self, data: Any) -> Tensor:
+        found = self.node(data)
+        if not isinstance(found, Tensor) or found.dtype[0] not in "FBIU":
+            raise InputError(f"{self.where}: {show(data)} is not a plain tensor of numbers")
+        return found
+
+    def spec(self, data: Any) -> ActSpec:
+        """An ActSpec from its node."""
+        sides = {k: self.plain(data[k]) for k in ("scale", "zero") if isinstance(data, dict) and k in data}
+        given = {k: v for k, v in data.items() if k not in sides} if isinstance(data, dict) else data
+        grid = self.grid(given.get("grid") if isinstance(given, dict) else None)
+        spec = _build(ActSpec, given, self.where, grid=grid, **sides)
+        assert isinstance(spec, ActSpec)
+        return spec
+
+    def transform(self, data: Any) -> Transform:
+        param = {"param": self.plain(data["param"])} if isinstance(data, dict) and "param" in data else {}
+        made = _build(Transform, data, self.where, folded=False, **param)
+        assert isinstance(made, Transform)
+        return made
+
+    def kv(self, data: Any) -> KVSpec:
+        if not isinstance(data, dict):
+            raise InputError(f"{self.where}: kv is {show(data)}, expected an object")
+        made = _build(KVSpec, data, self.where, k=self.spec(data.get("k")), v=self.spec(data.get("v")))
+        assert isinstance(made, KVSpec)
+        return made
 
     def sizes(self, data: Any) -> tuple[int, ...]:
         value = _tuples(data)
@@ -299,7 +368,10 @@ def read(folder: Path) -> Model:
         raise InputError(f"{path}: no entries")
     for name, node in listed.items():
         data = reader.node(node)
-        entries[name] = Entry(name, data, provenance=_texts(node, "provenance", path))
+        spec = reader.spec(node["activation"]) if "activation" in node else None
+        transform = reader.transform(node["transform"]) if "transform" in node else None
+        entries[name] = Entry(name, data, spec, transform, _texts(node, "provenance", path))
+    kv = reader.kv(meta["kv"]) if meta.get("kv") is not None else None
     if reader.left:
         raise InputError(f"{path}: {DATA} holds tensors that no entry uses: {sorted(reader.left)[:3]}")
     tokenizer = meta.get("tokenizer")
@@ -314,6 +386,7 @@ def read(folder: Path) -> Model:
             name=str(meta.get("name", folder.stem)),
             source=str(folder),
             report=_texts(meta, "report", path),
+            kv=kv,
         )
     )
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from os import PathLike
@@ -237,6 +237,22 @@ def tensor(file: SafetensorsFile, name: str) -> Tensor:
     )
 
 
+def raw(file: SafetensorsFile, name: str) -> Tensor:
+    """The named tensor of an 8-bit type (F8_E4M3, F8_E8M0, U8 ...) as its bytes, lazily."""
+    info = file.tensors[name]
+    if DTYPE_BITS[info.dtype] != 8:
+        raise UnsupportedError(f"{file.path}: tensor {show(name)} has dtype {info.dtype}, expected one of 8 bits")
+    origin = f"{file.path}: {name}"
+    read = partial(_read_rows, file.path, file.stamp, info, "U8", origin)
+    return Tensor(info.shape, "U8", read, origin, _files(file))
+
+
+def columns(file: SafetensorsFile, name: str) -> Callable[[int, int], NDArray[Any]]:
+    """A reader of columns start..stop of the named matrix as a (rows, stop - start) array, in its storage type."""
+    info, dtype = _known(file, name)
+    return partial(_column_block, file.path, file.stamp, info, dtype, f"{file.path}: {name}")
+
+
 def transposed(file: SafetensorsFile, name: str) -> Tensor:
     """The transpose of the named matrix, lazily: row slabs of it are read as column slabs of the file.
 
@@ -249,6 +265,35 @@ def transposed(file: SafetensorsFile, name: str) -> Tensor:
     origin = f"{file.path}: {name}, transposed"
     read = partial(_read_columns, file.path, file.stamp, info, dtype, origin)
     return Tensor(info.shape[::-1], dtype, read, origin, _files(file))
+
+
+def stacked(file: SafetensorsFile, name: str, *, transpose: bool = False) -> Tensor:
+    """The rows of a stack of matrices (n, rows, ...), or of vectors (n, rows), one stack after another, lazily.
+
+    transpose: the stored matrices are (cols, rows), and are read as `transposed` reads one.
+    """
+    info, dtype = _known(file, name)
+    if len(info.shape) < (3 if transpose else 2):
+        raise InputError(f"{file.path}: tensor {show(name)} of shape {info.shape} is no stack")
+    origin = f"{file.path}: {name}"
+    if not transpose:
+        flat = replace(info, shape=(info.shape[0] * info.shape[1], *info.shape[2:]))
+        read = partial(_read_rows, file.path, file.stamp, flat, dtype, origin)
+        return Tensor(flat.shape, dtype, read, origin, _files(file))
+    n, cols, rows = info.shape
+    size = (info.stop - info.start) // (n or 1)
+
+    def read_columns(start: int, stop: int) -> NDArray[Any]:
+        _check_range(origin, start, stop, n * rows)
+        out = [np.empty((0, cols), NUMPY_DTYPE[dtype])]
+        for i in range(start // rows, -(-stop // rows)) if start < stop else ():
+            at = info.start + i * size
+            one = replace(info, shape=(cols, rows), start=at, stop=at + size)
+            low, high = max(start - i * rows, 0), min(stop - i * rows, rows)
+            out.append(_read_columns(file.path, file.stamp, one, dtype, origin, low, high))
+        return out[1] if len(out) == 2 else np.concatenate(out)
+
+    return Tensor((n * rows, cols), dtype, read_columns, f"{origin}, transposed", _files(file))
 
 
 def _files(file: SafetensorsFile) -> tuple[tuple[str, Stamp], ...]:
@@ -279,6 +324,12 @@ def _read_rows(
 def _read_columns(
     path: Path, stamp: Stamp, info: TensorInfo, dtype: Dtype, origin: str, start: int, stop: int
 ) -> NDArray[Any]:
+    return np.ascontiguousarray(_column_block(path, stamp, info, dtype, origin, start, stop).T)
+
+
+def _column_block(
+    path: Path, stamp: Stamp, info: TensorInfo, dtype: Dtype, origin: str, start: int, stop: int
+) -> NDArray[Any]:
     rows, cols = info.shape
     _check_range(origin, start, stop, cols)
     item = DTYPE_BITS[dtype] // 8
@@ -288,7 +339,7 @@ def _read_columns(
         for i in range(rows if width else 0):
             if (got := fill(f, info.start + (i * cols + start) * item, raw[i])) != width:
                 raise short_read(origin, width, got)
-    return np.ascontiguousarray(_typed(raw.reshape(-1), dtype, origin).reshape(rows, stop - start).T)
+    return _typed(raw.reshape(-1), dtype, origin).reshape(rows, stop - start)
 
 
 def _check_range(origin: str, start: int, stop: int, rows: int) -> None:

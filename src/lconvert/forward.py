@@ -17,7 +17,7 @@ from .archs import find
 from .archs.common import binds
 from .errors import InputError, LconvertError, MissingPackageError, UnsupportedError
 from .ir import Model
-from .kernels.qtensor import values
+from .kernels.qtensor import effective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,9 +75,9 @@ def hf_tensor(model: Model, bind: Any) -> NDArray[np.float32]:
     import numpy as np
 
     target = find(model.arch.family).traits_offset
-    out = np.empty((sum(b - a for _, r in bind.parts for a, b in r), *_tail(bind)), np.float32)
+    out = np.empty(bind.stored, np.float32)
     for role, ranges in bind.parts:
-        part = values(model.entries[role].data)
+        part = effective(model.entries[role])
         if "norm" in role and model.arch.norm_offset != target:
             part = part + np.float32(model.arch.norm_offset) - np.float32(target)
         if bind.row is not None:
@@ -86,12 +86,12 @@ def hf_tensor(model: Model, bind: Any) -> NDArray[np.float32]:
         for a, b in ranges:
             out[a:b] = part[at : at + b - a]
             at += b - a
-    return np.ascontiguousarray(out.T) if bind.transpose else out
-
-
-def _tail(bind: Any) -> tuple[int, ...]:
-    shape: tuple[int, ...] = bind.shape[::-1] if bind.transpose else bind.shape
-    return shape[1:]
+    if bind.alternating:
+        split = out.reshape(bind.experts, bind.alternating, -1, *out.shape[1:])
+        out = split.swapaxes(1, 2)
+    shape = bind.shape[:-2] + bind.shape[:-3:-1] if bind.transpose else bind.shape
+    out = out.reshape(shape)
+    return np.ascontiguousarray(out.swapaxes(-1, -2)) if bind.transpose else out
 
 
 class Forward:
@@ -153,7 +153,7 @@ class Forward:
                 parts = [
                     np.concatenate(
                         [
-                            values(self._model.entries[f"layers.{layer}.moe.experts.{e}.{k}"].data)
+                            effective(self._model.entries[f"layers.{layer}.moe.experts.{e}.{k}"])
                             for k in kinds
                         ]
                     )
@@ -161,7 +161,7 @@ class Forward:
                 ]
                 return self._torch.from_numpy(np.stack(parts))
         if full.endswith((".mlp.gate.weight", ".moe.gate.weight", ".router.weight")):
-            return self._torch.from_numpy(values(self._model.entries[f"layers.{layer}.moe.router"].data))
+            return self._torch.from_numpy(effective(self._model.entries[f"layers.{layer}.moe.router"]))
         raise UnsupportedError(f"{full}: no canonical entry for this parameter")
 
     def _attach(self) -> None:
@@ -171,6 +171,9 @@ class Forward:
             if id(parameter) in inside or (tied and name == "lm_head.weight"):
                 continue
             self._set(self.module, name, self._load(name, tuple(parameter.shape)))
+        for name, buffer in self.module.named_buffers():
+            if name in self._binds:
+                buffer.copy_(self._load(name, tuple(buffer.shape)))
         if tied:
             head, embed = self.module.get_output_embeddings(), self.module.get_input_embeddings()
             head.weight = embed.weight
@@ -186,6 +189,15 @@ class Forward:
                 if parameter is not None:
                     empty = self._torch.empty_like(parameter, device="meta")
                     part._parameters[name] = self._torch.nn.Parameter(empty, requires_grad=False)
+
+    def linears(self) -> list[tuple[Any, tuple[str, ...]]]:
+        """Every module whose weight is one matrix of the model, with the canonical roles that it holds."""
+        out = []
+        for name, module in self.module.named_modules():
+            bind = self._binds.get(name + ".weight")
+            if bind is not None and len(bind.shape) == 2 and "embed" not in bind.parts[0][0]:
+                out.append((module, tuple(role for role, _ in bind.parts)))
+        return out
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         """fp32 logits (len(ids), vocab)."""

@@ -50,7 +50,8 @@ class Tensor:
     `read(start, stop)` returns rows start..stop of axis 0 as a C-contiguous array of NUMPY_DTYPE[dtype]
     (BF16: its uint16 bits). It may be called from several threads and must not keep what it returns.
     `origin` says where the bytes come from, for messages; `files` are the files behind it, each with the state in
-    which its header was read: (path, (size, mtime in ns, inode)).
+    which its header was read: (path, (size, mtime in ns, inode)). `exact_in` are dtypes that its maker promises to represent
+    every value, so that nobody need compute them to find out.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +59,7 @@ class Tensor:
     read: Callable[[int, int], NDArray[Any]] = field(repr=False, compare=False)
     origin: str = ""
     files: tuple[tuple[str, tuple[int, int, int]], ...] = field(default=(), repr=False, compare=False)
+    exact_in: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -225,6 +227,7 @@ class QTensor:
     A global (per-tensor) scale is the innermost scale with block (-1, -1).
     g_idx: block number of every input column, for act-order checkpoints. mask: kept weights (bool).
     outliers: sparse exact values. low_rank: (A, B) with B @ A added after dequantization.
+    divisor: `scale` divides instead of multiplying (the global scale of compressed-tensors' NVFP4).
     """
 
     shape: tuple[int, ...]
@@ -238,6 +241,7 @@ class QTensor:
     mask: Tensor | None = None
     outliers: Mapping[str, Tensor] | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
+    divisor: bool = False
 
     @property
     def rows(self) -> int:
@@ -257,9 +261,113 @@ class QTensor:
         return tuple(dict.fromkeys(f for t in sides if t is not None for f in t.files))
 
 
+def _sides(q: QTensor, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """`change` of every side tensor that q has."""
+    return {k: change(v) for k in ("scale", "zero", "offset") if (v := getattr(q, k)) is not None}
+
+
+def row_blocks(q: QTensor) -> QTensor:
+    """The same numbers with blocks one row high: side values of taller blocks are repeated, lazily."""
+    import numpy as np
+
+    height = q.shape[0] if q.block[0] == -1 else q.block[0]
+    if height == 1:
+        return q
+
+    def expand(side: Any) -> Any:
+        if isinstance(side, QTensor):
+            inner = side if side.block[0] == -1 else row_blocks(side)
+            changed = {} if side.block[0] == -1 else _sides(inner, expand)
+            codes = expand(inner.codes)
+            return replace(inner, shape=codes.shape, codes=codes, **changed)
+
+        def read(start: int, stop: int) -> NDArray[Any]:
+            first = start // height
+            rows: NDArray[Any] = side.read(first, max(first, -(-stop // height)))
+            return rows[np.arange(start, stop) // height - first]
+
+        return replace(side, shape=(q.shape[0], *side.shape[1:]), read=read)
+
+    return replace(q, block=(1, *q.block[1:]), **_sides(q, expand))
+
+
+def take_quantized(q: QTensor, ranges: tuple[tuple[int, int], ...]) -> QTensor:
+    """The rows of `q` in `ranges`: a view. Blocks that a range would cut are split into blocks of one row."""
+    height = q.block[0]
+    if ranges == ((0, q.rows),):
+        return q
+    if height > 1 and any(a % height or (b % height and b != q.rows) for a, b in ranges):
+        q, height = row_blocks(q), 1
+    codes = take_rows(q.codes, ranges)
+    if height == -1:  # one block for all rows stays one block
+        return replace(q, shape=codes.shape, codes=codes)
+    blocks = tuple((a // height, -(-b // height)) for a, b in ranges)
+
+    def take(side: Any) -> Any:
+        return take_quantized(side, blocks) if isinstance(side, QTensor) else take_rows(side, blocks)
+
+    return replace(q, shape=codes.shape, codes=codes, **_sides(q, take))
+
+
+def concat_quantized(parts: tuple[QTensor, ...]) -> QTensor:
+    """QTensors of one structure stacked along axis 0: a view.
+
+    Blocks that span all rows become blocks of one row unless their values are equal, bit for bit.
+    ValueError for parts that differ in grid, columns, block width or in which side values they have.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    q = parts[0]
+    if q.block[0] == -1 and all(p.block == q.block for p in parts) and _equal_sides(parts):
+        codes = concat_rows(tuple(p.codes for p in parts))
+        return replace(q, shape=codes.shape, codes=codes)
+    heights = {p.block[0] for p in parts}
+    if len(heights) > 1 or heights == {-1} or any(p.rows % p.block[0] for p in parts[:-1]):
+        parts = tuple(row_blocks(p) for p in parts)
+        q = parts[0]
+    for p in parts:
+        same = (p.grid, p.block, p.divisor, p.shape[1:]) == (q.grid, q.block, q.divisor, q.shape[1:])
+        if not same or p.g_idx or q.g_idx or _sides(p, type) != _sides(q, type):
+            raise ValueError(f"cannot stack {p.origin} on {q.origin}: they are quantized differently")
+
+    def stack(name: str) -> Any:
+        sides = tuple(getattr(p, name) for p in parts)
+        return concat_quantized(sides) if isinstance(sides[0], QTensor) else concat_rows(sides)
+
+    codes = concat_rows(tuple(p.codes for p in parts))
+    return replace(q, shape=codes.shape, codes=codes, **{k: stack(k) for k in _sides(q, type)})
+
+
+def _equal_sides(parts: tuple[QTensor, ...]) -> bool:
+    """Whether side values, which are few, are the same numbers in the same storage."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, QTensor) and isinstance(b, QTensor):
+            if (a.grid, a.block, a.divisor) != (b.grid, b.block, b.divisor) or not same(a.codes, b.codes):
+                return False
+            return _sides(a, type) == _sides(b, type) and all(
+                same(getattr(a, k), getattr(b, k)) for k in _sides(a, type)
+            )
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.dtype == b.dtype and a.shape == b.shape and bool((a.load() == b.load()).all())
+        return False
+
+    q = parts[0]
+    names = _sides(q, type)
+    return all(
+        _sides(p, type) == names and all(same(getattr(q, k), getattr(p, k)) for k in names) for p in parts[1:]
+    )
+
+
 @dataclass(frozen=True)
 class ActSpec:
-    """How activations entering a weight are quantized."""
+    """How activations entering a weight are quantized.
+
+    scale multiplies codes (a scalar for per tensor, one value per layer for a KV cache); None where it is dynamic.
+    group: width of a group along the features. A dynamic spec with a scale has it as the global one above those of its groups
+    (NVFP4), or per token as their upper bound over the grid's largest value (fbgemm); `divisor`: it divides, as
+    compressed-tensors has it.
+    """
 
     grid: Grid
     per: Literal["tensor", "token", "group", "head"]
@@ -267,11 +375,12 @@ class ActSpec:
     group: int | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
+    divisor: bool = False
 
 
 @dataclass(frozen=True)
 class KVSpec:
-    """How the key and value caches are quantized."""
+    """How the key and value caches are quantized; static scales have shape (layers,)."""
 
     k: ActSpec
     v: ActSpec
@@ -282,7 +391,10 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class Transform:
-    """An equivalence transform. Not `folded`: it is part of the function and belongs to its entry."""
+    """An equivalence transform. Not `folded`: it is part of the function and belongs to its entry.
+
+    kind scale, where input: the entry's input is multiplied by `param` (in,) first, y = W (x * param).
+    """
 
     kind: Literal["scale", "rotate", "permute", "shift"]
     where: str
@@ -332,8 +444,26 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Mla:
+    """Latent attention (DeepSeek): keys and values of all heads come out of one normed latent of `kv_rank` per token.
+
+    q_rank: queries come out of a normed latent too, None: straight from the input. v_dim: width of a head's values.
+    The last `rope.dim` of a head's `head_dim` dimensions turn; these of the keys are one vector for all heads, straight
+    from the input. norm_eps: of the norms of both latents.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    v_dim: int
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class Attention:
-    """`scale` multiplies q.k; `window` counts the visible positions including the current one."""
+    """`scale` multiplies q.k; `window` counts the visible positions including the current one.
+
+    With `mla`, qkv_bias belongs to the matrices that lead to the latents.
+    """
 
     heads: int
     kv_heads: int
@@ -346,6 +476,8 @@ class Attention:
     qkv_bias: bool = False
     o_bias: bool = False
     clip_qkv: float | None = None
+    sinks: bool = False  # one logit per head that only takes its share of the softmax
+    mla: Mla | None = None
 
 
 @dataclass(frozen=True)
@@ -360,7 +492,14 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """Routed experts; each expert is a gated MLP. `normalize` divides the chosen weights by their sum."""
+    """Routed experts; each expert is a gated MLP. `normalize` divides the chosen weights by their sum.
+
+    activation swiglu_oai: g sigmoid(1.702 g) (u + 1) with g = min(gate x, limit), u = clamp(up x, -limit, limit).
+    bias: the router and all matrices of the experts have one.
+    shared: width of a gated MLP that every token passes as well, its output added. correction: a vector added to the
+    scores to choose experts, not to weigh them. groups > 1: experts compete in `groups` of equal size, and only those of
+    the best `top_groups` can be chosen; a group counts what its best expert does (max) or its two best together (top2).
+    """
 
     experts: int
     top_k: int
@@ -369,6 +508,13 @@ class Moe:
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
     scale: float = 1.0
+    bias: bool = False
+    limit: float | None = None  # of swiglu_oai
+    shared: int = 0
+    correction: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "top2"
 
 
 @dataclass(frozen=True)

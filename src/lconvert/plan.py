@@ -61,9 +61,17 @@ class Slab:
     squared_norm: float = 0.0
 
 
+#: `held` of scales, zero points and shapes.
+SIDE = "scales and shapes"
+
+
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the artifact. `produce(start, stop)` returns the Slab of these rows, from any thread."""
+    """One tensor of the artifact. `produce(start, stop)` returns the Slab of these rows, from any thread.
+
+    rule: why it has this type. held: for the codes of a quantized module, what they are ("int4, groups of 32"), and SIDE for
+    its other tensors.
+    """
 
     name: str
     type: str
@@ -76,6 +84,7 @@ class Item:
     verdict: Verdict
     produce: Callable[[int, int], Slab] = field(repr=False, compare=False)
     rule: str = ""
+    held: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +169,7 @@ class Plan:
                             "bytes": i.nbytes,
                             "sources": list(i.sources),
                             "rule": i.rule,
+                            **({"held": i.held} if i.held else {}),
                             "verdict": {k: v for k, v in asdict(i.verdict).items() if v not in (None, "")},
                         }
                         for i in f.items
@@ -388,7 +398,7 @@ def _measured(plan: Plan, errors: Mapping[str, list[float]]) -> Plan:
     return replace(plan, files=tuple(replace(f, items=tuple(map(measured, f.items))) for f in plan.files))
 
 
-def _cpus() -> int:
+def cpus() -> int:
     """CPUs this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -442,7 +452,7 @@ def execute(
     if refused := refusals(plan):
         more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
         raise UnsupportedError("; ".join(refused[:3]) + more)
-    threads = threads or _cpus()
+    threads = threads or cpus()
     tell = progress or (lambda n, name: None)
     final = [folder / f.name for f in plan.files]
     sources = {os.path.realpath(s.path) for s in plan.sources}
