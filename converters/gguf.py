@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lconvert import kernels
 from lconvert.archs import find
 from lconvert.archs.common import Arch
-from lconvert.converters import gguf_carry, gguf_keys, gguf_mixture, gguf_names, tokenizer_gguf
+from lconvert.converters import (
+    act_order,
+    fold,
+    gguf_carry,
+    gguf_keys,
+    gguf_mixture,
+    gguf_names,
+    tokenizer_gguf,
+)
 from lconvert.converters.gguf_mixture import Options as MixtureOptions
 from lconvert.converters.gguf_names import Stored
 from lconvert.errors import InputError, UnsupportedError
@@ -65,13 +73,18 @@ def _dense_producer(
     """Rows start..stop of a stored tensor: read, shift or permute, quantize, measure a sample of rows."""
     turned = [gguf_names.interleave(p, stored.head_dim) if stored.head_dim else p for p in parts]
     whole = concat_rows(tuple(turned))
+    whole = gguf_names.transposed(whole, stored.turned) if stored.turned else whole
     dtype, cols, vector = whole.dtype, stored.cols, len(whole.shape) == 1
     per_matrix = stored.shape[-2] if len(stored.shape) == 3 else stored.rows
 
     def produce(start: int, stop: int) -> Slab:
         import numpy as np
 
-        x = whole.load().reshape(1, cols) if vector else whole.read(start, stop).reshape(stop - start, cols)
+        x = (
+            whole.load().reshape(-1, cols)[start:stop]
+            if vector
+            else whole.read(start, stop).reshape(stop - start, cols)
+        )
         kind: str = dtype
         if stored.shift:
             x, kind = as_f32(x, dtype) + np.float32(stored.shift), "F32"
@@ -143,8 +156,10 @@ def _item(stored: Stored, model: Model, choice: gguf_mixture.Choice, options: Op
         produce=lambda a, b: Slab(b""),
         rule=choice.reason,
     )
-    carried = gguf_carry.lower(stored, data, type_)
-    if carried is not None:
+    held = gguf_carry.oriented(stored, data)
+    carried = gguf_carry.lower(stored, held, type_)
+    scaled = find(model.arch.family).gguf.scales
+    if carried is not None and (scaled or all(s == 1.0 for s in carried[2])):
         verdict, packed, scales = carried
         out = [replace(item, verdict=verdict, produce=lambda a, b: Slab(packed.read(a, b)))]
         if any(s != 1.0 for s in scales):
@@ -187,7 +202,8 @@ def hyper(arch: Arch, model: Model) -> gguf_mixture.Hyper:
     d = model.arch
     a = d.default.attention
     experts = getattr(d.default.mlp, "experts", 0)
-    return gguf_mixture.Hyper(arch.gguf.arch, d.layers, a.heads, a.kv_heads, experts)
+    kv_heads = a.kv_heads if a.mla is None else 1  # llama.cpp holds one key for all heads
+    return gguf_mixture.Hyper(arch.gguf.arch, d.layers, a.heads, kv_heads, experts)
 
 
 def _general(arch: Arch, name: str) -> dict[str, gguf.Value]:
@@ -216,6 +232,7 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
     Raises OptionError for rules that cannot be met (an imatrix that a type needs) and UnsupportedError for a
     tokenizer or trait that llama.cpp does not have.
     """
+    model, said = without_extras(model)
     d = model.arch
     arch = find(d.family)
     stored = {s.name: s for s in gguf_names.layout(arch, d)}
@@ -251,17 +268,32 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
         sources=sources(model),
         options=options.summary(),
         losses=_losses(arch, d, options.allow_loss),
-        notes=(*model.report, *notes),
+        notes=(*model.report, *notes, *said),
     )
+
+
+def without_extras(model: Model) -> tuple[Model, list[str]]:
+    """The same function without what GGUF has no place for: scales of inputs, act-order, quantized activations and caches."""
+    folded = fold.transforms(model)
+    model, dequantized = fold.materialized(folded.model)
+    model, absorbed = act_order.absorb(model)
+    said = [*folded.notes, *dequantized, *absorbed]
+    if any(e.activation is not None for e in model.entries.values()):
+        said.append("how activations were quantized is not part of a GGUF file: llama.cpp has its own way")
+    if model.kv is not None:
+        said.append(
+            "the quantization of the KV cache is not part of a GGUF file; see llama.cpp's --cache-type-k and -v"
+        )
+    return model, said
 
 
 def _storage(s: Stored, model: Model) -> str:
     """Type of the tensor in an unquantized GGUF: vectors and what upstream's converter keeps in F32."""
-    if len(s.shape) == 1 or s.name.endswith(("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")):
+    kept = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
+    if len(s.shape) == 1 or not s.name.endswith(".weight") or s.name.endswith(kept):
         return "F32"
     kinds = set()
-    for role in s.roles:
-        data = model.entries[role].data
+    for data in gguf_carry.oriented(s, [model.entries[role].data for role in s.roles]):
         kinds.add(data.dtype if isinstance(data, Tensor) else gguf_carry.exact_type(data) or "F32")
     return kinds.pop() if len(kinds) == 1 else "F32"
 

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lconvert.converters.gguf_names import Stored, interleave
+from lconvert.converters import regrid
+from lconvert.converters.gguf_names import Stored, interleave, transposed, transposed_codes
 from lconvert.formats.gguf_blocks import native_type, packer
 from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid
+from lconvert.ir import dense as array
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
 from lconvert.plan import Verdict
@@ -110,8 +112,19 @@ def _portable(q: QTensor) -> Carried | None:
 
 
 def _nvfp4(q: QTensor) -> Carried | None:
-    """NVFP4 with a global scale: the scale goes into a tensor of its own beside the blocks."""
-    s = q.scale
+    """NVFP4 with a global scale: the scale goes into a tensor of its own beside the blocks, as a multiplier."""
+    verdict, s = Verdict("exact"), q.scale
+    if isinstance(s, QTensor) and s.divisor and isinstance(s.scale, Tensor):
+        divisor = _side(s.scale)
+        with np.errstate(all="ignore"):
+            inverse = np.float32(1) / divisor
+            error = np.abs(inverse.astype(np.float64) * divisor - 1)
+        if not np.isfinite(inverse).all():
+            return None
+        if error.any():
+            reason = "the reciprocal of a global scale, which fp32 rounds"
+            verdict = Verdict("rounded", reason, float(error.max()))
+        q = replace(q, scale=(s := replace(s, scale=array(inverse), divisor=False)))
     if not isinstance(s, QTensor) or s.block != (-1, -1) or s.grid not in (E4M3, UE4M3):
         return None
     if not isinstance(s.scale, Tensor) or q.block != (1, 16) or q.zero is not None or q.offset is not None:
@@ -122,30 +135,51 @@ def _nvfp4(q: QTensor) -> Carried | None:
     unsigned = replace(q, scale=replace(s, grid=UE4M3))
     if native_type(unsigned) != "NVFP4":
         return None
-    return Carried("NVFP4", unsigned, Verdict("exact"), float(_side(s.scale).reshape(-1)[0]))
+    return Carried("NVFP4", unsigned, verdict, float(_side(s.scale).reshape(-1)[0]))
 
 
 def carry(q: QTensor) -> Carried | None:
-    """How GGUF holds exactly these numbers, or None."""
+    """How GGUF holds these numbers, or None: exactly, but for the reciprocal of NVFP4's global scale."""
     if (found := _nvfp4(q)) is not None:
         return found
-    if (type_ := native_type(q)) is not None and _scales_fit(q):
-        return Carried(type_, q, Verdict("exact"))
-    return _portable(q)
+    multiplied = regrid.multiplied(q)  # block types have no divisors
+    if multiplied is None:
+        return None
+    if (type_ := native_type(multiplied)) is not None and _scales_fit(multiplied):
+        return Carried(type_, multiplied, Verdict("exact"))
+    return _portable(multiplied)
 
 
 def _scales_fit(q: QTensor) -> bool:
-    """Plain scales that are not F16 in the source must be representable in it."""
-    sides = [s.scale if isinstance(s, QTensor) else s for s in (q.scale, q.offset) if s is not None]
-    return all(
-        isinstance(s, Tensor) and (s.dtype == "F16" or s.shape == (1, 1) or _f16_exact(_side(s)))
-        for s in sides
-    )
+    """Plain scales that are not F16 in the source must be representable in it; one for the whole tensor has no place."""
+
+    def fits(side: Tensor | QTensor | None) -> bool:
+        if isinstance(side, QTensor):
+            if side.block == (-1, -1):
+                return isinstance(side.scale, Tensor) and bool((_side(side.scale) == 1).all())
+            return fits(side.scale)
+        return side is None or side.dtype == "F16" or _f16_exact(_side(side))
+
+    return all(fits(s) for s in (q.scale, q.zero, q.offset))
 
 
 def exact_type(q: QTensor) -> str | None:
     found = carry(q)
     return found.type if found else None
+
+
+def oriented(stored: Stored, data: Sequence[Tensor | QTensor]) -> list[Tensor | QTensor]:
+    """The parts of a stored tensor, transposed where the file has them so; none where blocks forbid it.
+
+    Groups along the input dimension lie across the rows of the transposed matrix, where no block type has them.
+    """
+    if not stored.turned:
+        return list(data)
+    found = [
+        transposed(x, stored.turned) if isinstance(x, Tensor) else transposed_codes(x, stored.turned)
+        for x in data
+    ]
+    return [x for x in found if x is not None]
 
 
 def dense(parts: Sequence[Tensor | QTensor]) -> tuple[Tensor, ...]:
@@ -168,6 +202,8 @@ def lower(
     Returns the verdict, the packed rows as a U8 Tensor, and the global scale of every part.
     """
     parts, verdicts, scales = [], [], []
+    if not data:
+        return None
     for q in data:
         found = carry(q) if isinstance(q, QTensor) else None
         if found is None or found.type != type_:

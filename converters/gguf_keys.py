@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lconvert.archs.common import Arch
+from lconvert.archs.common import Arch, yarn_attention, yarn_mscale
 from lconvert.formats.gguf import Value, array, boolean, f32, string, u32
 from lconvert.ir import Decoder, Moe, Rope
 
@@ -39,7 +39,7 @@ def _rope_keys(rope: Rope, context: int) -> dict[str, Value]:
             out["rope.scaling.yarn_beta_fast"] = f32(rope.beta_fast)
             out["rope.scaling.yarn_beta_slow"] = f32(rope.beta_slow)
             # llama.cpp multiplies its own 0.1 ln(s) + 1 by this key (llama-context.cpp, yarn_attn_factor).
-            own = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+            own = yarn_mscale(rope.factor)
             wanted = yarn_attention(rope)
             if not math.isclose(own, wanted, rel_tol=1e-12):
                 out["rope.scaling.attn_factor"] = f32(wanted / own)
@@ -48,19 +48,6 @@ def _rope_keys(rope: Rope, context: int) -> dict[str, Value]:
             out["rope.scaling.original_context_length"] = u32(rope.original_context)
             out["rope.scaling.attn_factor"] = f32(longrope_attention(rope, context))
     return out
-
-
-def yarn_attention(rope: Rope) -> float:
-    """What YaRN multiplies cos and sin by (transformers modeling_rope_utils `_compute_yarn_parameters`)."""
-
-    def mscale(m: float) -> float:
-        return 0.1 * m * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
-    return mscale(1.0)
 
 
 def longrope_attention(rope: Rope, context: int) -> float:

@@ -1,4 +1,4 @@
-"""Canonical roles <-> GGUF tensors: names, fused and stacked tensors, rotary row order, shifted norms.
+"""Canonical roles <-> GGUF tensors: names, fused, stacked and transposed tensors, rotary row order, shifted norms.
 
 `layout(arch, decoder)` lists every weight tensor of the GGUF file with the roles whose rows it holds. The plan
 walks it forwards, the reader backwards.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lconvert.archs.common import Arch
-from lconvert.ir import Decoder, Tensor, take_rows
+from lconvert.ir import Decoder, QTensor, Tensor, row_blocks
 from lconvert.spec import roles
 
 #: Local role -> GGUF name without "blk.{i}." (llama.cpp src/llama-arch.cpp, LLM_TENSOR_NAMES).
@@ -30,6 +30,14 @@ DEFAULT: Mapping[str, str] = {
     "attn.o": "attn_output",
     "attn.q_norm": "attn_q_norm",
     "attn.k_norm": "attn_k_norm",
+    "attn.sinks": "attn_sinks",
+    "attn.q_a": "attn_q_a",
+    "attn.q_a_norm": "attn_q_a_norm",
+    "attn.q_b": "attn_q_b",
+    "attn.kv_a": "attn_kv_a_mqa",
+    "attn.kv_a_norm": "attn_kv_a_norm",
+    "attn.k_b": "attn_k_b",
+    "attn.v_b": "attn_v_b",
     "mlp.gate": "ffn_gate",
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
@@ -37,6 +45,10 @@ DEFAULT: Mapping[str, str] = {
     "moe.gate": "ffn_gate_exps",
     "moe.up": "ffn_up_exps",
     "moe.down": "ffn_down_exps",
+    "moe.correction": "exp_probs_b",
+    "moe.shared.gate": "ffn_gate_shexp",
+    "moe.shared.up": "ffn_up_shexp",
+    "moe.shared.down": "ffn_down_shexp",
 }
 
 NORM_ROLES = (
@@ -46,15 +58,18 @@ NORM_ROLES = (
     "mlp_post_norm",
     "attn.q_norm",
     "attn.k_norm",
+    "attn.q_a_norm",
+    "attn.kv_a_norm",
     "norm",
 )
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One GGUF tensor: the rows of `roles`, one after another. `shape` is (out, in), or (experts, out, in).
+    """One GGUF tensor: the rows of `roles`, one after another. `shape` is (out, in), or (experts or heads, out, in).
 
     head_dim > 0: rows of each head are in interleaved rotary order. shift: added to the values (norms).
+    turned > 0: so many rows of its only role make a matrix of the stack, which the file holds transposed.
     """
 
     name: str
@@ -62,6 +77,7 @@ class Stored:
     roles: tuple[str, ...]
     head_dim: int = 0
     shift: float = 0.0
+    turned: int = 0
 
     @property
     def cols(self) -> int:
@@ -107,12 +123,18 @@ def layout(arch: Arch, d: Decoder) -> Iterator[Stored]:
         layer = d.layer(int(name.split(".")[1])) if name.startswith("blk.") else d.default
         # Layers without rope too, as upstream's converter does: scores do not depend on the order of rows.
         turn = g.permute and local in ("attn.q", "attn.k")
-        if local.startswith("moe.") and local != "moe.router":
+        heads, turned = layer.attention.heads, 0
+        if ".moe.experts." in members[0]:
             shape: tuple[int, ...] = (len(members), *first)
+        elif local == "attn.k_b":  # llama.cpp multiplies queries with it, upstream's converter transposes it
+            turned = first[0] // heads
+            shape = (heads, first[1], turned)
+        elif local == "attn.v_b":
+            shape = (heads, first[0] // heads, first[1])
         else:
             shape = (sum(shapes[m][0] for m in members), *first[1:])
         shift = d.norm_offset if local in NORM_ROLES and name.endswith(".weight") else 0.0
-        yield Stored(name, shape, tuple(members), layer.attention.head_dim if turn else 0, shift)
+        yield Stored(name, shape, tuple(members), layer.attention.head_dim if turn else 0, shift, turned)
 
 
 def interleave(t: Tensor, head_dim: int, *, inverse: bool = False) -> Tensor:
@@ -133,13 +155,35 @@ def interleave(t: Tensor, head_dim: int, *, inverse: bool = False) -> Tensor:
     return replace(t, read=read)
 
 
-def split_rows(
-    whole: Tensor, stored: Stored, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Tensor]]:
-    """The canonical tensors inside one stored tensor (rows flattened): the inverse of stacking."""
-    at = 0
-    for role in stored.roles:
-        n = shapes[role][0]
-        part = take_rows(whole, ((at, at + n),))
-        at += n
-        yield role, interleave(part, stored.head_dim, inverse=True) if stored.head_dim else part
+def transposed(t: Tensor, rows: int) -> Tensor:
+    """Every `rows` rows of t, a matrix each, transposed, as a view: (n rows, cols) becomes (n cols, rows)."""
+    cols = t.shape[1]
+
+    def read(start: int, stop: int) -> Any:
+        first, last = start // cols, -(-stop // cols)
+        x = t.read(first * rows, last * rows).reshape(last - first, rows, cols).swapaxes(1, 2)
+        return x.reshape(-1, rows)[start - first * cols : stop - first * cols]
+
+    return replace(t, shape=(t.rows // rows * cols, rows), read=read)
+
+
+def transposed_codes(q: QTensor, rows: int) -> QTensor | None:
+    """`transposed` of a QTensor, its blocks turned as well, None where a block is not within one matrix."""
+    if q.block == (-1, -1):
+        return replace(q, shape=(q.rows // rows * q.shape[1], rows), codes=transposed(q.codes, rows))
+    q = row_blocks(q) if q.block[0] == -1 or rows % q.block[0] else q
+    height, cols = q.block[0], q.shape[1]
+    width = cols if q.block[1] == -1 else q.block[1]
+    plain = q.g_idx is None and q.mask is None and not q.outliers and q.low_rank is None
+    if not plain or cols % width:
+        return None
+    sides: dict[str, Tensor | QTensor] = {}
+    for name in ("scale", "zero", "offset"):
+        side = getattr(q, name)
+        if side is not None:
+            turned = (transposed_codes if isinstance(side, QTensor) else transposed)(side, rows // height)
+            if turned is None:
+                return None
+            sides[name] = turned
+    codes = transposed(q.codes, rows)
+    return replace(q, shape=codes.shape, codes=codes, block=(width, height), **sides)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import numpy as np
 from lconvert.archs import find
 from lconvert.archs import names as arch_names
 from lconvert.archs.common import Arch, plausible
-from lconvert.converters import gguf_keys, gguf_names, tokenizer_raise
+from lconvert.converters import gguf_keys, gguf_latent, gguf_names, tokenizer_raise
 from lconvert.converters.gguf_meta import Meta, readable, short, unused
 from lconvert.errors import InputError, LconvertError, UnsupportedError
 from lconvert.formats import gguf
@@ -52,7 +52,8 @@ def _find_arch(file: gguf.GGUFFile, meta: Meta) -> Arch:
             f"{file.path}: architecture {show(meta.arch)} is not supported; supported: "
             f"{', '.join(sorted({a.gguf.arch for a in known}))}"
         )
-    return next((a for a in found if a.gguf.moe == experts), found[0])
+    sort = (experts, gguf_latent.sigmoid(meta))
+    return next((a for a in found if (a.gguf.moe, a.gguf.sigmoid) == sort), found[0])
 
 
 def _rope(file: gguf.GGUFFile, meta: Meta, head_dim: int, context: int) -> Rope | None:
@@ -178,18 +179,25 @@ def _traits(file: gguf.GGUFFile, meta: Meta, arch: Arch) -> Decoder:
         qkv_bias=f"blk.0.{qkv}.bias" in t,
         o_bias="blk.0.attn_output.bias" in t,
         clip_qkv=meta.nonzero("attention.clamp_kqv"),
+        sinks="blk.0.attn_sinks.weight" in t,
     )
     mlp: Mlp | Moe
     if meta.number("expert_count", 0) > 0:
         size = meta.count("expert_feed_forward_length", meta.count("feed_forward_length"))
         mlp = Moe(meta.count("expert_count"), meta.count("expert_used_count"), size, "silu")
+        mlp = replace(mlp, bias="blk.0.ffn_gate_inp.bias" in t)
     else:
         gated = "blk.0.ffn_gate.weight" in t or any("mlp.gate" in parts for parts in fused.values())
         up_bias = "blk.0.ffn_up.bias" in t
         mlp = Mlp("gated" if gated else "plain", "silu", meta.count("feed_forward_length"), up_bias)
+    if gguf_latent.latent(meta):
+        attention, mlp = gguf_latent.attention(file, meta, attention), gguf_latent.experts(file, meta, mlp)
     rms = meta.maybe("attention.layer_norm_rms_epsilon")
     positions = t.get("position_embd.weight")
     layer = Layer(attention, mlp, _block(file, meta))
+    dense = _dense_layers(file, layer, layers)
+    if gguf_latent.latent(meta):
+        gguf_latent.leading(file, dense, layers)
     d = Decoder(
         family=arch.model_type,
         hidden=hidden,
@@ -199,7 +207,7 @@ def _traits(file: gguf.GGUFFile, meta: Meta, arch: Arch) -> Decoder:
         norm="rms" if rms is not None else "layer",
         norm_eps=rms if rms is not None else short(meta.number("attention.layer_norm_epsilon")),
         default=layer,
-        overrides=_dense_layers(file, layer, layers),
+        overrides=dense,
         norm_bias="output_norm.bias" in t,
         tied="output.weight" not in t,
         head_bias="output.bias" in t,
@@ -307,6 +315,15 @@ def _rows_of(data: Tensor | QTensor, start: int, stop: int, head_dim: int) -> Te
     )
 
 
+def _upright(data: Tensor | QTensor, rows: int) -> Tensor | QTensor:
+    """A stack of matrices of `rows` rows, transposed one by one: outputs are rows again."""
+    if isinstance(data, Tensor):
+        return gguf_names.transposed(data, rows)
+    found = gguf_names.transposed_codes(data, rows)
+    assert found is not None, "blocks of a file lie within its rows"
+    return found
+
+
 def _flat(t: Tensor) -> Tensor:
     """A (1, n) tensor as the vector it is."""
     return replace(t, shape=(t.shape[-1],), read=lambda a, b: t.read(0, 1).reshape(-1)[a:b])
@@ -336,22 +353,25 @@ def read(path: str | Path) -> Model:
         if info.type == "NVFP4":
             left -= {stored.name.removesuffix(".weight") + ".scale"}
         whole = _entry_data(file, stored.name, stored.cols)
+        whole = _upright(whole, stored.shape[1]) if stored.turned else whole
         at = 0
         for role in stored.roles:
             n = shapes[role][0] if len(shapes[role]) > 1 or len(stored.shape) == 1 else 1
-            if len(stored.shape) == 1:
+            if len(shapes[role]) == 1:
                 if not isinstance(whole, Tensor):
                     raise UnsupportedError(
                         f"{file.path}: tensor {stored.name} is a vector in {info.type}, expected a float type"
                     )
-                vector = take_rows(_flat(whole), ((at, at + n),))
+                one = len(stored.shape) == 1  # else a row for each expert
+                rows = take_rows(_flat(whole) if one else whole, ((at, at + n),))
+                vector = rows if one else _flat(rows)
                 part: Tensor | QTensor = (
                     gguf_names.interleave(vector, stored.head_dim, inverse=True)
                     if stored.head_dim
                     else vector
                 )
             else:
-                part = _rows_of(whole, at, at + n, stored.head_dim)
+                part = whole if stored.turned else _rows_of(whole, at, at + n, stored.head_dim)
             at += n
             entries[role] = Entry(role, part, provenance=(f"{file.path.name}:{stored.name}",))
     if left:

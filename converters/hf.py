@@ -8,22 +8,38 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lconvert import kernels
 from lconvert.archs import find
 from lconvert.archs.common import Bind, Keys, binds, plausible
+from lconvert.converters import hf_experts, hf_quantized
 from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, MissingPackageError, UnsupportedError
 from lconvert.formats import safetensors
 from lconvert.formats.files import show
 from lconvert.formats.json_object import read_object
 from lconvert.forward import hf_tensor
-from lconvert.ir import DTYPE_SIZE, NUMPY_DTYPE, Entry, Model, Tensor, concat_rows, take_rows
+from lconvert.ir import (
+    DTYPE_SIZE,
+    NUMPY_DTYPE,
+    Entry,
+    Model,
+    QTensor,
+    Tensor,
+    as_f32,
+    concat_rows,
+    take_quantized,
+    take_rows,
+)
 from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
 from lconvert.spec import check
 
@@ -126,7 +142,10 @@ def _load(
             f"{file.path}: tensor {info.name} is stored as {info.dtype}; only {', '.join(_FLOATS)} checkpoints "
             "can be read so far"
         )
-    whole = (safetensors.transposed if bind.transpose else safetensors.tensor)(file, info.name)
+    if bind.experts:
+        whole = hf_experts.dense(bind, file, info.name)
+    else:
+        whole = (safetensors.transposed if bind.transpose else safetensors.tensor)(file, info.name)
     for role, ranges in bind.parts:
         yield role, take_rows(whole, ranges) if bind.row is None else _as_row(whole)
 
@@ -140,12 +159,9 @@ def read(source: str | Path) -> Model:
     """A Hugging Face folder (or hub name) as a Model; see the module docstring for what is guaranteed."""
     folder = resolve(str(source))
     config = read_object(folder / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        raise UnsupportedError(
-            f"{folder}: already quantized ({show(method)}); such checkpoints cannot be read so far"
-        )
+    tensors = _tensors(folder)
+    scheme = hf_quantized.scheme(folder, config, tensors)
+    config = {k: v for k, v in config.items() if k not in hf_quantized.CONFIG_KEYS}
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{folder / 'config.json'}: the required key 'model_type' is missing")
@@ -158,17 +174,32 @@ def read(source: str | Path) -> Model:
     if arch.hf_class not in classes:
         raise UnsupportedError(f"{keys.where}: architectures is {show(classes)}, expected {arch.hf_class}")
 
-    tensors = _tensors(folder)
-    plausible(decoder, keys.where, layers=len(tensors), experts=len(tensors))
-    pieces: dict[str, list[tuple[Tensor, str]]] = {}
+    stacked = sum(
+        info.shape[0] for _, info in tensors.values() if len(info.shape) > 2 and info.stop > info.start
+    )
+    plausible(decoder, keys.where, layers=len(tensors), experts=len(tensors) + stacked)
+    pieces: dict[str, list[tuple[Entry, str]]] = {}
     report = [f"inert config keys: {', '.join(inert)}"] if inert else []
-    for bind in binds(arch.names, decoder):
+    listed = list(binds(arch.names, decoder))
+    modules = None
+    if scheme is not None:
+        names = (n.removesuffix(".weight") for b in listed for n in (b.hf, b.other) if n.endswith(".weight"))
+        own = {b.hf for b in listed if not b.hf.endswith((".weight", ".bias"))}
+        modules = hf_quantized.Modules(scheme, names, tensors, own)
+        report += [f"quantized: {scheme.method}", *scheme.report]
+    for bind in listed:
+        if modules is not None and (quantized := _quantized(modules, bind, tensors)):
+            for entry, where in quantized:
+                pieces.setdefault(entry.name, []).append((entry, where))
+            continue
         found = tensors.pop(bind.hf, None) or tensors.pop(bind.other, None)
         if found is None:
             raise InputError(f"{folder}: tensor {bind.hf} {bind.shape} is missing")
         for role, tensor in _load(bind, *found):
-            pieces.setdefault(role, []).append((tensor, f"{found[0].path.name}:{found[1].name}"))
+            where = f"{found[0].path.name}:{found[1].name}"
+            pieces.setdefault(role, []).append((Entry(role, tensor), where))
     entries = {role: _entry(role, *zip(*found, strict=True)) for role, found in pieces.items()}
+    kv = None if scheme is None else hf_quantized.kv(scheme, decoder.layers, tensors)
     left = sorted(tensors)
     if decoder.tied and "lm_head.weight" in tensors:
         _same_as_embedding(folder, tensors["lm_head.weight"], entries["embed"])
@@ -178,6 +209,10 @@ def read(source: str | Path) -> Model:
         hit = dict.fromkeys(n for n in left if re.fullmatch(pattern, n))
         report += [f"inert tensor: {n}" for n in hit]
         left = [n for n in left if n not in hit]
+    beyond = _beyond(left, decoder.layers, arch.extra_layers(config))
+    counts = Counter(beyond.values()).items()
+    report += [f"inert tensors: model.layers.{i}.* ({n}, multi-token prediction)" for i, n in counts]
+    left = [n for n in left if n not in beyond]
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise UnsupportedError(
@@ -195,18 +230,54 @@ def read(source: str | Path) -> Model:
             name=folder.resolve().name,
             source=str(folder),
             report=tuple(report),
+            kv=kv,
         )
     )
 
 
-def _entry(role: str, parts: tuple[Tensor, ...], where: tuple[str, ...]) -> Entry:
-    """One canonical entry out of the source tensors that hold its rows."""
-    kinds = {p.dtype for p in parts}
-    if len(kinds) > 1:
+def _beyond(names: list[str], layers: int, extra: int) -> dict[str, int]:
+    """Tensors of the `extra` layers after the last, with their layer."""
+    found = {n: re.match(r"model\.layers\.(\d{1,6})\.", n) for n in names}
+    numbers = {n: int(m[1]) for n, m in found.items() if m is not None}
+    return {n: i for n, i in numbers.items() if layers <= i < layers + extra}
+
+
+def _quantized(modules: hf_quantized.Modules, bind: Bind, tensors: Any) -> list[tuple[Entry, str]]:
+    """The entries inside one module if it is quantized; none if it holds a plain tensor."""
+    stack = hf_experts.mxfp4(bind, tensors) if bind.experts and modules.scheme.method == "mxfp4" else None
+    if stack is not None:
+        return [
+            (Entry(role, take_quantized(stack, ranges)), f"{bind.hf} (mxfp4)") for role, ranges in bind.parts
+        ]
+    shape = bind.shape[::-1] if bind.transpose else bind.shape
+    for name in (bind.hf, bind.other):
+        module = name.removesuffix(".weight")
+        if module == name or len(shape) != 2 or bind.row is not None:
+            continue
+        found = modules.weight(module, shape, tensors)
+        if found is None:
+            continue
+        out = []
+        for role, ranges in bind.parts:
+            data = found.data
+            rows = take_quantized(data, ranges) if isinstance(data, QTensor) else take_rows(data, ranges)
+            entry = Entry(role, rows, activation=found.activation, transform=found.transform)
+            out.append((entry, f"{module} ({modules.scheme.method})"))
+        return out
+    return []
+
+
+def _entry(role: str, parts: tuple[Entry, ...], where: tuple[str, ...]) -> Entry:
+    """One canonical entry out of those that hold its rows."""
+    if len(parts) == 1:
+        return replace(parts[0], provenance=where)
+    data = [p.data for p in parts]
+    kinds = {d.dtype if isinstance(d, Tensor) else "quantized" for d in data}
+    if len(kinds) > 1 or kinds == {"quantized"}:
         raise UnsupportedError(
-            f"{parts[0].origin}: stored as {parts[0].dtype}, its neighbours as {', '.join(sorted(kinds))}"
+            f"{data[0].origin}: stored as {min(kinds)}, its neighbours as {', '.join(sorted(kinds))}"
         )
-    return Entry(role, concat_rows(parts), provenance=where)
+    return Entry(role, concat_rows(tuple(d for d in data if isinstance(d, Tensor))), provenance=where)
 
 
 def _same_as_embedding(
@@ -234,26 +305,32 @@ def _same_as_embedding(
 
 @dataclass(frozen=True)
 class HfTensor:
-    """One tensor of a Hugging Face folder: `load()` gives the whole array in the storage type of `dtype`."""
+    """One tensor of a Hugging Face folder: `slab()` gives the whole array in the storage type of `dtype`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    load: Callable[[], NDArray[Any]]
+    slab: Callable[[], Slab]
     verdict: Verdict
     sources: tuple[str, ...]
+
+
+#: Roles that transformers and vLLM hold in F32 whatever the model's dtype: they decide which experts are chosen.
+_WIDE = ".moe.correction.bias"
 
 
 def to_hf(model: Model, dtype: str | None = None) -> Iterator[HfTensor]:
     """Every Hugging Face tensor of a model: the inverse of reading.
 
-    dtype: storage type of all tensors; None keeps a dense tensor's own and stores dequantized ones as F32.
+    dtype: storage type of all tensors; None keeps a dense tensor's own and stores dequantized ones as F32. What every
+    class keeps in F32 (_WIDE) is stored as it is.
     """
     arch = find(model.arch.family)
     for bind in binds(arch.names, model.arch):
         parts = [model.entries[role].data for role, _ in bind.parts]
         own = {p.dtype if isinstance(p, Tensor) else "F32" for p in parts}
-        stored = dtype or (own.pop() if len(own) == 1 else "F32")
+        wide = own == {"F32"} and bind.parts[0][0].endswith(_WIDE)
+        stored = "F32" if wide else dtype or (own.pop() if len(own) == 1 else "F32")
         if all(isinstance(p, Tensor) and p.dtype == stored for p in parts):
             verdict = Verdict("exact")
         elif stored == "F32":
@@ -264,49 +341,59 @@ def to_hf(model: Model, dtype: str | None = None) -> Iterator[HfTensor]:
         yield HfTensor(bind.hf, stored, bind.shape, partial(_stored, model, bind, stored), verdict, roles)
 
 
-def _stored(model: Model, bind: Bind, dtype: str) -> NDArray[Any]:
-    """A Hugging Face tensor in its storage type."""
+def _stored(model: Model, bind: Bind, dtype: str) -> Slab:
+    """A Hugging Face tensor in its storage type, with the error of every 16th value where it was rounded."""
     x = hf_tensor(model, bind)
     if dtype == "F32":
-        return x
+        return Slab(x)
     flat = kernels.quantize(dtype, x.reshape(x.shape[0], -1))
     out: NDArray[Any] = flat.view(NUMPY_DTYPE[dtype]).reshape(x.shape)
+    exact = x.reshape(-1)[::16].astype(np.float64)
+    error = as_f32(out.reshape(-1)[::16], dtype) - exact
+    return Slab(out, float(np.square(error).sum()), float(np.square(exact).sum()))
+
+
+def item(t: HfTensor) -> Item:
+    """The plan item of a tensor, without its offset; made in one piece."""
+    size = prod(t.shape) * DTYPE_SIZE[t.dtype]
+    return Item(t.name, t.dtype, t.shape, 0, 1, size, size, t.sources, t.verdict, lambda a, b: t.slab())
+
+
+def config(model: Model, dtype: str) -> dict[str, Any]:
+    """config.json of the model in a torch dtype ("bfloat16" ...)."""
+    out = dict(model.config) | {"dtype": dtype}
+    out.pop("torch_dtype", None)
     return out
 
 
-def plan(model: Model, dtype: str | None = None) -> Plan:
-    """A Hugging Face folder (config, weights, tokenizer) that transformers loads. Execute it into the folder."""
-    tensors = list(to_hf(model, dtype))
-    head, offsets = safetensors.header_bytes([(t.name, t.dtype, t.shape) for t in tensors], {"format": "pt"})
-    items = []
-    for t, at in zip(tensors, offsets, strict=True):
-        size = DTYPE_SIZE[t.dtype]
-        for d in t.shape:
-            size *= d
-
-        def produce(start: int, stop: int, t: HfTensor = t) -> Slab:
-            return Slab(t.load())
-
-        items.append(Item(t.name, t.dtype, t.shape, at, 1, size, size, t.sources, t.verdict, produce))
-    items.sort(key=lambda i: i.offset)
-    end = items[-1].offset + items[-1].nbytes
-    kinds = {t.dtype for t in tensors}
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    config = dict(model.config) | {"dtype": names[kinds.pop()] if len(kinds) == 1 else "float32"}
-    config.pop("torch_dtype", None)
+def text_files(model: Model, config: dict[str, Any]) -> list[FilePlan]:
+    """config.json and what else a folder holds besides its weights: generation config, tokenizer, chat template."""
     files = [("config.json", config)]
     if model.generation:
         files.append(("generation_config.json", dict(model.generation)))
     if model.tokenizer is not None:
         files.append(("tokenizer.json", dict(model.tokenizer.json)))
         files.append(("tokenizer_config.json", dict(model.tokenizer.config)))
-    plans = [_text_file(name, json.dumps(data, indent=1, ensure_ascii=False) + "\n") for name, data in files]
+    plans = [text_file(name, json.dumps(data, indent=1, ensure_ascii=False) + "\n") for name, data in files]
     if model.tokenizer is not None and model.tokenizer.chat_template:
-        plans.append(_text_file("chat_template.jinja", model.tokenizer.chat_template))
+        plans.append(text_file("chat_template.jinja", model.tokenizer.chat_template))
+    return plans
+
+
+def plan(model: Model, dtype: str | None = None) -> Plan:
+    """A Hugging Face folder (config, weights, tokenizer) that transformers loads. Execute it into the folder."""
+    tensors = list(to_hf(model, dtype))
+    head, offsets = safetensors.header_bytes([(t.name, t.dtype, t.shape) for t in tensors], {"format": "pt"})
+    items = [replace(item(t), offset=at) for t, at in zip(tensors, offsets, strict=True)]
+    items.sort(key=lambda i: i.offset)
+    end = items[-1].offset + items[-1].nbytes
+    kinds = {t.dtype for t in tensors if not t.sources[0].endswith(_WIDE)}
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    plans = text_files(model, config(model, names[kinds.pop()] if len(kinds) == 1 else "float32"))
     plans.insert(1, FilePlan("model.safetensors", head, tuple(items), end))
     return Plan("hf", tuple(plans), sources(model), {"dtype": dtype}, notes=model.report)
 
 
-def _text_file(name: str, text: str) -> FilePlan:
+def text_file(name: str, text: str) -> FilePlan:
     data = text.encode()
     return FilePlan(name, data, (), len(data))

@@ -14,7 +14,8 @@ writes the very bytes that the safetensors package would.
 from __future__ import annotations
 
 import json
-from collections import Counter
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -241,16 +242,25 @@ def raw(file: SafetensorsFile, name: str) -> Tensor:
     """The named tensor of an 8-bit type (F8_E4M3, F8_E8M0, U8 ...) as its bytes, lazily."""
     info = file.tensors[name]
     if DTYPE_BITS[info.dtype] != 8:
-        raise UnsupportedError(f"{file.path}: tensor {show(name)} has dtype {info.dtype}, expected one of 8 bits")
+        raise UnsupportedError(
+            f"{file.path}: tensor {show(name)} has dtype {info.dtype}, expected one of 8 bits"
+        )
     origin = f"{file.path}: {name}"
     read = partial(_read_rows, file.path, file.stamp, info, "U8", origin)
     return Tensor(info.shape, "U8", read, origin, _files(file))
 
 
 def columns(file: SafetensorsFile, name: str) -> Callable[[int, int], NDArray[Any]]:
-    """A reader of columns start..stop of the named matrix as a (rows, stop - start) array, in its storage type."""
+    """A reader of columns start..stop of the named matrix as a (rows, stop - start) array, in its storage type.
+
+    A matrix of moderate size is read once and kept while its slabs are asked for one after another: a slab of columns is as
+    many reads as the matrix has rows.
+    """
     info, dtype = _known(file, name)
-    return partial(_column_block, file.path, file.stamp, info, dtype, f"{file.path}: {name}")
+    origin = f"{file.path}: {name}"
+    if info.stop - info.start > _KEPT_BYTES or len(info.shape) != 2:
+        return partial(_column_block, file.path, file.stamp, info, dtype, origin)
+    return partial(_kept_columns, file.path, file.stamp, info, dtype, origin)
 
 
 def transposed(file: SafetensorsFile, name: str) -> Tensor:
@@ -340,6 +350,27 @@ def _column_block(
             if (got := fill(f, info.start + (i * cols + start) * item, raw[i])) != width:
                 raise short_read(origin, width, got)
     return _typed(raw.reshape(-1), dtype, origin).reshape(rows, stop - start)
+
+
+#: A matrix that is packed along its columns is kept whole up to this size, the last one or two of them.
+_KEPT_BYTES = 256 << 20
+_KEPT: OrderedDict[tuple[str, Stamp, str], NDArray[Any]] = OrderedDict()
+_KEPT_LOCK = threading.Lock()
+
+
+def _kept_columns(
+    path: Path, stamp: Stamp, info: TensorInfo, dtype: Dtype, origin: str, start: int, stop: int
+) -> NDArray[Any]:
+    _check_range(origin, start, stop, info.shape[1])
+    key = (str(path), stamp, info.name)
+    with _KEPT_LOCK:
+        whole = _KEPT.get(key)
+        if whole is None:
+            whole = _read_rows(path, stamp, info, dtype, origin, 0, info.shape[0])
+            _KEPT[key] = whole
+            while len(_KEPT) > 2:
+                _KEPT.popitem(last=False)
+    return whole[:, start:stop]
 
 
 def _check_range(origin: str, start: int, stop: int, rows: int) -> None:

@@ -16,7 +16,7 @@ transformers.utils.logging.disable_progress_bar()
 
 #: Queries and keys get this gain, so that attention scores have a spread of about its square.
 _SHARP = 1.5
-_ATTENTION = ("q_proj", "k_proj", "qkv", "query_key_value", "c_attn")
+_ATTENTION = ("q_proj", "k_proj", "q_b_proj", "kv_b_proj", "qkv", "query_key_value", "c_attn")
 
 
 def build(case: Case, folder: Path) -> Path:
@@ -26,18 +26,26 @@ def build(case: Case, folder: Path) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            randomise(name, parameter, loud=bool(config.tie_word_embeddings) and "post_" in name)
+            loud = bool(config.tie_word_embeddings) and "post_" in name
+            randomise(name, parameter, loud=loud, clamped=case.model_type == "gpt_oss")
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))  # as much as scores differ
     model.to(getattr(torch, case.dtype)).save_pretrained(folder)
     return folder
 
 
-def randomise(name: str, parameter: Any, *, loud: bool) -> None:
+def randomise(name: str, parameter: Any, *, loud: bool, clamped: bool = False) -> None:
     """Vectors (and per-head norms) move by 0.3 from where they start; matrices keep the size of what they multiply.
 
     `loud` norms let a layer drown the embedding, or a tied head just repeats the token with certainty.
+    `clamped` experts get gates that go beyond their limit.
     """
     noise = torch.randn_like(parameter)
-    if parameter.dim() == 1 or "norm" in name:
+    if name.endswith(".sinks"):
+        parameter.copy_(3.0 + noise)  # as much as a few of the scores
+        return
+    if parameter.dim() == 1 or "norm" in name or name.endswith("_proj_bias"):
         parameter.add_(0.3 * noise + (2.0 if loud else 0.0))
         if "q_norm" in name or "k_norm" in name:
             parameter.add_(0.5)
@@ -47,7 +55,12 @@ def randomise(name: str, parameter: Any, *, loud: bool) -> None:
         return
     conv1d = "c_attn" in name or "c_proj" in name or "c_fc" in name
     fan_in = parameter.shape[0] if conv1d and "transformer.h." in name else parameter.shape[-1]
-    gain = _SHARP if any(part in name for part in _ATTENTION) else 2.0 if "lm_head" in name else 1.0
+    if clamped and ".experts." in name:  # stored (expert, in, out)
+        gain = 3.0 if "gate_up" in name else 0.2
+        parameter.copy_(gain * parameter.shape[1] ** -0.5 * noise)
+        return
+    sharp = 1.1 if clamped else _SHARP  # YaRN by 32 nearly doubles the scores
+    gain = sharp if any(part in name for part in _ATTENTION) else 2.0 if "lm_head" in name else 1.0
     parameter.copy_(gain * fan_in**-0.5 * noise)
 
 

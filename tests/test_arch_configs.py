@@ -43,6 +43,14 @@ def test_traits_to_config_and_back(name: str) -> None:
     assert traits(normalised(config)) == d
 
 
+def _latent(a: Any) -> tuple[Any, ...]:
+    return a.mla.q_rank, a.mla.kv_rank, a.head_dim, a.mla.v_dim
+
+
+def _routing(m: Any) -> tuple[Any, ...]:
+    return m.scoring, m.groups, m.top_groups, m.group_score
+
+
 FACTS = {
     "gpt2": lambda d: (d.learned_positions, d.tied, d.default.mlp.hidden, d.default.mlp.activation),
     "pythia-1b": lambda d: (d.default.attention.rope.dim, d.default.block, d.default.mlp.activation),
@@ -61,6 +69,39 @@ FACTS = {
     "starcoder2-3b": lambda d: (d.default.attention.window, d.default.mlp.activation, d.tied),
     "llama-3.2-1b": lambda d: (d.default.attention.rope.scaling, d.default.attention.rope.factor),
     "mixtral-8x7b": lambda d: (d.default.mlp.experts, d.default.mlp.top_k, d.default.attention.window),
+    "deepseek-v2-lite": lambda d: (
+        *_latent(d.default.attention),
+        round(d.default.attention.scale, 6),
+        len(d.overrides),
+        d.default.mlp.shared,
+    ),
+    "deepseek-v2": lambda d: (
+        *_latent(d.default.attention),
+        *_routing(d.default.mlp),
+        d.default.mlp.normalize,
+        d.default.mlp.scale,
+    ),
+    "deepseek-v3": lambda d: (
+        *_latent(d.default.attention),
+        round(d.default.attention.scale, 6),
+        *_routing(d.default.mlp),
+        d.default.mlp.scale,
+    ),
+    "deepseek-r1": lambda d: (
+        len(d.overrides),
+        d.layer(0).mlp.hidden,
+        d.default.mlp.shared,
+        d.default.mlp.correction,
+    ),
+    "moonlight-16b": lambda d: (*_latent(d.default.attention), *_routing(d.default.mlp)),
+    "gpt-oss-20b": lambda d: (
+        [i for i in range(d.layers) if i in d.overrides][:3],
+        d.layer(0).attention.window,
+        d.default.attention.sinks,
+        d.default.attention.rope.truncate,
+        d.default.mlp.limit,
+    ),
+    "gpt-oss-120b": lambda d: (d.layers, d.default.mlp.experts, d.default.mlp.top_k, d.default.mlp.bias),
 }
 EXPECTED: dict[str, tuple[Any, ...]] = {
     "gpt2": (1024, True, 3072, "gelu_tanh"),
@@ -75,6 +116,15 @@ EXPECTED: dict[str, tuple[Any, ...]] = {
     "starcoder2-3b": (4096, "gelu_tanh", True),
     "llama-3.2-1b": ("llama3", 32.0),
     "mixtral-8x7b": (8, 2, None),
+    # 192 ** -0.5 * (0.0707 ln 40 + 1) ** 2, as DeepSeek's own modeling file computes softmax_scale.
+    "deepseek-v2-lite": (None, 512, 192, 128, 0.114721, 1, 2816),
+    "deepseek-v2": (1536, 512, 192, 128, "softmax", 8, 3, "max", False, 16.0),
+    # 192 ** -0.5 * (0.1 ln 40 + 1) ** 2
+    "deepseek-v3": (1536, 512, 192, 128, 0.135234, "sigmoid", 8, 4, "top2", 2.5),
+    "deepseek-r1": (3, 18432, 2048, True),
+    "moonlight-16b": (None, 512, 192, 128, "sigmoid", 1, 1, "top2"),
+    "gpt-oss-20b": ([0, 2, 4], 128, True, False, 7.0),
+    "gpt-oss-120b": (36, 128, 4, True),
 }
 
 
@@ -83,11 +133,29 @@ def test_facts(name: str) -> None:
     assert FACTS[name](traits(CONFIGS[name])) == EXPECTED[name]
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("gemma-2-27b",)])
+#: Their YaRN range is not rounded, llama.cpp's is: converting them takes --allow-trait-loss yarn_truncate.
+UNROUNDED = ("gpt-oss-20b", "gpt-oss-120b")
+#: llama.cpp ranks groups of experts otherwise; it norms latents with the model's epsilon, which is not 1e-6 here.
+LOST = {"deepseek-v2": ["expert_groups"], "moonlight-16b": ["latent_eps"]}
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("gemma-2-27b", *UNROUNDED, *LOST)])
 def test_released_models_are_not_refused(name: str) -> None:
     """What llama.cpp cannot do for them has a limit or a cost; the 27B Gemma's scale is llama.cpp's own."""
     d = traits(CONFIGS[name])
     assert all(x.limit is not None or x.cost is not None for x in find(d.family).gguf.losses(d))
+
+
+@pytest.mark.parametrize("name", UNROUNDED)
+def test_only_the_rounding_of_yarn_is_lost(name: str) -> None:
+    d = traits(CONFIGS[name])
+    assert [x.name for x in find(d.family).gguf.losses(d)] == ["yarn_truncate"]
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_is_lost_has_a_name(name: str) -> None:
+    d = traits(CONFIGS[name])
+    assert [x.name for x in find(d.family).gguf.losses(d)] == LOST[name]
 
 
 def test_27b_scale_is_the_graphs() -> None:
@@ -118,6 +186,30 @@ REFUSED = [
     ("phi-3-mini-128k", {"num_attention_heads": 16}, InputError, "short_factor must be a list of 96"),
     ("phi-4-mini", {"lm_head_bias": True}, UnsupportedError, "lm_head_bias"),
     ("starcoder2-3b", {"norm_type": "rms"}, UnsupportedError, "norm_type"),
+    ("gpt-oss-20b", {"swiglu_alpha": 1.5}, UnsupportedError, "swiglu_alpha = 1.5 is not supported"),
+    ("gpt-oss-20b", {"swiglu_limit": 0}, InputError, "swiglu_limit is 0.0, expected a positive number"),
+    (
+        "gpt-oss-20b",
+        {"sliding_window": None},
+        InputError,
+        "12 layers are sliding_attention, but sliding_window",
+    ),
+    ("gpt-oss-20b", {"layer_types": ["full_attention"]}, InputError, "layer_types must be 24 of"),
+    (
+        "deepseek-v2-lite",
+        {"norm_topk_prob": True},
+        UnsupportedError,
+        "norm_topk_prob = True is not supported",
+    ),
+    ("deepseek-v2-lite", {"scoring_func": "sigmoid"}, UnsupportedError, "scoring_func = 'sigmoid'"),
+    ("deepseek-v2-lite", {"topk_method": "noaux_tc"}, UnsupportedError, "topk_method = 'noaux_tc'"),
+    ("deepseek-v2-lite", {"mlp_bias": True}, UnsupportedError, "mlp_bias = True"),
+    ("deepseek-v3", {"num_key_value_heads": 8}, UnsupportedError, "is 8, but each of the 128 heads has keys"),
+    ("deepseek-v3", {"first_k_dense_replace": 61}, UnsupportedError, "which leaves none with experts"),
+    ("deepseek-v3", {"moe_layer_freq": 2}, UnsupportedError, "moe_layer_freq = 2 is not supported"),
+    ("deepseek-v3", {"head_dim": 128}, UnsupportedError, "head_dim = 128 is not supported, only 64"),
+    ("deepseek-v3", {"partial_rotary_factor": 0.5}, UnsupportedError, "turns 32 of 64 dimensions"),
+    ("deepseek-v3", {"rope_scaling": {"type": "dynamic"}}, UnsupportedError, "rope_type 'dynamic'"),
     ("llama-2-7b", {"a_new_key": 1}, UnsupportedError, "unknown key 'a_new_key'"),
     (
         "llama-2-7b",

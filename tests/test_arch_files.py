@@ -64,6 +64,7 @@ def test_other_spelling(name: str, rename: dict[str, str], tmp_path: Path) -> No
         ("gpt_neox-sequential", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"),
         ("falcon-7b", "transformer.h.0.self_attention.rotary_emb.inv_freq"),
         ("llama-gqa", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("deepseek_v3-groups", "model.layers.0.self_attn.rotary_emb.inv_freq"),
     ],
 )
 def test_derived_buffers_are_listed_as_inert(name: str, buffer: str, tmp_path: Path) -> None:
@@ -112,6 +113,16 @@ LEFT_OUT = {
     "gpt_neox-sequential": ("rope.freq_base", "attention.head_count_kv", "attention.key_length"),
     "gpt2-tied": ("attention.head_count_kv", "attention.key_length", "attention.value_length"),
     "starcoder2-plain": ("rope.dimension_count", "attention.key_length", "attention.value_length"),
+    "deepseek_v2-yarn": (
+        "expert_gating_func",
+        "expert_group_count",
+        "expert_group_used_count",
+        "expert_weights_scale",
+        "rope.freq_base",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+    ),
+    "gpt_oss-experts": ("attention.sliding_window_pattern", "rope.dimension_count"),
     "phi3-short": ("rope.scaling.type", "attention.key_length", "attention.value_length"),
 }
 

@@ -40,7 +40,9 @@ UNNOTICED: Mapping[tuple[str, str], str] = {
 }
 
 TOKENS = 120
-_SCALINGS = {"llama-linear", "llama-llama3", "llama-yarn", "phi3-long", "phi3-short", "gemma3_text-linear"}
+_SCALINGS = {
+    "llama-linear", "llama-llama3", "llama-yarn", "phi3-long", "phi3-short", "gemma3_text-linear", "deepseek_v2-yarn",
+}  # fmt: skip
 
 
 def _cases() -> list[Case]:
@@ -83,6 +85,7 @@ ROPE: Mapping[str, Callable[[Rope], Any]] = {
     "beta_fast": lambda r: r.beta_fast / 2,
     "beta_slow": lambda r: r.beta_slow * 2,
     "attention_factor": lambda r: 0.9,
+    "truncate": lambda r: not r.truncate,
     "short_factors": lambda r: r.short_factors[::-1],
     "long_factors": lambda r: r.long_factors[::-1],
 }
@@ -90,13 +93,26 @@ _USED = {
     "none": {"theta", "dim"},
     "linear": {"theta", "dim", "scaling", "factor"},
     "llama3": {"theta", "scaling", "factor", "original_context", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"theta", "scaling", "factor", "original_context", "beta_fast", "beta_slow", "attention_factor"},
+    "yarn": {
+        "theta",
+        "scaling",
+        "factor",
+        "original_context",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
+    },
     "longrope": {"theta", "scaling", "short_factors", "long_factors", "attention_factor", "original_context"},
 }
 MOE: Mapping[str, Callable[[Moe], Any]] = {
     "top_k": lambda m: m.top_k - 1,
     "normalize": lambda m: not m.normalize,
     "scale": lambda m: m.scale * 1.1,
+    "scoring": lambda m: "softmax" if m.scoring == "sigmoid" else "sigmoid",
+    "top_groups": lambda m: m.groups if m.top_k > m.experts // m.groups else max(1, m.top_groups - 1),
+    "group_score": lambda m: "top2" if m.groups == 1 else "max",
+    "limit": lambda m: m.limit and m.limit / 2,
 }
 
 
@@ -131,13 +147,25 @@ def _attentions(d: Decoder) -> Iterator[tuple[str, Decoder]]:
                 yield f"rope.{field}", map_layers(d, turn)
 
 
+def _latent_eps(layer: Layer) -> Layer:
+    a = layer.attention
+    assert a.mla is not None
+    return replace(layer, attention=replace(a, mla=replace(a.mla, norm_eps=1e-3)))
+
+
 def _traits(d: Decoder) -> Iterator[tuple[str, Decoder]]:
     """Every trait with a value that another model could have, and that this one does not."""
     yield from _changed(DECODER, d)
     yield from _attentions(d)
     if isinstance(d.default.mlp, Moe):
         for field, moe in _changed(MOE, d.default.mlp):
-            yield f"moe.{field}", map_layers(d, lambda layer, moe=moe: replace(layer, mlp=moe))
+
+            def route(layer: Layer, moe: Moe = moe) -> Layer:
+                return replace(layer, mlp=moe) if isinstance(layer.mlp, Moe) else layer
+
+            yield f"moe.{field}", map_layers(d, route)
+    if d.default.attention.mla is not None:
+        yield "latent norm_eps", map_layers(d, _latent_eps)
     other = "silu" if d.default.mlp.activation != "silu" else "relu"
     yield "activation", map_layers(d, lambda x: replace(x, mlp=replace(x.mlp, activation=other)))
     if d.default.block in ("pre", "parallel"):
@@ -210,7 +238,7 @@ def _swapped(model: Model) -> Iterator[Mutant]:
         ("attn_post_norm", "mlp_post_norm"),
         ("attn.q_norm", "attn.k_norm"),
     ]
-    pairs += [("moe.experts.gate", "moe.experts.up")]
+    pairs += [("moe.experts.gate", "moe.experts.up"), ("moe.shared.gate", "moe.shared.up")]
     for left, right in pairs:
         new = {}
         for name in roles(d) if {left, right} <= have else ():
@@ -243,7 +271,8 @@ def _reordered(model: Model) -> Iterator[Mutant]:
     """Rows of queries and keys in the other rotary order, and heads shifted by one."""
     d = model.arch
     a = d.default.attention
-    sides = [n for n in roles(d) if n.endswith(("attn.q", "attn.k", "attn.q.bias", "attn.k.bias"))]
+    ends = ("attn.q", "attn.k", "attn.q.bias", "attn.k.bias", "attn.q_b")
+    sides = [n for n in roles(d) if n.endswith(ends)]
     if a.rope is not None:
         turned = {
             n: gguf_names.interleave(dense(_values(model.entries[n])), a.head_dim).load() for n in sides

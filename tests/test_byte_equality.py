@@ -60,6 +60,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral-8": {k: v for k, v in _SMALL.items() if k not in ("architectures", "num_hidden_layers")}
     | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8,
        "num_experts_per_tok": 2, "num_hidden_layers": 2, "intermediate_size": 256},
+    "gpt-oss": {
+        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "vocab_size": 512, "hidden_size": 256,
+        "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 1,
+        "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 256,
+        "sliding_window": 128, "rope_parameters": _ROPE,
+    },
+    # Heads of 256 + 32 and 64: keys (transposed) and values out of the latent have blocks of their own widths.
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 512, "hidden_size": 256,
+        "intermediate_size": 512, "moe_intermediate_size": 128, "num_hidden_layers": 4, "first_k_dense_replace": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 96, "kv_lora_rank": 256,
+        "qk_nope_head_dim": 256, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 8, "n_group": 4,
+        "topk_group": 2, "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "max_position_embeddings": 640,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 16, "beta_fast": 32,
+                         "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "deepseek_v2": {
+        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "vocab_size": 512, "hidden_size": 256,
+        "intermediate_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 3, "first_k_dense_replace": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False, "scoring_func": "softmax", "topk_method": "greedy", "max_position_embeddings": 640,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 16, "beta_fast": 32,
+                         "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
 }  # fmt: skip
 
 
@@ -164,7 +193,9 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 @needs_converter
-@pytest.mark.parametrize("name", ["demo", "llama3-rope", "mixtral", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["demo", "llama3-rope", "mixtral", "qwen3", "deepseek_v2", "deepseek_v3", "gpt-oss"]
+)
 def test_converter_and_quantizer_together(name: str, tmp_path: Path) -> None:
     """The whole upstream pipeline, checkpoint to Q4_K_M, against our single pass; and the metadata."""
     folder = tmp_path / "model"
@@ -175,7 +206,7 @@ def test_converter_and_quantizer_together(name: str, tmp_path: Path) -> None:
                    "original_max_position_embeddings": 64, "rope_theta": 500000.0}  # fmt: skip
         vocab = json.loads((DEMO / "config.json").read_text())["vocab_size"]
         changed: dict[str, Any] = {"vocab_size": vocab}
-        base = {"llama3-rope": "llama", "mixtral": "mixtral-8", "qwen3": "qwen3"}[name]
+        base = {"llama3-rope": "llama", "mixtral": "mixtral-8"}.get(name, name)
         if name == "llama3-rope":
             changed |= {
                 "rope_parameters": scaling,

@@ -214,7 +214,11 @@ def test_damaged_lcir(preset: str, sound: Mapping[str, Path], tmp_path: Path, tr
         ({"model_type": "../llama"}, "model_type '../llama' is not supported"),
         ({"model_type": 3}, "'model_type' is missing"),
         ({"attention_sinks": 4}, "unknown key 'attention_sinks'; it may change what the model computes"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \('gptq'\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config lacks bits"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm' cannot be read"),
+        ({"quantization_config": {"quant_method": "zip"}}, "unknown quant_method 'zip'; known are gptq, awq"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config has no quant_method"),
+        ({"quantization_config": "gptq"}, "quantization_config is 'gptq', expected an object"),
         (
             {"architectures": "LlamaForCausalLM"},
             "architectures is 'LlamaForCausalLM', expected a list of str",

@@ -150,7 +150,8 @@ def concat_rows(parts: tuple[Tensor, ...]) -> Tensor:
 
     origin = " + ".join(p.origin for p in parts)
     files = tuple(dict.fromkeys(f for p in parts for f in p.files))
-    return Tensor((ends[-1], *parts[0].shape[1:]), parts[0].dtype, read, origin, files)
+    promised = tuple(d for d in parts[0].exact_in if all(d in p.exact_in for p in parts))
+    return Tensor((ends[-1], *parts[0].shape[1:]), parts[0].dtype, read, origin, files, promised)
 
 
 class _Last(threading.local):
@@ -272,7 +273,7 @@ def row_blocks(q: QTensor) -> QTensor:
 
     height = q.shape[0] if q.block[0] == -1 else q.block[0]
     if height == 1:
-        return q
+        return replace(q, block=(1, *q.block[1:]))
 
     def expand(side: Any) -> Any:
         if isinstance(side, QTensor):
@@ -296,7 +297,10 @@ def take_quantized(q: QTensor, ranges: tuple[tuple[int, int], ...]) -> QTensor:
     height = q.block[0]
     if ranges == ((0, q.rows),):
         return q
-    if height > 1 and any(a % height or (b % height and b != q.rows) for a, b in ranges):
+    ends = [b for _, b in ranges]
+    if ends and ends[-1] == q.rows:
+        ends.pop()  # the last block of q may be short, and stays the last
+    if height > 1 and any(edge % height for edge in (*ends, *(a for a, _ in ranges))):
         q, height = row_blocks(q), 1
     codes = take_rows(q.codes, ranges)
     if height == -1:  # one block for all rows stays one block
@@ -318,17 +322,18 @@ def concat_quantized(parts: tuple[QTensor, ...]) -> QTensor:
     if len(parts) == 1:
         return parts[0]
     q = parts[0]
-    if q.block[0] == -1 and all(p.block == q.block for p in parts) and _equal_sides(parts):
+    for p in parts:
+        same = (p.grid, p.block[1:], p.divisor, p.shape[1:]) == (q.grid, q.block[1:], q.divisor, q.shape[1:])
+        extra = p.g_idx is not None or p.mask is not None or p.outliers or p.low_rank is not None
+        if not same or extra or _sides(p, type) != _sides(q, type):
+            raise ValueError(f"cannot stack {p.origin} on {q.origin}: they are quantized differently")
+    heights = {p.block[0] for p in parts}
+    if heights == {-1} and _equal_sides(parts):
         codes = concat_rows(tuple(p.codes for p in parts))
         return replace(q, shape=codes.shape, codes=codes)
-    heights = {p.block[0] for p in parts}
     if len(heights) > 1 or heights == {-1} or any(p.rows % p.block[0] for p in parts[:-1]):
         parts = tuple(row_blocks(p) for p in parts)
         q = parts[0]
-    for p in parts:
-        same = (p.grid, p.block, p.divisor, p.shape[1:]) == (q.grid, q.block, q.divisor, q.shape[1:])
-        if not same or p.g_idx or q.g_idx or _sides(p, type) != _sides(q, type):
-            raise ValueError(f"cannot stack {p.origin} on {q.origin}: they are quantized differently")
 
     def stack(name: str) -> Any:
         sides = tuple(getattr(p, name) for p in parts)

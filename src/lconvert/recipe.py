@@ -51,6 +51,11 @@ class Recipe:
         return model
 
 
+def step(name: str, options: Mapping[str, Any]) -> Step:
+    """One pass with its options, checked."""
+    return _step(name, {name: dict(options)})
+
+
 def _step(where: str, item: Any) -> Step:
     if not isinstance(item, dict) or len(item) != 1:
         raise OptionError(f"{where}: each pass is one mapping such as 'rtn: {{grid: int4}}', found {item!r}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from .errors import SpecError
-from .ir import Decoder, Layer, Model, Moe, QTensor, Tensor
+from .ir import Attention, Decoder, Layer, Mla, Model, Moe, QTensor, Tensor
 
 #: Norms of a decoder layer by block kind, in the order in which they act.
 NORMS: Mapping[str, tuple[str, ...]] = {
@@ -30,12 +30,13 @@ def _layer_roles(d: Decoder, layer: Layer) -> Iterator[tuple[str, tuple[int, ...
         if d.norm_bias:
             yield norm + ".bias", (h,)
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    for name, rows, cols, bias in (
+    plain = (
         ("attn.q", q, h, a.qkv_bias),
         ("attn.k", kv, h, a.qkv_bias),
         ("attn.v", kv, h, a.qkv_bias),
         ("attn.o", h, q, a.o_bias),
-    ):
+    )
+    for name, rows, cols, bias in plain if a.mla is None else _latent(a, a.mla, h):
         yield name, (rows, cols)
         if bias:
             yield name + ".bias", (rows,)
@@ -43,19 +44,48 @@ def _layer_roles(d: Decoder, layer: Layer) -> Iterator[tuple[str, tuple[int, ...
         if a.qk_norm != "none":
             shapes = {"head": (a.head_dim,), "per_head": (heads, a.head_dim), "full": (heads * a.head_dim,)}
             yield f"attn.{side}_norm", shapes[a.qk_norm]
+    if a.sinks:
+        yield "attn.sinks", (a.heads,)
+    if a.mla is not None:
+        if a.mla.q_rank is not None:
+            yield "attn.q_a_norm", (a.mla.q_rank,)
+        yield "attn.kv_a_norm", (a.mla.kv_rank,)
     m = layer.mlp
     if isinstance(m, Moe):
         yield "moe.router", (m.experts, h)
+        if m.bias:
+            yield "moe.router.bias", (m.experts,)
+        if m.correction:
+            yield "moe.correction.bias", (m.experts,)
+        if m.shared:
+            yield "moe.shared.gate", (m.shared, h)
+            yield "moe.shared.up", (m.shared, h)
+            yield "moe.shared.down", (h, m.shared)
         for e in range(m.experts):
-            yield f"moe.experts.{e}.gate", (m.hidden, h)
-            yield f"moe.experts.{e}.up", (m.hidden, h)
-            yield f"moe.experts.{e}.down", (h, m.hidden)
+            for part, rows, cols in (("gate", m.hidden, h), ("up", m.hidden, h), ("down", h, m.hidden)):
+                yield f"moe.experts.{e}.{part}", (rows, cols)
+                if m.bias:
+                    yield f"moe.experts.{e}.{part}.bias", (rows,)
         return
     parts = (("mlp.gate", m.hidden, h), ("mlp.up", m.hidden, h), ("mlp.down", h, m.hidden))
     for name, rows, cols in parts if m.kind == "gated" else parts[1:]:
         yield name, (rows, cols)
         if m.bias:
             yield name + ".bias", (rows,)
+
+
+def _latent(a: Attention, m: Mla, hidden: int) -> Iterator[tuple[str, int, int, bool]]:
+    """(role, rows, columns, bias) of the matrices of latent attention, of kv_b's rows keys and values apart."""
+    q, turning = a.heads * a.head_dim, a.rope.dim if a.rope else 0
+    if m.q_rank is None:
+        yield "attn.q", q, hidden, False
+    else:
+        yield "attn.q_a", m.q_rank, hidden, a.qkv_bias
+        yield "attn.q_b", q, m.q_rank, False
+    yield "attn.kv_a", m.kv_rank + turning, hidden, a.qkv_bias
+    yield "attn.k_b", a.heads * (a.head_dim - turning), m.kv_rank, False
+    yield "attn.v_b", a.heads * m.v_dim, m.kv_rank, False
+    yield "attn.o", hidden, a.heads * m.v_dim, a.o_bias
 
 
 def roles(d: Decoder) -> dict[str, tuple[int, ...]]:
@@ -119,8 +149,25 @@ def _check_traits(d: Decoder) -> Iterator[str]:
             yield f"layer {i}: {a.heads} heads are not a multiple of {a.kv_heads} key-value heads"
         if a.rope is not None and (a.rope.dim <= 0 or a.rope.dim % 2 or a.rope.dim > a.head_dim):
             yield f"layer {i}: {a.rope.dim} rotary dimensions do not fit a head of {a.head_dim}"
+        if a.mla is not None and (a.rope is None or a.rope.dim >= a.head_dim or a.kv_heads != a.heads):
+            yield f"layer {i}: latent attention needs dimensions that turn, others that do not, and a key for every head"
+        if isinstance(layer.mlp, Moe):
+            yield from _check_groups(i, layer.mlp)
         if isinstance(layer.mlp, Moe) and not 0 < layer.mlp.top_k <= layer.mlp.experts:
             yield f"layer {i}: top-{layer.mlp.top_k} of {layer.mlp.experts} experts is impossible"
+
+
+def _check_groups(i: int, m: Moe) -> Iterator[str]:
+    if m.groups == m.top_groups == 1:
+        return
+    if m.groups < 1 or m.experts % m.groups or not 0 < m.top_groups <= m.groups:
+        yield f"layer {i}: {m.experts} experts, the best {m.top_groups} of {m.groups} groups: impossible"
+        return
+    size = m.experts // m.groups
+    if m.group_score == "top2" and size < 2:
+        yield f"layer {i}: groups of {size} experts have no two best ones"
+    if m.top_k > m.top_groups * size:
+        yield f"layer {i}: top-{m.top_k} of {m.top_groups} groups of {size} experts is impossible"
 
 
 def problems(model: Model) -> list[str]:

@@ -7,6 +7,7 @@ and, for each target, what is peculiar there, as data.
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ INERT = frozenset(
         "use_bfloat16",
         "mlp_dropout",
         "is_decoder",
+        "is_encoder_decoder",
         "cross_attention_hidden_size",
     ]
 )
@@ -117,7 +119,7 @@ _MISSING: Any = object()
 F32_MAX = 3.4028234663852886e38
 #: More layers or experts than any model has, few enough to list them.
 _MOST: Mapping[str, int] = dict.fromkeys(
-    ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts"), 1 << 14
+    ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts", "n_routed_experts"), 1 << 14
 )
 
 _SHORT = reprlib.Repr()
@@ -320,7 +322,6 @@ def parse_rope(
             if out.low_freq_factor >= out.high_freq_factor:
                 raise InputError(f"{r.where}: low_freq_factor must be less than high_freq_factor")
         case "yarn":
-            r.must("truncate", True)
             out = dataclasses.replace(
                 out,
                 scaling="yarn",
@@ -331,6 +332,7 @@ def parse_rope(
                 attention_factor=r.positive("attention_factor", None),
                 mscale=r.float("mscale", 0.0),
                 mscale_all_dim=r.float("mscale_all_dim", 0.0),
+                truncate=r.flag("truncate", True),
             )
             if out.mscale < 0 or out.mscale_all_dim < 0:
                 raise InputError(f"{r.where}: mscale and mscale_all_dim must not be negative")
@@ -377,6 +379,7 @@ def hf_rope(rope: Rope, head_dim: int, context: int) -> dict[str, Any]:
             out |= {"factor": rope.factor, "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
             out |= {"mscale": rope.mscale} if rope.mscale else {}
             out |= {"mscale_all_dim": rope.mscale_all_dim} if rope.mscale_all_dim else {}
+            out |= {} if rope.truncate else {"truncate": False}
         case "longrope":
             out |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
             out["factor"] = rope.factor
@@ -387,7 +390,24 @@ def hf_rope(rope: Rope, head_dim: int, context: int) -> dict[str, Any]:
     return out
 
 
+def yarn_mscale(factor: float, m: float = 1.0) -> float:
+    """0.1 m ln(factor) + 1, what YaRN multiplies by where a context is stretched."""
+    return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def yarn_attention(rope: Rope) -> float:
+    """What YaRN multiplies cos and sin by (transformers modeling_rope_utils `_compute_yarn_parameters`)."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return yarn_mscale(rope.factor)
+
+
 # --- tensor names ----------------------------------------------------------------------------------------
+
+
+Layout = Literal["stacked", "grouped", "alternating"]
 
 
 @dataclass(frozen=True)
@@ -395,36 +415,41 @@ class Name:
     """One tensor of the source and the canonical roles that its rows hold.
 
     `hf` and `roles` may contain {i} (layer) and {e} (expert); {h} in `hf` alone makes a tensor of every row of a role
-    (norms of heads). `layout` of a fused tensor: stacked = one part
-    after the other; grouped = per key-value group: its query heads, then its key head, then its value head.
-    `transpose`: stored as (in, out). `block`: only in layers of this kind. `other`: a second spelling that checkpoints
-    or classes use. A bias is found by replacing .weight with .bias.
+    (norms of heads); {e} in `roles` alone makes one tensor (expert, out, in) of all experts. `layout` of a fused tensor:
+    stacked = one part after the other; grouped = per key-value group: its query heads, then its key head, then its value
+    head; alternating = a row of each part in turn (stacks of experts only). `transpose`: stored as (in, out). `block`:
+    only in layers of this kind. `other`: a second spelling that checkpoints or classes use. A bias is found by replacing
+    .weight with `bias`.
     """
 
     hf: str
     roles: tuple[str, ...]
-    layout: Literal["stacked", "grouped"] = "stacked"
+    layout: Layout = "stacked"
     transpose: bool = False
     block: str = ""
     other: str = ""
+    bias: str = ".bias"
 
 
 def name(
     hf: str,
     *canonical: str,
-    layout: Literal["stacked", "grouped"] = "stacked",
+    layout: Layout = "stacked",
     transpose: bool = False,
     block: str = "",
     other: str = "",
+    bias: str = ".bias",
 ) -> Name:
-    return Name(hf, canonical, layout, transpose, block, other)
+    return Name(hf, canonical, layout, transpose, block, other, bias)
 
 
 @dataclass(frozen=True)
 class Bind:
     """A concrete source tensor: which of its rows are which role. `ranges` are (start, stop) row ranges.
 
-    `row`: the tensor is this row of its only role.
+    `row`: the tensor is this row of its only role. `experts`: it stacks so many matrices (or vectors), whose rows count on
+    from one to the next. `alternating`: in each of them rows of so many parts take turns, and ranges count them part by
+    part (0: they do not).
     """
 
     hf: str
@@ -433,6 +458,14 @@ class Bind:
     transpose: bool = False
     other: str = ""
     row: int | None = None
+    experts: int = 0
+    alternating: int = 0
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape with rows first, as a matrix or a vector: experts one after another, transposition undone."""
+        shape = self.shape[:-2] + self.shape[:-3:-1] if self.transpose else self.shape
+        return (shape[0] * shape[1], *shape[2:]) if self.experts else shape
 
 
 def _ranges(
@@ -459,7 +492,10 @@ def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
             cols = shapes[role][1]
             yield Bind(n.hf.format(i=i, h=h), ((role, ((0, cols),)),), (cols,), row=h)
 
-    def one(n: Name, parts: tuple[str, ...], groups: int, i: int = 0, e: int = 0) -> Iterator[Bind]:
+    def one(
+        n: Name, parts: tuple[str, ...], groups: int, i: int = 0, e: int = 0, stack: int = 0
+    ) -> Iterator[Bind]:
+        assert stack or n.layout != "alternating", f"{n.hf}: only stacks of experts have parts in turns"
         hf, other = n.hf.format(i=i, e=e), n.other.format(i=i, e=e)
         for suffix in ("", ".bias"):
             found = tuple(p + suffix for p in parts if p + suffix in shapes)
@@ -468,8 +504,14 @@ def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
             total = (sum(shapes[p][0] for p in found), *shapes[found[0]][1:])
             transposed = n.transpose and not suffix
             rows = tuple(_ranges(shapes, found, n.layout, groups))
-            names = (x.removesuffix(".weight") + suffix if suffix else x for x in (hf, other))
-            yield Bind(next(names), rows, total[::-1] if transposed else total, transposed, next(names))
+            names = (x.removesuffix(".weight") + n.bias if suffix and x else x for x in (hf, other))
+            bind = Bind(next(names), rows, total[::-1] if transposed else total, transposed, next(names))
+            if stack:
+                alternating = len(n.roles) if n.layout == "alternating" else 0
+                shape = (stack, total[0] // stack, *total[1:])
+                shape = (shape[0], *shape[:0:-1]) if transposed else shape
+                bind = dataclasses.replace(bind, shape=shape, experts=stack, alternating=alternating)
+            yield bind
 
     for n in names:
         if "{i}" not in n.hf:
@@ -482,6 +524,10 @@ def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
                 yield from each_row(n, n.roles[0].format(i=i), i)
                 continue
             experts = range(layer.mlp.experts) if isinstance(layer.mlp, Moe) else range(0)
+            if "{e}" in n.roles[0] and "{e}" not in n.hf:
+                every = tuple(r.format(i=i, e=e) for e in experts for r in n.roles)
+                yield from one(n, every, 1, i, stack=len(experts))
+                continue
             for e in experts if "{e}" in n.hf else range(1):
                 parts = tuple(r.format(i=i, e=e) for r in n.roles)
                 yield from one(n, parts, layer.attention.kv_heads, i, e)
@@ -532,6 +578,10 @@ def _no_losses(d: Decoder) -> tuple[Loss, ...]:
     return ()
 
 
+def _no_layers(config: Mapping[str, Any]) -> int:
+    return 0
+
+
 def _same(d: Decoder) -> Decoder:
     return d
 
@@ -547,7 +597,8 @@ class Gguf:
     keys: extra metadata without the "<arch>." prefix, as {key: (kind, value)}; None removes a default key.
     losses: what its graph cannot do. restore: the traits that are hard-coded in its graph, put back when a GGUF is
     read; it gets a Decoder made from keys and tensors alone (pre-norm, SiLU, half rotary layout where not stored).
-    moe: the architecture file that stands for GGUFs of this name that have experts.
+    moe: the architecture file that stands for GGUFs of this name that have experts; sigmoid: that choose them by a sigmoid.
+    scales: the graph multiplies by the ".scale" tensors of NVFP4 matrices; where not, only a scale of 1 can be carried.
     """
 
     arch: str
@@ -559,11 +610,17 @@ class Gguf:
     losses: Callable[[Decoder], tuple[Loss, ...]] = _no_losses
     restore: Callable[[Decoder], Decoder] = _same
     moe: bool = False
+    sigmoid: bool = False
+    scales: bool = True
 
 
 @dataclass(frozen=True)
 class Arch:
-    """An architecture: config and names both ways, and the targets' quirks."""
+    """An architecture: config and names both ways, and the targets' quirks.
+
+    extra_layers: how many layers for multi-token prediction a checkpoint of this config may hold after the last one; their
+    tensors are inert, as transformers does not load them.
+    """
 
     model_type: str
     hf_class: str
@@ -573,3 +630,4 @@ class Arch:
     gguf: Gguf
     traits_offset: float = 0.0  # norm offset of the Hugging Face class
     inert_tensors: tuple[str, ...] = ()  # regular expressions of source tensors that are derived or unused
+    extra_layers: Callable[[Mapping[str, Any]], int] = _no_layers

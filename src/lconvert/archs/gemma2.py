@@ -143,13 +143,34 @@ def scale(largest: int) -> Callable[[Decoder, Layer], float]:
     return of
 
 
+def pattern_keys(d: Decoder) -> dict[str, tuple[str, Any]]:
+    """`window_keys`; without any local layer llama.cpp stops at an assertion: then all are local, with a window as long as
+    the context."""
+    if d.overrides:
+        return window_keys(d)
+    return {"attention.sliding_window": ("u32", d.context), "attention.sliding_window_pattern": ("u32", 0)}
+
+
+def without_windows(d: Decoder) -> Decoder:
+    """The decoder without windows that `pattern_keys` wrote for one that has none."""
+    windows = {layer.attention.window or 0 for layer in d.overrides.values()}
+    whole = len(d.overrides) == d.layers and min(windows) >= d.context
+    return replace(d, overrides={}) if whole else d
+
+
+def split(d: Decoder, pattern: int) -> Decoder:
+    """Every `pattern`-th layer global, the others local, where a file has a window and says nothing about layers."""
+    if d.default.attention.window is None:
+        return d
+    sliding, full = d.default, replace(d.default, attention=replace(d.default.attention, window=None))
+    return replace(d, default=full, overrides={i: sliding for i in range(d.layers) if (i + 1) % pattern})
+
+
 def restore(largest: int, pattern: int) -> Callable[[Decoder], Decoder]:
     """What both graphs hard-code: activation, scales, and the pattern of local layers where the file has none."""
 
     def of(d: Decoder) -> Decoder:
-        if d.default.attention.window is not None:
-            sliding, full = d.default, replace(d.default, attention=replace(d.default.attention, window=None))
-            d = replace(d, default=full, overrides={i: sliding for i in range(d.layers) if (i + 1) % pattern})
+        d = split(d, pattern)
 
         def change(layer: Layer) -> Layer:
             a = layer.attention
@@ -176,25 +197,14 @@ def _traits(keys: Keys) -> Decoder:
 
 
 def _keys(d: Decoder) -> dict[str, tuple[str, Any]]:
-    """Without any local layer llama.cpp stops at an assertion: then all are local, with a window as long as the context."""
-    pattern = (
-        window_keys(d)
-        if d.overrides
-        else {
-            "attention.sliding_window": ("u32", d.context),
-            "attention.sliding_window_pattern": ("u32", 0),
-        }
-    )
-    return pattern | {
+    return pattern_keys(d) | {
         "attn_logit_softcapping": ("f32", d.default.attention.softcap or NO_CAP),
         "final_logit_softcapping": ("f32", d.final_softcap or NO_CAP),
     }
 
 
 def _restore(d: Decoder) -> Decoder:
-    windows = {layer.attention.window or 0 for layer in d.overrides.values()}
-    whole = len(d.overrides) == d.layers and min(windows) >= d.context
-    return restore(46, 2)(replace(d, overrides={}) if whole else d)
+    return restore(46, 2)(without_windows(d))
 
 
 _GRAPH = graph(

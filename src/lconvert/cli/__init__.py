@@ -18,6 +18,10 @@ from lconvert.errors import LconvertError
 VERBS: Mapping[str, str] = {
     "hf-to-gguf": "Convert a checkpoint to GGUF (llama.cpp) and prove it.",
     "gguf-to-hf": "Convert a GGUF file back to a Hugging Face folder.",
+    "hf-to-vllm": "Convert any source to a folder that vLLM serves.",
+    "hf-to-trtllm": "Convert any source to a folder that TensorRT-LLM serves.",
+    "convert": "Convert any source to any target, exactly or not at all.",
+    "carry": "Show what each target would hold of a source, and why not more.",
     "compress": "Write a model in lconvert's own format (.lcir), compressed by a recipe.",
     "validate": "Prove that an artifact is its source: structure, tensors, tokens, logits, layers.",
     "bench": "Measure size, memory and speed of artifacts, or of a server under load.",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lconvert.cli.common import fail_fast_files, human, status, table, threads_option
-from lconvert.cli.validate import keep_inputs, save
+from lconvert.cli.common import (
+    fail_fast_files,
+    human,
+    interpreters,
+    keep_inputs,
+    save,
+    status,
+    table,
+    threads_option,
+)
 from lconvert.errors import OptionError
 
 if TYPE_CHECKING:
@@ -93,12 +100,12 @@ def command(
       lconvert bench --server http://localhost:8000 --concurrency 1,4,16
       lconvert bench model-Q4_K_M.gguf --serve llama.cpp --concurrency 1,2
     """
-    from lconvert.validators import bench
+    from lconvert.validators import bench, documents
     from lconvert.validators.latency import Slo
 
     fail_fast_files(written=[report])
     keep_inputs([Path(_entry(text, runtime).path) for text in artifacts], (), [report] if report else ())
-    interpreters = _interpreters(pythons)
+    python = interpreters(pythons)
     if plots is not None and not plots.is_dir():
         raise OptionError(f"--plots {plots}: is not a folder; make it first")
     limits = Slo.parse(slo) if slo else None
@@ -114,11 +121,11 @@ def command(
         if server or serve:
             load |= {"concurrencies": _numbers(concurrency), "requests": requests, "model": model}
             load |= {"headers": _headers(headers)}
-            found = _under_load(server, serve, artifacts, interpreters, threads, load)
+            found = _under_load(server, serve, artifacts, python, threads, load)
         else:
             found = bench.bench(
                 [_entry(text, runtime) for text in artifacts],
-                python=interpreters,
+                python=python,
                 repetitions=repetitions,
                 warmup=warmup,
                 threads=threads,
@@ -126,13 +133,13 @@ def command(
                 baseline=baseline_label,
                 **load,
             )
-    content = json.dumps(found, indent=1)
+    content = documents.dumps(found)
     if report:
-        save(report, content + "\n")
+        save(report, content)
     if plots:
         _draw(found, plots)
     if as_json:
-        click.echo(content)
+        click.echo(content, nl=False)
     else:
         _print(found)
     return _exit_code(found)
@@ -150,19 +157,6 @@ def _fitting(artifacts: tuple[str, ...], tokens: int) -> int:
         except LconvertError:  # the runtime will say what is wrong with it
             continue
     return max(1, min([512, *(c - tokens for c in contexts)]))
-
-
-def _interpreters(given: tuple[str, ...]) -> dict[str, Path]:
-    """--python values by runtime; "" is for all that are not named."""
-    from lconvert.validators.runtimes import RUNTIMES
-
-    out = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if equals and name not in RUNTIMES:
-            raise OptionError(f"--python {text}: unknown runtime {name}; runtimes: {', '.join(RUNTIMES)}")
-        out[name if equals else ""] = Path(path if equals else text).expanduser()
-    return out
 
 
 def _entry(text: str, runtime: str | None) -> Entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -63,6 +64,42 @@ def fail_fast_files(*, read: Sequence[Path | None] = (), written: Sequence[Path 
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             what = "is a folder" if path.is_dir() else "its folder does not exist"
             raise OutputError(f"{path}: {what}; name a file in an existing folder")
+
+
+def keep_inputs(models: Sequence[Path], read: Sequence[Path], written: Sequence[Path]) -> None:
+    """OutputError where a report would replace what is validated or read, or another report of this run."""
+    if len({p.absolute() for p in written}) < len(written):
+        raise OutputError("two reports would be written to one file; give each a name of its own")
+    for path in (p for p in written if p.exists()):
+        same = any(p.exists() and p.samefile(path) for p in (*models, *read))
+        shard = any(m.suffix == path.suffix and m.parent.resolve() == path.parent.resolve() for m in models)
+        inside = any(m.is_dir() and path.resolve().is_relative_to(m.resolve()) for m in models)
+        ours = path.suffix in (".html", ".xml") or b"lconvert" in path.read_bytes()[:2000]
+        if same or shard or (inside and not ours):
+            raise OutputError(f"{path}: holds something else than a report; choose another output")
+
+
+def save(path: Path, text: str) -> None:
+    """Write a report; OutputError, and nothing half written, where the disk is full or the folder is read-only."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            path.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from None
+
+
+def interpreters(given: Sequence[str]) -> dict[str, Path]:
+    """--python values by runtime; "" is for the runtimes that are not named."""
+    from lconvert.validators.runtimes import RUNTIMES
+
+    out = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if equals and name not in RUNTIMES:
+            raise OptionError(f"--python {text}: unknown runtime {name}; runtimes: {', '.join(RUNTIMES)}")
+        out[name if equals else ""] = Path(path if equals else text).expanduser()
+    return out
 
 
 def file_stem(name: str) -> str:
@@ -148,7 +185,7 @@ def print_plan(plan: Any, as_json: bool) -> int:
         return code
     for file in plan.files:
         rows = [
-            (i.name, "x".join(map(str, i.shape)), i.type, human(i.nbytes), str(i.verdict), i.rule)
+            (i.name, "x".join(map(str, i.shape)), i.type, human(i.nbytes), str(i.verdict), i.rule or i.held)
             for i in file.items
         ]
         table(
@@ -172,7 +209,7 @@ def print_result(result: Any) -> None:
     """What was written, by type, with the measured error of the roundings."""
     groups: dict[tuple[str, str], list[Any]] = {}
     for i in result.plan.items():
-        groups.setdefault((i.type, i.verdict.kind), []).append(i)
+        groups.setdefault((i.held or i.type, i.verdict.kind), []).append(i)
     rows = []
     for (type_, kind), items in sorted(groups.items()):
         errors = [i.verdict.error for i in items if i.verdict.error is not None]

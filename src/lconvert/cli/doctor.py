@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -127,16 +126,14 @@ def command(as_json: bool, runtime: str | None, into: Path | None, yes: bool) ->
 
 def _show(as_json: bool) -> int:
     from lconvert import __version__, kernels
+    from lconvert.validators.runtimes import installed
 
     rows = []
     for module, distribution, use, extra in PACKAGES:
         found = find_spec(module) is not None
-        try:
-            installed = version(distribution) if found else "not installed"
-        except PackageNotFoundError:
-            installed = "installed, version unknown"
+        version = (installed(distribution) or "installed, version unknown") if found else "not installed"
         advice = "" if found or not extra else f"pip install 'lconvert[{extra}]'"
-        rows.append((distribution, installed, use, advice))
+        rows.append((distribution, version, use, advice))
     native = kernels.native_available()
     foreign = _foreign()
     state = {

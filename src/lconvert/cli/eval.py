@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lconvert.cli.common import fail_fast_files, status, table, threads_option
-from lconvert.cli.validate import keep_inputs, save
+from lconvert.cli.common import fail_fast_files, keep_inputs, save, status, table, threads_option
 from lconvert.errors import OptionError
 
 
@@ -94,9 +92,11 @@ def command(
     for path in (artifact, reference):
         if path is not None and not path.exists():
             raise OptionError(f"{path}: no such file or folder; check the path")
+    from lconvert.validators import documents
     from lconvert.validators.evaluation import Where, Work, evaluate
+    from lconvert.validators.proof import read_text
 
-    work = Work(tasks, limit, chat, allow_task_code, _text(haystack) if needle or haystack else None)
+    work = Work(tasks, limit, chat, allow_task_code, read_text(haystack) if needle or haystack else None)
     with status("evaluating") as tell:
         proof = evaluate(
             Where(artifact, runtime, python),
@@ -107,11 +107,11 @@ def command(
             max_drop=limits,
             progress=tell,
         )
-    content = json.dumps(proof.to_json(), indent=1)
+    content = documents.dumps(proof.to_json())
     if report:
-        save(report, content + "\n")
+        save(report, content)
     if as_json:
-        click.echo(content)
+        click.echo(content, nl=False)
     else:
         _print(proof)
     return proof.exit_code
@@ -127,18 +127,6 @@ def _drop(text: str) -> tuple[str, float]:
     if not value >= 0:
         raise OptionError(f"--max-drop {text}: expected a drop such as 0.02, or acc=0.02")
     return metric, value
-
-
-def _text(path: Path | None) -> str:
-    from lconvert.errors import InputError
-    from lconvert.validators.proof import builtin_text
-
-    if path is None:
-        return builtin_text()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({e})") from None
 
 
 def _print(proof: Any) -> None:

@@ -16,6 +16,7 @@ from lconvert.cli.common import (
     parse_size,
     print_plan,
     progress_bar,
+    save,
     status,
     threads_option,
     write_card,
@@ -180,7 +181,7 @@ def command(
         raise type(e)(f"{result.paths[0]} is written but not proven: {e}") from None
     data = proof.to_json()
     if report:
-        report.write_text(documents.dumps(data))
+        save(report, documents.dumps(data))
     if not no_card:
         write_card(source, result, data)
     _summary(result, proof, as_json)

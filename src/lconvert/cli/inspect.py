@@ -63,19 +63,6 @@ def command(path: str, tensors: bool, as_json: bool) -> int:
     return 0
 
 
-def _bits(data: Tensor | QTensor) -> float:
-    """Stored bits of one weight, its share of the scales included."""
-    from lconvert.ir import DTYPE_SIZE, QTensor
-
-    if not isinstance(data, QTensor):
-        return 8.0 * DTYPE_SIZE[data.dtype]
-    total = data.grid.bits * data.size
-    for side in (data.scale, data.zero, data.offset):
-        if side is not None:
-            total += int(_bits(side) * side.size)
-    return total / max(data.size, 1)
-
-
 def _kind(data: Tensor | QTensor) -> str:
     from lconvert.formats.gguf_blocks import native_type
     from lconvert.ir import QTensor
@@ -147,17 +134,18 @@ def _metadata(path: str) -> dict[str, str]:
 
 def describe(model: Model, path: str) -> dict[str, Any]:
     """Everything the command shows, as plain data."""
+    from lconvert.validators.stored import nbytes
+
     tensors = []
     totals: dict[str, dict[str, float]] = {}
     for entry in model.entries.values():
-        bits = _bits(entry.data)
-        size = int(bits * entry.data.size / 8)
+        size = nbytes(entry.data)
         kind = _kind(entry.data)
         row = {
             "name": entry.name,
             "shape": list(entry.shape),
             "type": kind,
-            "bits_per_weight": bits,
+            "bits_per_weight": 8 * size / max(entry.data.size, 1),
             "bytes": size,
         }
         tensors.append(row)

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from lconvert.cli.common import fail_fast_files
-from lconvert.cli.validate import save
+from lconvert.cli.common import fail_fast_files, save
 from lconvert.errors import InputError, OptionError, OutputError
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lconvert.cli.common import fail_fast_files, print_report, status, threads_option
-from lconvert.errors import OptionError, OutputError
+from lconvert.cli.common import (
+    fail_fast_files,
+    interpreters,
+    keep_inputs,
+    print_report,
+    save,
+    status,
+    threads_option,
+)
+from lconvert.errors import OptionError
 
 _FILE = click.Path(path_type=Path)
 
@@ -106,7 +113,7 @@ def command(
             tiers=(*chosen, *(("layers",) if layers and "layers" not in chosen else ())),
             max_windows=None if all_windows else windows,
             runtimes=runtimes,
-            python=interpreters(pythons, runtimes),
+            python=_interpreters(pythons, runtimes),
             cache=False if no_cache else cache,
             relative=not no_relative,
             greedy=(4 if greedy else 0, greedy),
@@ -125,44 +132,14 @@ def command(
     return proof.exit_code
 
 
-def interpreters(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, Path]:
+def _interpreters(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, Path]:
     """--python values by runtime; one without a name is for the one runtime that was chosen."""
-    from lconvert.validators.runtimes import RUNTIMES
-
-    out = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals:
-            if len(runtimes) != 1:
-                raise OptionError(f"--python {text}: say for which runtime, as in --python vllm={text}")
-            name, path = runtimes[0], text
-        if name not in RUNTIMES:
-            raise OptionError(f"--python {text}: unknown runtime {name}; runtimes: {', '.join(RUNTIMES)}")
-        out[name] = Path(path)
+    out = interpreters(given)
+    if "" in out:
+        if len(runtimes) != 1:
+            raise OptionError(f"--python {out['']}: say for which runtime, as in --python vllm={out['']}")
+        out = {runtimes[0]: out.pop("")} | out
     return out
-
-
-def keep_inputs(models: Sequence[Path], read: Sequence[Path], written: Sequence[Path]) -> None:
-    """OutputError where a report would replace what is validated or read, or another report of this run."""
-    if len({p.absolute() for p in written}) < len(written):
-        raise OutputError("two reports would be written to one file; give each a name of its own")
-    for path in (p for p in written if p.exists()):
-        same = any(p.exists() and p.samefile(path) for p in (*models, *read))
-        shard = any(m.suffix == path.suffix and m.parent.resolve() == path.parent.resolve() for m in models)
-        inside = any(m.is_dir() and path.resolve().is_relative_to(m.resolve()) for m in models)
-        ours = path.suffix in (".html", ".xml") or b"lconvert" in path.read_bytes()[:2000]
-        if same or shard or (inside and not ours):
-            raise OutputError(f"{path}: holds something else than a report; choose another output")
-
-
-def save(path: Path, text: str) -> None:
-    """Write a report; OutputError, and nothing half written, where the disk is full or the folder is read-only."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            path.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from None
 
 
 def _write(html: Path | None, junit: Path | None, markdown: Path | None, data: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from lconvert.errors import OptionError
 
 PASSES: Mapping[str, str] = {
     "rtn": "Round to nearest on any grid, weights only, no calibration.",
+    "activations": "Quantized inputs of matrices: int8, FP8 or NVFP4, dynamic or calibrated on a text.",
+    "kv": "The KV cache in FP8, calibrated on a text or with scale 1.",
 }
 
 

@@ -9,6 +9,10 @@ what llama-quantize writes. Portable integer grids (int2 .. int8, uint2 .. uint8
 search "mse" tries s, 0.99 s .. 0.5 s and keeps the smallest squared error. Chosen scales are rounded to 8 significant
 bits first (7 for asymmetric ones), which makes them exact in fp16 and bf16 runtimes and, up to 4 bits, keeps z * s exact
 in fp16 (7 + 4 bits fit its 11).
+
+Small floats (passes/rtn_float.py): fp8 (E4M3; a scale per row, per tensor or per 128 x 128 block), fp4 (NVFP4: E2M1 with an E4M3
+scale per 16 and one global scale) and nf4 (bitsandbytes' table, an absolute maximum per group). Scales that exist once per
+tensor are tied over the modules that runtimes fuse, and a global scale is a power of two, so that its reciprocal is exact.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, int_grid, parts
+from lconvert.passes import rtn_float
+from lconvert.passes.rtn_float import Peak
 from lconvert.spec import check
 
 if TYPE_CHECKING:
@@ -30,27 +36,32 @@ _SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
 
 @dataclass(frozen=True)
 class Options:
-    """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), or a GGUF block type. group: values per scale along the
-    input dimension, -1 for a whole row; block types bring their own. targets, ignore: regular expressions on
+    """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), fp8, fp4, nf4, or a GGUF block type. group: values per scale along
+    the input dimension, -1 for a whole row; fp8 takes -1, tensor or block (128 x 128); block types, fp4 bring their own. targets, ignore: regular expressions on
     canonical names; a weight is rounded if it matches `targets` and not `ignore`."""
 
     grid: str = "int4"
-    group: int = 128
+    group: int | str = 128
     search: Literal["minmax", "mse"] = "minmax"
-    targets: str = r".*\.(q|k|v|o|gate|up|down)"
+    targets: str = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)"
     ignore: str = ""
 
     def __post_init__(self) -> None:
         if self.search not in ("minmax", "mse"):
             raise OptionError(f"rtn: search {self.search!r}; choose minmax or mse")
-        if self.group != -1 and self.group < 1:
+        if self.grid == "fp8":
+            if self.group not in (-1, "tensor", "block"):
+                raise OptionError(
+                    f"rtn: group {self.group!r}; fp8 takes -1 (a scale per row), tensor or block"
+                )
+        elif isinstance(self.group, str) or (self.group != -1 and self.group < 1):
             raise OptionError(f"rtn: group {self.group}; expected a positive number, or -1 for a whole row")
-        if not re.fullmatch(r"u?int[2-8]", self.grid):
+        if not re.fullmatch(r"u?int[2-8]|fp8|fp4|nf4", self.grid):
             from lconvert.formats.gguf_blocks import SCHEMES
 
             if self.grid.upper() not in SCHEMES:
                 raise OptionError(
-                    f"rtn: grid {self.grid!r}; choose int2..int8, uint2..uint8 or {', '.join(SCHEMES)}"
+                    f"rtn: grid {self.grid!r}; choose int2..int8, uint2..uint8, fp8, fp4, nf4 or {', '.join(SCHEMES)}"
                 )
         for pattern in (self.targets, self.ignore):
             try:
@@ -62,6 +73,7 @@ class Options:
 def run(model: Model, options: Options) -> Model:
     """The model with every matching dense matrix as a QTensor; nothing is computed before it is read."""
     new: dict[str, Entry] = {}
+    peaks = rtn_float.peaks(model) if options.grid in ("fp4", "fp8") else {}
     for name, entry in model.entries.items():
         wanted = re.fullmatch(options.targets, name) and not (
             options.ignore and re.fullmatch(options.ignore, name)
@@ -69,14 +81,18 @@ def run(model: Model, options: Options) -> Model:
         if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) != 2:
             continue
         note = f"rtn {options.grid} group {options.group} {options.search}"
-        new[name] = replace(entry, data=quantized(entry.data, options), provenance=(*entry.provenance, note))
+        new[name] = replace(
+            entry, data=quantized(entry.data, options, peaks.get(name)), provenance=(*entry.provenance, note)
+        )
     if not new:
         raise OptionError(f"rtn: no dense matrix matches targets {options.targets!r}")
     return check(model.with_entries(new, f"rtn: {len(new)} tensors to {options.grid}"))
 
 
-def quantized(t: Tensor, options: Options) -> QTensor:
-    """A dense (out, in) matrix on the grid of `options`, lazily."""
+def quantized(t: Tensor, options: Options, peak: Peak | None = None) -> QTensor:
+    """A dense (out, in) matrix on the grid of `options`, lazily. peak: the largest magnitude that its global scale must cover."""
+    if options.grid in rtn_float.GRIDS:
+        return rtn_float.quantized(t, options.grid, options.group, peak or Peak((t,)))
     if re.fullmatch(r"u?int[2-8]", options.grid):
         return _portable(t, options)
     return _block_type(t, options.grid.upper())
@@ -113,6 +129,7 @@ def _portable(t: Tensor, options: Options) -> QTensor:
     signed = options.grid.startswith("int")
     bits = int(options.grid[-1])
     rows, cols = t.shape
+    assert isinstance(options.group, int)  # Options has checked it
     group = cols if options.group == -1 else options.group
     if cols % group:
         raise OptionError(f"{t.origin}: rows of {cols} values do not divide into groups of {group}")
@@ -133,9 +150,10 @@ def _portable(t: Tensor, options: Options) -> QTensor:
 
     reader = parts(compute)
     codes = Tensor(t.shape, "I8" if signed else "U8", reader("codes"), t.origin, t.files)
-    scale = Tensor((rows, count), "F16", reader("scale"), t.origin, t.files)
+    scale = Tensor((rows, count), "F16", reader("scale"), t.origin, t.files, exact_in=("BF16",))
     zero = None if signed else Tensor((rows, count), "U8", reader("zero"), t.origin, t.files)
-    return QTensor(t.shape, codes, int_grid(bits, signed), (1, group), scale, zero)
+    block = (1, -1) if options.group == -1 else (1, group)
+    return QTensor(t.shape, codes, int_grid(bits, signed), block, scale, zero)
 
 
 def _best(

@@ -1,0 +1,134 @@
+"""What hf-to-vllm, hf-to-trtllm and convert share: a model, passes on it, a plan, its execution and what is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lconvert.cli.common import (
+    fail_fast_files,
+    fail_fast_output,
+    no_card_option,
+    print_plan,
+    print_result,
+    progress_bar,
+    save,
+    status,
+    threads_option,
+    write_card,
+)
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every verb that writes an artifact from any source."""
+    for option in reversed(
+        (
+            click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="The model's dtype [default: its own, or one that holds all scales]."),
+            click.option("--allow-requantize", is_flag=True, help="Round again what the target cannot hold exactly."),
+            click.option("--dry-run", is_flag=True, help="Show the plan; write nothing."),
+            click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout."),
+            click.option("--force", is_flag=True, help="Replace existing files."),
+            click.option("--resume", is_flag=True, help="Continue a run that was killed."),
+            click.option("--no-validate", is_flag=True, help="Skip the proof (never imports torch or transformers)."),
+            click.option("--text", type=click.Path(path_type=Path), help="Text for the proof [default: a built-in excerpt]."),
+            click.option("--report", type=click.Path(path_type=Path), help="Write the proof as JSON here."),
+            no_card_option,
+            threads_option,
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def preset_flags(table: Mapping[str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One flag per preset, collected under `presets`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name, about in reversed(list(table.items())):
+            command = click.option(
+                f"--{name}", "presets", flag_value=name, type=str, help=f"{about}.", multiple=False
+            )(command)
+        return command
+
+    return decorate
+
+
+def run(
+    source: str,
+    output: Path,
+    target: str,
+    recipe: Any,
+    *,
+    dtype: str | None,
+    allow_requantize: bool,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
+    resume: bool,
+    no_validate: bool,
+    text: Path | None,
+    report: Path | None,
+    no_card: bool,
+    threads: int | None,
+) -> int:
+    """Read, pass, plan, write, prove, print. `recipe` is a Recipe or None."""
+    import lconvert
+    from lconvert.converters import targets
+    from lconvert.errors import LconvertError
+    from lconvert.plan import execute
+
+    fail_fast_files(read=[text], written=[report])
+    folder = targets.TARGETS[target].kind != "gguf"
+    if not dry_run and not folder:
+        fail_fast_output(output, force)
+    original = lconvert.read(source)
+    with status("preparing"):
+        model = recipe.apply(original) if recipe is not None else original
+        plan = targets.plan(
+            model,
+            target,
+            output.name,
+            original=original,
+            dtype=dtype.upper() if dtype else None,
+            allow_requantize=allow_requantize,
+        )
+    if dry_run:
+        return print_plan(plan, as_json)
+    with progress_bar("writing", plan.size) as tell:
+        where = output if folder else output.parent
+        result = execute(plan, where, threads=threads, force=force, resume=resume, progress=tell)
+    proof = None
+    if not no_validate:
+        from lconvert.validators import parity
+
+        try:
+            with status("validating") as step:
+                proof = parity.validate(
+                    source, output, text=text, threads=threads, manifest=result.manifest, progress=step
+                )
+        except LconvertError as e:
+            raise type(e)(f"{output} is written but not proven: {e}") from None
+    data = proof.to_json() if proof else None
+    if report and data:
+        from lconvert.validators import documents
+
+        save(report, documents.dumps(data))
+    if not no_card:
+        write_card(source, result, data, folder=output if folder else None)
+    line = targets.launch(target, str(output))
+    if as_json:
+        out: dict[str, Any] = {"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}
+        click.echo(json.dumps(out | {"validation": data, "launch": line}, indent=1))
+    else:
+        print_result(result)
+        if proof:
+            from lconvert.cli.common import print_report
+
+            print_report(proof)
+        if line:
+            click.echo(f"serve it: {line}")
+    return proof.exit_code if proof else 0

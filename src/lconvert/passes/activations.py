@@ -1,0 +1,96 @@
+"""How the inputs of quantized matrices are quantized at run time: int8, FP8 or NVFP4, dynamic or static.
+
+Dynamic scales are found by the runtime for every token. Static ones, and the global scale of NVFP4's inputs, are the largest
+magnitude that a calibration text shows, over the grid's largest value; a global scale is a power of two, so that both of the
+conventions in use (multiplier and divisor) hold it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lconvert.errors import OptionError
+from lconvert.ir import E2M1, E4M3, ActSpec, Entry, Grid, Model, QTensor, dense, int_grid
+
+_GRIDS: dict[str, tuple[Grid, float]] = {
+    "int8": (int_grid(8, True), 127.0),
+    "fp8": (E4M3, 448.0),
+    "fp4": (E2M1, 6.0 * 448.0),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """grid: int8, fp8 or fp4 (NVFP4: groups of 16, scales found at run time below a static global one). dynamic: a scale per
+    token (or per `group` features of one), found at run time; otherwise one per tensor from `text`. windows, context: how
+    much of the text is run. targets, ignore: regular expressions on canonical names, of quantized matrices."""
+
+    grid: str = "int8"
+    dynamic: bool = True
+    group: int = 0
+    text: str = ""
+    windows: int = 32
+    context: int = 512
+    targets: str = r".*"
+    ignore: str = ""
+
+    def __post_init__(self) -> None:
+        if self.grid not in _GRIDS:
+            raise OptionError(f"activations: grid {self.grid!r}; choose {', '.join(_GRIDS)}")
+        if self.group < 0 or (self.group and not self.dynamic):
+            raise OptionError(f"activations: group {self.group}; groups are dynamic and have a positive size")
+        if (self.grid == "fp4" or not self.dynamic) and not self.text:
+            raise OptionError(
+                "activations: static scales need a calibration text; name one (--calibration TEXT)"
+            )
+
+
+def run(model: Model, options: Options) -> Model:
+    """The model with an ActSpec on every matching quantized matrix."""
+    import numpy as np
+
+    grid, top = _GRIDS[options.grid]
+    static = options.grid == "fp4" or not options.dynamic
+    peaks: dict[str, float] = {}
+    if static:
+        from lconvert.passes import observe
+
+        peaks = observe.run(
+            model, observe.windows(model, options.text, options.context, options.windows)
+        ).inputs
+    size = 16 if options.grid == "fp4" else options.group or None
+    per: Literal["token", "group", "tensor"] = "group" if size else "token" if options.dynamic else "tensor"
+    new: dict[str, Entry] = {}
+    for name, entry in model.entries.items():
+        wanted = re.fullmatch(options.targets, name) and not (
+            options.ignore and re.fullmatch(options.ignore, name)
+        )
+        if not wanted or not isinstance(entry.data, QTensor) or entry.data.grid.bits > 8:
+            continue
+        scale = None
+        if static:
+            if name not in peaks:
+                raise OptionError(
+                    f"activations: no input of {name} was seen; static scales are not to be had for it"
+                )
+            scale = dense(np.array([_chosen(peaks[name] / top, options.grid)], np.float32))
+        spec = ActSpec(grid, per, options.grid == "fp4" or options.dynamic, size, scale)
+        note = f"inputs {options.grid}, {'dynamic' if options.dynamic else 'static'}"
+        new[name] = replace(entry, activation=spec, provenance=(*entry.provenance, note))
+    if not new:
+        raise OptionError(f"activations: no quantized matrix matches targets {options.targets!r}")
+    return model.with_entries(new, f"activations: inputs of {len(new)} matrices to {options.grid}")
+
+
+def _chosen(scale: float, grid: str) -> float:
+    """A power of two for a global scale; 8 significant bits for the others, which all runtimes hold."""
+    import numpy as np
+
+    from lconvert.passes.rtn import short_scale
+    from lconvert.passes.rtn_float import power_of_two_above
+
+    if grid == "fp4":
+        return power_of_two_above(scale)
+    return float(short_scale(np.array([scale], np.float32), 8)[0]) or 1.0

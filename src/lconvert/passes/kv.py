@@ -1,0 +1,51 @@
+"""The KV cache in FP8, with static scales from a calibration text or 1.0 without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lconvert.errors import OptionError
+from lconvert.ir import E4M3, ActSpec, KVSpec, Model, Tensor, dense
+
+
+@dataclass(frozen=True)
+class Options:
+    """grid: fp8 (E4M3, the only one that vLLM and TensorRT-LLM take scales for). text: what scales are measured on; without
+    one they are 1.0, which FP8's range of 448 usually allows. windows, context: how much of the text is run."""
+
+    grid: str = "fp8"
+    text: str = ""
+    windows: int = 32
+    context: int = 512
+
+    def __post_init__(self) -> None:
+        if self.grid != "fp8":
+            raise OptionError(f"kv: grid {self.grid!r}; only fp8 can be stored in a checkpoint")
+
+
+def run(model: Model, options: Options) -> Model:
+    """The model with a KVSpec; scales are rounded to 8 significant bits."""
+    import numpy as np
+
+    layers = model.arch.layers
+    keys, values = dict.fromkeys(range(layers), 448.0), dict.fromkeys(range(layers), 448.0)
+    if options.text:
+        from lconvert.passes import observe
+
+        found = observe.run(model, observe.windows(model, options.text, options.context, options.windows))
+        if len(found.keys) != layers:
+            raise OptionError(f"kv: {len(found.keys)} of {layers} layers showed a cache of keys and values")
+        keys, values = found.keys, found.values
+
+    def scales(peaks: dict[int, float]) -> Tensor:
+        from lconvert.passes.rtn import short_scale
+
+        x = np.array([peaks[i] / 448.0 for i in range(layers)], np.float32)
+        return dense(short_scale(np.where(x > 0, x, np.float32(1)), 8))
+
+    spec = KVSpec(
+        ActSpec(E4M3, "tensor", False, scale=scales(keys)),
+        ActSpec(E4M3, "tensor", False, scale=scales(values)),
+    )
+    how = "calibrated" if options.text else "scale 1"
+    return replace(model, kv=spec, report=(*model.report, f"kv: cache in fp8, {how}"))

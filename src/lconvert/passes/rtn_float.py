@@ -1,0 +1,241 @@
+"""Round to nearest on small floats: FP8, NVFP4 and NF4.
+
+    fp8   E4M3 (OCP), largest value 448: s = max|x| / 448 per row, tensor or block of 128 x 128, on 8 significant bits.
+    fp4   NVFP4: E2M1 in groups of 16; group scale max|x| / 6 / g in E4M3; g = 2^ceil(log2(max|X| / (6 * 448))), a power of two, so
+          that its reciprocal, which compressed-tensors stores, is exact. NVIDIA's own recipe takes max|X| / (6 * 448) itself; a power
+          of two costs at most one binade of E4M3's seventeen.
+    nf4   the 16 quantiles of QLoRA (arXiv 2305.14314, appendix E), group scale max|x| in fp32, as bitsandbytes stores it.
+
+A code is the nearest value of the grid, ties to the even code; what exceeds the largest value saturates.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from lconvert.errors import InputError, OptionError
+from lconvert.ir import E2M1, E4M3, Grid, Model, QTensor, Tensor, as_f32, parts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: NF4 of QLoRA: quantiles of the normal distribution, asymmetric around an exact zero (bitsandbytes, functional.py get_4bit_type).
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+NF4 = Grid("codebook", 4, values=NF4_VALUES)
+GRIDS = ("fp8", "fp4", "nf4")
+_FP8_MAX, _FP4_MAX = 448.0, 6.0
+_SLAB = 1 << 22  # values that are looked at together
+
+
+class Peak:
+    """The largest magnitude in some matrices, found when it is first asked for."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors, self._lock = tensors, threading.Lock()
+        self._value: float | None = None
+
+    def value(self) -> float:
+        import numpy as np
+
+        with self._lock:
+            if self._value is None:
+                found = 0.0
+                for t in self._tensors:
+                    step = max(1, _SLAB // max(1, t.shape[1]))
+                    for start in range(0, t.rows, step):
+                        x = as_f32(t.read(start, min(start + step, t.rows)), t.dtype)
+                        top = float(np.abs(x).max(initial=0))
+                        if not np.isfinite(top):
+                            raise InputError(f"{t.origin}: holds NaN or infinite values in rows from {start}")
+                        found = max(found, top)
+                self._value = found
+            return self._value
+
+
+def peaks(model: Model) -> Mapping[str, Peak]:
+    """One Peak for every group of matrices that runtimes fuse: role -> the Peak it shares."""
+    from lconvert.passes.fused import groups
+
+    out: dict[str, Peak] = {}
+    for group in groups(model.arch):
+        members = [model.entries[r].data for r in group if r in model.entries]
+        shared = Peak(tuple(m for m in members if isinstance(m, Tensor)))
+        out |= dict.fromkeys(group, shared)
+    return out
+
+
+@cache
+def _midpoints(grid: Grid) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.bool_]]:
+    """Ascending values' midpoints, the codes in that order, and whether a tie goes to the upper neighbour (its code is even)."""
+    import numpy as np
+
+    from lconvert.kernels.qtensor import grid_values
+
+    codes = np.arange(1 << grid.bits, dtype=np.uint8)
+    values = grid_values(grid, codes)
+    negative_zero = np.signbit(values) & (values == 0)
+    keep = np.isfinite(values) & ~negative_zero
+    codes, values = codes[keep], values[keep]
+    order = np.argsort(values, kind="stable")
+    codes, values = codes[order], values[order].astype(np.float64)
+    middle = ((values[:-1] + values[1:]) / 2).astype(np.float32)
+    return middle, codes, (codes[1:] & 1) == 0
+
+
+def nearest(grid: Grid, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Codes of the values nearest to x; ties go to the even code, what is too large saturates."""
+    import numpy as np
+
+    middle, codes, up = _midpoints(grid)
+    at = np.searchsorted(middle, x, side="left")  # middle[at - 1] < x <= middle[at]
+    tie = (at < len(middle)) & (x == middle[np.minimum(at, len(middle) - 1)])
+    at = at + (tie & up[np.minimum(at, len(up) - 1)])
+    out: NDArray[np.uint8] = codes[at]
+    return out
+
+
+def _finite(t: Tensor, start: int, stop: int) -> NDArray[np.float32]:
+    import numpy as np
+
+    x = as_f32(t.read(start, stop), t.dtype)
+    if not np.isfinite(x).all():
+        raise InputError(f"{t.origin}: holds NaN or infinite values in rows {start}..{stop}")
+    return x
+
+
+def _over(x: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    import numpy as np
+
+    return np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
+
+
+def quantized(t: Tensor, grid: str, group: int | str, peak: Peak) -> QTensor:
+    """A dense (out, in) matrix on one of GRIDS, lazily."""
+    if grid == "fp8":
+        return {-1: _fp8_rows, "tensor": _fp8_tensor, "block": _fp8_blocks}[group](t, peak)
+    return _fp4(t, peak) if grid == "fp4" else _nf4(t, int(group))
+
+
+def _short(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    from lconvert.passes.rtn import short_scale
+
+    return short_scale(scale, 8)
+
+
+def _fp8_rows(t: Tensor, peak: Peak) -> QTensor:
+    import numpy as np
+
+    def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:
+        x = _finite(t, start, stop)
+        scale = _short(np.abs(x).max(1, keepdims=True) / np.float32(_FP8_MAX))
+        return {"codes": nearest(E4M3, _over(x, scale)), "scale": scale}
+
+    reader = parts(compute)
+    codes = Tensor(t.shape, "U8", reader("codes"), t.origin, t.files)
+    scale = Tensor((t.rows, 1), "F32", reader("scale"), t.origin, t.files, exact_in=("BF16",))
+    return QTensor(t.shape, codes, E4M3, (1, -1), scale)
+
+
+def _fp8_tensor(t: Tensor, peak: Peak) -> QTensor:
+    import numpy as np
+
+    def scale() -> NDArray[np.float32]:
+        return _short(np.full((1, 1), peak.value() / _FP8_MAX, np.float32))
+
+    def codes(start: int, stop: int) -> NDArray[Any]:
+        return nearest(E4M3, _over(_finite(t, start, stop), scale()))
+
+    side = Tensor((1, 1), "F32", lambda a, b: scale()[a:b], t.origin, t.files, exact_in=("BF16",))
+    return QTensor(t.shape, Tensor(t.shape, "U8", codes, t.origin, t.files), E4M3, (-1, -1), side)
+
+
+_TILE = 128
+
+
+def _fp8_blocks(t: Tensor, peak: Peak) -> QTensor:
+    import numpy as np
+
+    rows, cols = t.shape
+    wide = -(-cols // _TILE)
+
+    def scales(start: int, stop: int) -> NDArray[np.float32]:
+        """Of block rows start..stop."""
+        x = np.abs(_finite(t, start * _TILE, min(stop * _TILE, rows)))
+        padded = np.zeros(((stop - start) * _TILE, wide * _TILE), np.float32)
+        padded[: x.shape[0], :cols] = x
+        top = padded.reshape(stop - start, _TILE, wide, _TILE).max((1, 3))
+        return _short(top / np.float32(_FP8_MAX))
+
+    def codes(start: int, stop: int) -> NDArray[Any]:
+        first = start // _TILE
+        tall = np.repeat(scales(first, -(-stop // _TILE)), _TILE, axis=0)[start - first * _TILE :][
+            : stop - start
+        ]
+        return nearest(E4M3, _over(_finite(t, start, stop), np.repeat(tall, _TILE, axis=1)[:, :cols]))
+
+    side = Tensor((-(-rows // _TILE), wide), "F32", scales, t.origin, t.files, exact_in=("BF16",))
+    return QTensor(t.shape, Tensor(t.shape, "U8", codes, t.origin, t.files), E4M3, (_TILE, _TILE), side)
+
+
+def power_of_two_above(x: float) -> float:
+    """The smallest power of two that is at least x and whose reciprocal fp32 holds as well; 1 for 0."""
+    import math
+
+    if x <= 0:
+        return 1.0
+    mantissa, exponent = math.frexp(x)
+    return 2.0 ** max(exponent - (mantissa == 0.5), -126)
+
+
+def _fp4(t: Tensor, peak: Peak) -> QTensor:
+    import numpy as np
+
+    if t.shape[1] % 16:
+        raise OptionError(f"{t.origin}: rows of {t.shape[1]} values do not divide into groups of 16")
+    groups = t.shape[1] // 16
+
+    def outer() -> np.float32:
+        return np.float32(power_of_two_above(peak.value() / (_FP4_MAX * _FP8_MAX)))
+
+    def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:
+        from lconvert.kernels.qtensor import grid_values
+
+        x = _finite(t, start, stop).reshape(stop - start, groups, 16)
+        g = outer()
+        local = nearest(E4M3, np.abs(x).max(-1) / np.float32(_FP4_MAX) / g)
+        scale = grid_values(E4M3, local) * g
+        codes = nearest(E2M1, _over(x, np.broadcast_to(scale[..., None], x.shape)))
+        return {"codes": codes.reshape(stop - start, -1), "local": local}
+
+    reader = parts(compute)
+    codes = Tensor(t.shape, "U8", reader("codes"), t.origin, t.files)
+    local = Tensor((t.rows, groups), "U8", reader("local"), t.origin, t.files)
+    one = Tensor((1, 1), "F32", lambda a, b: np.full((1, 1), outer())[a:b], t.origin, t.files)
+    return QTensor(t.shape, codes, E2M1, (1, 16), QTensor(local.shape, local, E4M3, (-1, -1), one))
+
+
+def _nf4(t: Tensor, group: int) -> QTensor:
+    import numpy as np
+
+    if group < 1 or t.shape[1] % group:
+        raise OptionError(f"{t.origin}: rows of {t.shape[1]} values do not divide into groups of {group}")
+    count = t.shape[1] // group
+
+    def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:
+        x = _finite(t, start, stop).reshape(stop - start, count, group)
+        scale = np.abs(x).max(-1)
+        codes = nearest(NF4, _over(x, np.broadcast_to(scale[..., None], x.shape)))
+        return {"codes": codes.reshape(stop - start, -1), "scale": scale}
+
+    reader = parts(compute)
+    codes = Tensor(t.shape, "U8", reader("codes"), t.origin, t.files)
+    scale = Tensor((t.rows, count), "F32", reader("scale"), t.origin, t.files)
+    return QTensor(t.shape, codes, NF4, (1, group), scale)
