@@ -249,3 +249,25 @@ def test_model_dtype_follows_the_scales() -> None:
         options = checkpoint.Options()
         ready = checkpoint.lowered(SOURCES[source](), options)
         assert checkpoint.model_dtype(ready.model, checkpoint.linears(ready, options), options) == dtype
+
+
+def test_readme_shows_the_computed_matrix() -> None:
+    """Every cell of the README's table, by its verdict."""
+    from tests.conftest import ROOT
+
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| source | gguf |"))
+    columns = [c.strip() for c in lines[start].strip("|").split("|")][1:]
+    shown = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        source, *cells = (c.strip() for c in line.strip("|").split("|"))
+        shown[source] = dict(zip(columns, cells, strict=True))
+    found = matrix.table(columns)
+    assert set(shown) == set(found)
+    for source, row in found.items():
+        for target, verdict in row.items():
+            cell = shown[source][target]
+            said = {"–": "refused", "F32 values": "widened"}.get(cell, cell.partition(":")[0])
+            assert said == verdict.kind, (source, target, cell, verdict)

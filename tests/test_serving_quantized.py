@@ -165,3 +165,15 @@ def test_repacked_gguf_runs_in_llama_cpp(tmp_path: Path) -> None:
         assert divergence(model, runtime.logits(IDS)) < 0.01
     finally:
         runtime.close()
+
+
+def test_nvfp4_in_both_conventions_through_vllm_s_emulation(tmp_path: Path) -> None:
+    """A divisor in compressed-tensors, a multiplier in ModelOpt: the same log-probabilities, and near the dequantized model."""
+    text = str(ROOT / "validators" / "text" / "excerpt.txt")
+    model = activations.run(rounded("fp4", 16), activations.Options("fp4", text=text, windows=2))
+    first, info = served(written(model, "vllm", tmp_path / "a"))
+    second, other = served(written(model, "modelopt", tmp_path / "b"))
+    assert info["quantization"] == "compressed-tensors" and "modelopt" in other["quantization"]
+    assert "emulated" in info["execution"]
+    assert np.array_equal(first, second)
+    assert divergence(model, first) < 0.1
