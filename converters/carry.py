@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lconvert.converters import regrid
 from lconvert.formats.scheme import Held
@@ -95,9 +96,17 @@ def _global(q: QTensor, divisor: bool) -> QTensor | None:
     if not isinstance(s, QTensor) or not isinstance(s.scale, Tensor) or s.divisor == divisor:
         return None
     value = regrid.numbers(s.scale)
-    if not bool((np.frexp(np.abs(value))[0] == 0.5).all()):
+    inverse = _inverse(value)
+    if inverse is None or not bool((np.frexp(np.abs(value))[0] == 0.5).all()):
         return None
-    return replace(q, scale=replace(s, scale=dense(np.float32(1) / value), divisor=divisor))
+    return replace(q, scale=replace(s, scale=dense(inverse), divisor=divisor))
+
+
+def _inverse(value: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """1 / value, None where that is beyond fp32."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse: NDArray[np.float32] = np.float32(1) / value
+    return inverse if bool(np.isfinite(inverse).all()) else None
 
 
 def reciprocal(q: QTensor) -> QTensor | None:
@@ -105,8 +114,10 @@ def reciprocal(q: QTensor) -> QTensor | None:
     s = q.scale
     if not isinstance(s, QTensor) or not isinstance(s.scale, Tensor):
         return None
-    value = np.float32(1) / regrid.numbers(s.scale)
-    return replace(q, scale=replace(s, scale=dense(value), divisor=not s.divisor))
+    inverse = _inverse(regrid.numbers(s.scale))
+    if inverse is None:
+        return None
+    return replace(q, scale=replace(s, scale=dense(inverse), divisor=not s.divisor))
 
 
 #: Formats of weights alone: how inputs are quantized is left out, so that they run at the model's precision.
@@ -152,6 +163,8 @@ def candidates(q: QTensor, format: str) -> Iterator[QTensor]:
             yield other
     if regrid.is_plain(q) and q.grid.kind == "float" and isinstance(q.scale, Tensor) and q.block == (-1, -1):
         yield row_blocks(q)
+    if isinstance(q.scale, QTensor) and q.grid == E4M3 and (flat := regrid.plain_scale(q)) is not None:
+        yield flat  # exponents (ue8m0) as the numbers they stand for
     if format in INTEGERS:
         yield from _integer_forms(q, INTEGERS[format])
 

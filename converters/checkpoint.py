@@ -178,6 +178,17 @@ def _carried(ready: Lowered, options: Options) -> dict[str, Carried]:
                 if isinstance(entry.data, QTensor):
                     out[r] = requantized(entry, partial(_problem, options, entry.shape), options.format)
             unified = fusion.unify({r: out[r].held for r in members})
+        if not isinstance(unified, str) and _spoiled(members, unified, model, options):
+            if options.allow_requantize and (largest := fusion.to_largest(members)) is not None:
+                verdict = Verdict("requantized", "rounded to the largest scale of its fused module")
+                out |= {
+                    r: Carried(h, verdict) for r, h in largest.items() if h.weight is not out[r].held.weight
+                }
+                continue
+            unified = (
+                "its parts have different scales per tensor, of which runtimes take the largest, and a scale per row has no "
+                "place beside how their input is quantized; --allow-requantize rounds them to the largest"
+            )
         for role in members:
             if isinstance(unified, str):
                 reason = f"{', '.join(r.split('.', 2)[-1] for r in members)}: {unified}"
@@ -191,6 +202,16 @@ def _carried(ready: Lowered, options: Options) -> dict[str, Carried]:
                 )
                 out[role] = Carried(unified[role], wider)
     return out
+
+
+def _spoiled(
+    members: Mapping[str, Held], unified: Mapping[str, Held], model: Model, options: Options
+) -> bool:
+    """Whether a form that is alike in all members is none that the format holds."""
+    return any(
+        held.weight is not members[r].weight and _problem(options, model.entries[r].shape, held) is not None
+        for r, held in unified.items()
+    )
 
 
 def _problem(options: Options, shape: tuple[int, ...], held: Held) -> str | None:
@@ -410,12 +431,23 @@ def _items(linear: Linear, fmt: Writer, original: Model) -> Iterator[Item]:
         main = False
 
 
-def _refused(linear: Linear) -> Item:
+def _refused(name: str, shape: tuple[int, ...], roles: tuple[str, ...], verdict: Verdict) -> Item:
     def produce(start: int, stop: int) -> Slab:
         raise AssertionError("a refused tensor is never produced")
 
-    shape = linear.bind.shape
-    return Item(linear.bind.hf, "-", shape, 0, 0, 0, 0, linear.roles, linear.verdict, produce)
+    return Item(name, "-", shape, 0, 0, 0, 0, roles, verdict, produce)
+
+
+def _unquantized(t: hf.HfTensor, model: Model, options: Options) -> Item:
+    """A tensor in the model's dtype; not a stack of quantized experts, whose bits would be lost to the reader unasked."""
+    stacked = len(t.shape) > 2 and any(isinstance(model.entries[r].data, QTensor) for r in t.sources)
+    if not stacked or options.allow_requantize:
+        return hf.item(t)
+    reason = (
+        f"its experts are stored in one tensor, for which {options.format} has no quantized layout; leave experts plain, or "
+        f"store their values in {t.dtype} (--allow-requantize, or --to dense)"
+    )
+    return _refused(t.name, t.shape, t.sources, Verdict("refused", reason))
 
 
 def _fp8_ranges(model: Model, held: list[Linear]) -> dict[str, float]:
@@ -498,9 +530,9 @@ def plan(model: Model, options: Options, original: Model | None = None) -> Plan:
     for t in hf.to_hf(model, dtype):
         linear = quantized.get(t.name)
         if linear is None:
-            items.append(hf.item(t))
+            items.append(_unquantized(t, model, options))
         elif linear.verdict.kind == "refused":
-            items.append(_refused(linear))
+            items.append(_refused(t.name, t.shape, linear.roles, linear.verdict))
         else:
             items += _items(linear, _for_module(fmt, linear, ranges), ready.original)
     attention = {

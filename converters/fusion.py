@@ -18,7 +18,8 @@ import numpy as np
 from lconvert.converters.regrid import asymmetric, numbers, regrouped
 from lconvert.formats.scheme import Held, view
 from lconvert.ir import E4M3, ActSpec, QTensor, Tensor, dense, row_blocks
-from lconvert.kernels.qtensor import float_values
+from lconvert.kernels.qtensor import dequantize, float_values
+from lconvert.passes.rtn_float import nearest
 
 
 def signature(held: Held) -> tuple[Any, ...]:
@@ -117,6 +118,28 @@ def _tied(members: Mapping[str, Held]) -> Mapping[str, Held] | str:
         if len(values) > 1:  # one scale per row says the same and cannot be mixed up
             return {k: replace(members[k], weight=row_blocks(q)) for k, q in parts.items()}
     return members
+
+
+def to_largest(members: Mapping[str, Held]) -> Mapping[str, Held] | None:
+    """FP8 members with one scale each, rounded to the largest of them as runtimes do when they load; None for others."""
+    parts = {k: h.weight for k, h in members.items() if h.weight is not None}
+    scales = {}
+    for name, q in parts.items():
+        if q.grid != E4M3 or q.block != (-1, -1) or not isinstance(q.scale, Tensor) or q.divisor:
+            return None
+        scales[name] = float(numbers(q.scale).reshape(-1)[0])
+    top = max(scales, key=lambda k: scales[k])
+    if len(parts) < len(members) or not 0 < scales[top] < np.inf:
+        return None
+    common = np.float32(scales[top])
+
+    def rounded(q: QTensor) -> QTensor:
+        codes = view(q.codes, q.shape, "U8", lambda a, b: nearest(E4M3, dequantize(q, a, b) / common))
+        return replace(q, codes=codes, scale=parts[top].scale)
+
+    return {
+        k: replace(members[k], weight=q if scales[k] == scales[top] else rounded(q)) for k, q in parts.items()
+    }
 
 
 def _tie_globals(parts: Mapping[str, QTensor]) -> Mapping[str, QTensor] | None:

@@ -69,8 +69,8 @@ def _recoded(q: QTensor, shift: NDArray[np.float32] | None) -> Tensor:
 _SYMMETRIC = (("Q4_0", -8, 7, 4), ("Q5_0", -16, 15, 5), ("Q8_0", -128, 127, 8))
 
 
-def _portable(q: QTensor) -> Carried | None:
-    """Integer codes with one plain scale per group along the input dimension."""
+def _portable(q: QTensor, wanted: str = "") -> Carried | None:
+    """Integer codes with one plain scale per group along the input dimension, in the narrowest type or the one `wanted`."""
     g = q.grid
     plain = q.g_idx is None and q.mask is None and not q.outliers and q.low_rank is None and q.offset is None
     if g.kind != "int" or g.bits > 8 or not plain or len(q.shape) != 2 or not isinstance(q.scale, Tensor):
@@ -98,17 +98,38 @@ def _portable(q: QTensor) -> Carried | None:
         tensor = QTensor(q.shape, codes, grid, (1, 32), _repeated(half, times, q), offset=offset)
         return Carried(type_, tensor, Verdict("exact" if same else "widened"))
 
-    if least >= -8 and most <= 7:
+    if least >= -8 and most <= 7 and wanted in ("", "Q4_0"):
         return carried("Q4_0", 4, _recoded(q, zero), None, True)
-    if zero is not None and not g.signed and g.bits <= 4:
+    if zero is not None and not g.signed and g.bits <= 4 and wanted in ("", "Q4_1"):
         minimum = (scale * zero).astype(np.float32)  # a product of two short numbers: exact in fp32
         if _f16_exact(minimum):
             wide = _repeated(np.broadcast_to(minimum, scale.shape).astype(np.float16), times, q)
             return carried("Q4_1", 4, q.codes, wide, False)
     for type_, lowest, highest, bits in _SYMMETRIC:
-        if least >= lowest and most <= highest:
+        if least >= lowest and most <= highest and wanted in ("", type_):
             return carried(type_, bits, _recoded(q, zero), None, True)
     return None
+
+
+def carry_as(q: QTensor, type_: str) -> Carried | None:
+    """The codes of `q` in the block type that was asked for: exactly, or with scales rounded to F16; None where they do not fit."""
+    if (found := carry(q)) is not None and found.type == type_:
+        return found
+    whole = regrid.integers(q)
+    if whole is None or not isinstance(whole.scale, Tensor):
+        return None
+    if (wider := _portable(whole, type_)) is not None:
+        return Carried(type_, wider.tensor, Verdict("widened"))
+    value = regrid.numbers(whole.scale)
+    half = regrid.nearest(value, "F16")
+    if not np.isfinite(half).all():
+        return None
+    found = _portable(replace(whole, scale=array(half)), type_)
+    if found is None:
+        return None
+    change = half.astype(np.float64) - value
+    error = float(np.sqrt(np.square(change).sum() / max(np.square(value, dtype=np.float64).sum(), 1e-300)))
+    return Carried(type_, found.tensor, Verdict("rounded", f"scales from {whole.scale.dtype} to F16", error))
 
 
 def _nvfp4(q: QTensor) -> Carried | None:
@@ -197,7 +218,7 @@ def dense(parts: Sequence[Tensor | QTensor]) -> tuple[Tensor, ...]:
 def lower(
     stored: Stored, data: Sequence[Tensor | QTensor], type_: str
 ) -> tuple[Verdict, Tensor, tuple[float, ...]] | None:
-    """Packed rows of a stored tensor whose parts are all carried exactly as `type_`, or None.
+    """Packed rows of a stored tensor whose parts' codes `type_` holds (`carry_as`), or None.
 
     Returns the verdict, the packed rows as a U8 Tensor, and the global scale of every part.
     """
@@ -205,8 +226,8 @@ def lower(
     if not data:
         return None
     for q in data:
-        found = carry(q) if isinstance(q, QTensor) else None
-        if found is None or found.type != type_:
+        found = carry_as(q, type_) if isinstance(q, QTensor) else None
+        if found is None:
             return None
         pack = packer(type_, found.tensor)
         row_bytes = BLOCKS[type_].row_bytes(q.shape[1])
@@ -214,5 +235,5 @@ def lower(
         parts.append(interleave(packed, stored.head_dim) if stored.head_dim else packed)
         verdicts.append(found.verdict)
         scales.append(found.global_scale)
-    worst = next((v for v in verdicts if v.kind != "exact"), verdicts[0])
+    worst = max(verdicts, key=lambda v: ("exact", "widened", "rounded").index(v.kind))
     return worst, concat_rows(tuple(parts)), tuple(scales)

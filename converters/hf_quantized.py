@@ -19,7 +19,7 @@ from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import safetensors
 from lconvert.formats.files import show
 from lconvert.formats.json_object import read_object
-from lconvert.formats.scheme import Checkpoint, Part, Scheme, Weight, find
+from lconvert.formats.scheme import Checkpoint, Part, Scheme, Weight, find, finite_scales
 from lconvert.ir import KVSpec, Tensor, as_f32, dense
 
 Tensors = dict[str, tuple[safetensors.SafetensorsFile, safetensors.TensorInfo]]
@@ -36,7 +36,7 @@ _SIDE_FILES = (
 #: Scales of the KV cache: compressed-tensors' and ModelOpt's names, and llm-compressor's first ones (vLLM's
 #: maybe_remap_kv_scale_name, model_executor/model_loader/weight_utils.py, accepts the same).
 _KV = re.compile(
-    r".*\.layers\.(\d+)\.\w+\.(?:(?:[kv]_proj\.)?(?:([kv])_scale|(kv)_scale)|[kv]_proj\.output_scale)"
+    r".*\.(?:layers|h)\.(\d+)\.\w+\.(?:(?:[kv]_proj\.)?(?:([kv])_scale|(kv)_scale)|[kv]_proj\.output_scale)"
 )
 
 
@@ -105,6 +105,8 @@ class Modules:
         found = self.scheme.weight(module, parts, shape)
         if found is None:
             return None
+        if (t := found.transform) is not None and t.param is not None:
+            found = replace(found, transform=replace(t, param=finite_scales(t.param)))
         if (spec := found.activation) is not None and spec.scale is not None:
             _check_input_scale(module, spec.scale)
         left = sorted(parts.keys() - found.used - found.inert)
@@ -169,7 +171,8 @@ def _side(spec: Any, side: str, layers: int, scales: Mapping[tuple[str, int], Te
     missing = [i for i, t in enumerate(found) if t is None]
     if missing:
         raise InputError(
-            f"layer {missing[0]}: the {side}_scale of its KV cache is missing, other layers have theirs"
+            f"layer {missing[0]}: the {side}_scale of its KV cache is missing, but there are others; the checkpoint is "
+            "incomplete, download it again"
         )
     kinds = {t.dtype for t in found if t is not None}
     arrays = [

@@ -188,6 +188,8 @@ def _fp8_rule(q: QTensor, a: ActSpec | None) -> Rule:
         words = "static per tensor or dynamic per token"
     if a.grid != E4M3 or a.zero is not None or not wanted:
         raise UnsupportedError(f"beside {weights} weights activations must be FP8, {words}")
+    if a.group == 32:
+        raise UnsupportedError("inputs in groups of 32 are MXFP8, whose scales are exponents")
     _stored_activation(a)
     return Rule(FLOAT, weights, Args(8, "float", a.per, group=a.group, dynamic=a.dynamic))
 

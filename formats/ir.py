@@ -49,6 +49,7 @@ from lconvert.ir import (
     Tensor,
     Tokenizer,
     Transform,
+    as_f32,
 )
 from lconvert.spec import check
 
@@ -261,6 +262,7 @@ class _Reader:
         shape, block = self.sizes(data["shape"]), self.sizes(data["block"])
         codes = self.tensor(data["codes"])
         scale = self.node(data["scale"], depth + 1)
+        scale = _finite(scale) if isinstance(scale, Tensor) else scale
         sides = {k: self.node(data[k], depth + 1) for k in ("zero", "offset", "g_idx") if k in data}
         for k in ("zero", "g_idx"):
             if isinstance(sides.get(k), QTensor):
@@ -299,6 +301,8 @@ class _Reader:
 
     def transform(self, data: Any) -> Transform:
         param = {"param": self.plain(data["param"])} if isinstance(data, dict) and "param" in data else {}
+        if isinstance(data, dict) and "folded" in data:
+            raise InputError(f"{self.where}: a stored transform is never folded, but one says so")
         made = _build(Transform, data, self.where, folded=False, **param)
         assert isinstance(made, Transform)
         return made
@@ -339,6 +343,20 @@ def _checked(codes: Tensor, grid: Grid) -> Tensor:
         return x
 
     return dataclasses.replace(codes, read=read)
+
+
+def _finite(scale: Tensor) -> Tensor:
+    """The scales; a slab with NaN or infinity is an InputError."""
+    if scale.dtype[0] not in "FB":
+        return scale
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        x = scale.read(start, stop)
+        if not np.isfinite(as_f32(x, scale.dtype)).all():
+            raise InputError(f"{scale.origin}: holds NaN or infinite scales in rows {start}..{stop}")
+        return x
+
+    return dataclasses.replace(scale, read=read)
 
 
 def _unpacked(stored: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:

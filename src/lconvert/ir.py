@@ -164,17 +164,27 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
+#: Values that are computed together at most where a side tensor is asked for whole.
+COMPUTED = 4 << 20
+
+
 def parts(
-    compute: Callable[[int, int], dict[str, NDArray[Any]]],
+    compute: Callable[[int, int], dict[str, NDArray[Any]]], cols: int | None = None
 ) -> Callable[[str], Callable[[int, int], Any]]:
     """Readers for arrays that are computed together, such as the codes and scales of one slab of rows.
 
     `parts(compute)("codes")` is a `read` for a Tensor. Codes and scales are read one after another for the same
-    rows, so each thread keeps its last slab.
+    rows, so each thread keeps its last slab. cols: values per row that are computed, for slabs of bounded size: formats
+    ask for all scales or zero points of a matrix at once.
     """
 
     def reader(name: str) -> Callable[[int, int], Any]:
         def read(start: int, stop: int) -> Any:
+            step = stop - start if cols is None else max(1, COMPUTED // max(1, cols))
+            if stop - start > step:
+                import numpy as np
+
+                return np.concatenate([read(a, min(a + step, stop)) for a in range(start, stop, step)])
             key = (compute, start, stop)
             if _LAST.key != key:
                 found = compute(start, stop)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from .errors import SpecError
-from .ir import Attention, Decoder, Layer, Mla, Model, Moe, QTensor, Tensor
+from .ir import Attention, Decoder, Layer, Mla, Model, Moe, QTensor, Tensor, Transform
 
 #: Norms of a decoder layer by block kind, in the order in which they act.
 NORMS: Mapping[str, tuple[str, ...]] = {
@@ -170,6 +170,18 @@ def _check_groups(i: int, m: Moe) -> Iterator[str]:
         yield f"layer {i}: top-{m.top_k} of {m.top_groups} groups of {size} experts is impossible"
 
 
+def _fits_input(t: Transform, shape: tuple[int, ...]) -> bool:
+    return t.where != "input" or t.param is None or t.param.shape == shape[-1:]
+
+
+def _check_cache(model: Model) -> Iterator[str]:
+    if model.kv is None:
+        return
+    for side, spec in (("k", model.kv.k), ("v", model.kv.v)):
+        if spec.scale is not None and spec.scale.shape != (model.arch.layers,):
+            yield f"kv: {side} has scales of shape {spec.scale.shape}, expected one for each of {model.arch.layers} layers"
+
+
 def problems(model: Model) -> list[str]:
     """Everything that makes this Model illegal, in words; empty when it is legal."""
     d = model.arch
@@ -195,6 +207,11 @@ def problems(model: Model) -> list[str]:
             )
         if entry.transform is not None and entry.transform.folded:
             found.append(f"{name}: a folded transform belongs to the model, not to the entry")
+        if entry.transform is not None and not _fits_input(entry.transform, data.shape):
+            found.append(
+                f"{name}: the transform of its input has not one value for each of {data.shape[-1]} inputs"
+            )
+    found += _check_cache(model)
     return sorted(found)
 
 

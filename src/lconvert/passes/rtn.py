@@ -148,7 +148,7 @@ def _portable(t: Tensor, options: Options) -> QTensor:
             out["zero"] = zero[..., 0].astype(np.uint8)
         return out
 
-    reader = parts(compute)
+    reader = parts(compute, cols)
     codes = Tensor(t.shape, "I8" if signed else "U8", reader("codes"), t.origin, t.files)
     scale = Tensor((rows, count), "F16", reader("scale"), t.origin, t.files, exact_in=("BF16",))
     zero = None if signed else Tensor((rows, count), "U8", reader("zero"), t.origin, t.files)

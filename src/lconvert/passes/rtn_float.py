@@ -138,7 +138,7 @@ def _fp8_rows(t: Tensor, peak: Peak) -> QTensor:
         scale = _short(np.abs(x).max(1, keepdims=True) / np.float32(_FP8_MAX))
         return {"codes": nearest(E4M3, _over(x, scale)), "scale": scale}
 
-    reader = parts(compute)
+    reader = parts(compute, t.shape[1])
     codes = Tensor(t.shape, "U8", reader("codes"), t.origin, t.files)
     scale = Tensor((t.rows, 1), "F32", reader("scale"), t.origin, t.files, exact_in=("BF16",))
     return QTensor(t.shape, codes, E4M3, (1, -1), scale)
@@ -166,13 +166,20 @@ def _fp8_blocks(t: Tensor, peak: Peak) -> QTensor:
     rows, cols = t.shape
     wide = -(-cols // _TILE)
 
+    held: dict[int, NDArray[np.float32]] = {}  # few numbers, which every row of a block asks for
+
+    def of_block_row(i: int) -> NDArray[np.float32]:
+        if i not in held:
+            x = np.abs(_finite(t, i * _TILE, min((i + 1) * _TILE, rows))).max(0)
+            top = np.zeros(wide * _TILE, np.float32)
+            top[:cols] = x
+            held[i] = _short(top.reshape(wide, _TILE).max(1) / np.float32(_FP8_MAX))
+        return held[i]
+
     def scales(start: int, stop: int) -> NDArray[np.float32]:
         """Of block rows start..stop."""
-        x = np.abs(_finite(t, start * _TILE, min(stop * _TILE, rows)))
-        padded = np.zeros(((stop - start) * _TILE, wide * _TILE), np.float32)
-        padded[: x.shape[0], :cols] = x
-        top = padded.reshape(stop - start, _TILE, wide, _TILE).max((1, 3))
-        return _short(top / np.float32(_FP8_MAX))
+        found = [of_block_row(i) for i in range(start, stop)]
+        return np.stack(found) if found else np.empty((0, wide), np.float32)
 
     def codes(start: int, stop: int) -> NDArray[Any]:
         first = start // _TILE
@@ -215,7 +222,7 @@ def _fp4(t: Tensor, peak: Peak) -> QTensor:
         codes = nearest(E2M1, _over(x, np.broadcast_to(scale[..., None], x.shape)))
         return {"codes": codes.reshape(stop - start, -1), "local": local}
 
-    reader = parts(compute)
+    reader = parts(compute, t.shape[1])
     codes = Tensor(t.shape, "U8", reader("codes"), t.origin, t.files)
     local = Tensor((t.rows, groups), "U8", reader("local"), t.origin, t.files)
     one = Tensor((1, 1), "F32", lambda a, b: np.full((1, 1), outer())[a:b], t.origin, t.files)
@@ -235,7 +242,7 @@ def _nf4(t: Tensor, group: int) -> QTensor:
         codes = nearest(NF4, _over(x, np.broadcast_to(scale[..., None], x.shape)))
         return {"codes": codes.reshape(stop - start, -1), "scale": scale}
 
-    reader = parts(compute)
+    reader = parts(compute, t.shape[1])
     codes = Tensor(t.shape, "U8", reader("codes"), t.origin, t.files)
     scale = Tensor((t.rows, count), "F32", reader("scale"), t.origin, t.files)
     return QTensor(t.shape, codes, NF4, (1, group), scale)
