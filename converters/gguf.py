@@ -268,8 +268,22 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
         sources=sources(model),
         options=options.summary(),
         losses=_losses(arch, d, options.allow_loss),
-        notes=(*model.report, *notes, *said),
+        notes=(*model.report, *notes, *said, *_kept_as_floats(model, ordered)),
     )
+
+
+def _kept_as_floats(model: Model, items: Sequence[Item]) -> list[str]:
+    """What a user should know of quantized matrices that no block type holds: they are large."""
+
+    def quantized(item: Item) -> bool:
+        return any(r in model.entries and isinstance(model.entries[r].data, QTensor) for r in item.sources)
+
+    kept = [i for i in items if i.type in _FLOATS and quantized(i)]
+    if not kept:
+        return []
+    more = f" and {len(kept) - 1} more" if kept[1:] else ""
+    where = f"{kept[0].name}{more}: no block type holds its numbers, so its values are kept in {kept[0].type}"
+    return [f"{where}; a type such as --q8_0 with --allow-requantize is smaller"]
 
 
 def without_extras(model: Model) -> tuple[Model, list[str]]:

@@ -57,6 +57,8 @@ def plan(model: Model, target: str, out_name: str, *, original: Model | None = N
     if target not in TARGETS:
         raise OptionError(f"target {target!r}; choose {', '.join(TARGETS)}")
     t = TARGETS[target]
+    if options.get("dtype") and t.kind != "checkpoint":
+        raise OptionError(f"--dtype does not apply to {target}, whose tensors keep their types")
     if t.kind == "gguf":
         from lconvert.converters import gguf, gguf_mixture
 

@@ -63,6 +63,7 @@ def run(
     target: str,
     recipe: Any,
     *,
+    command: str = "",
     dtype: str | None,
     allow_requantize: bool,
     dry_run: bool,
@@ -75,7 +76,7 @@ def run(
     no_card: bool,
     threads: int | None,
 ) -> int:
-    """Read, pass, plan, write, prove, print. `recipe` is a Recipe or None."""
+    """Read, pass, plan, write, prove, print. `recipe` is a Recipe or None; `command` the verb, where it decides who serves."""
     import lconvert
     from lconvert.converters import targets
     from lconvert.errors import LconvertError
@@ -119,7 +120,7 @@ def run(
         save(report, documents.dumps(data))
     if not no_card:
         write_card(source, result, data, folder=output if folder else None)
-    line = targets.launch(target, str(output))
+    line = targets.launch("tensorrt-llm" if command == "hf-to-trtllm" else target, str(output))
     if as_json:
         out: dict[str, Any] = {"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}
         click.echo(json.dumps(out | {"validation": data, "launch": line}, indent=1))

@@ -62,4 +62,6 @@ def command(
             presets or "dense", targets.TENSORRT_LLM, calibration=text, group=group, kv=kv_fp8
         )
     out = output or Path(f"{file_stem(Path(source).name)}-{presets or 'trtllm'}")
-    return run(source, out, "dense" if presets == "dense" else "tensorrt-llm", recipe, **rest)
+    return run(
+        source, out, "dense" if presets == "dense" else "tensorrt-llm", recipe, command="hf-to-trtllm", **rest
+    )
