@@ -55,3 +55,14 @@ def shared() -> Path:
 def demo() -> Path:
     """The trained model that the repository ships."""
     return DEMO
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with F32.gguf, Q8_0.gguf and Q4_K_M.gguf of the demo model; copy what a test changes."""
+    import lconvert
+
+    folder = tmp_path_factory.mktemp("artifacts")
+    for ftype in ("F32", "Q8_0", "Q4_K_M"):
+        lconvert.convert(DEMO, folder / f"{ftype}.gguf", ftype=ftype)
+    return folder

@@ -34,13 +34,6 @@ from tests.conftest import DEMO
 pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
 
 
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bench")
-    kinds = ("F32", "Q8_0", "Q4_K_M")
-    return {t: lconvert.convert(DEMO, folder / f"{t}.gguf", ftype=t).paths[0] for t in kinds}
-
-
 # --- definitions
 
 
@@ -152,13 +145,11 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     return Fresh
 
 
-def _entries(artifacts: dict[str, Path], *names: str) -> list[Entry]:
-    return [Entry(artifacts[n]) for n in names]
+def _entries(artifacts: Path, *names: str) -> list[Entry]:
+    return [Entry(artifacts / f"{n}.gguf") for n in names]
 
 
-def test_artifacts_take_turns_in_an_order_that_rotates(
-    artifacts: dict[str, Path], recorder: type[Recorder]
-) -> None:
+def test_artifacts_take_turns_in_an_order_that_rotates(artifacts: Path, recorder: type[Recorder]) -> None:
     found = bench(
         _entries(artifacts, "F32", "Q8_0", "Q4_K_M"), repetitions=3, prompt_tokens=8, output_tokens=4
     )
@@ -172,7 +163,7 @@ def test_artifacts_take_turns_in_an_order_that_rotates(
 
 
 def test_prompts_are_new_for_every_request_and_the_same_for_every_artifact(
-    artifacts: dict[str, Path], recorder: type[Recorder]
+    artifacts: Path, recorder: type[Recorder]
 ) -> None:
     bench(_entries(artifacts, "F32", "Q8_0"), repetitions=3, warmup=2, prompt_tokens=50, output_tokens=4)
     asked = {
@@ -193,7 +184,7 @@ def test_prompts_longer_than_the_text_go_round() -> None:
     assert prompt([1, 2, 3], 0.34, 7) == [2, 3, 1, 2, 3, 1, 2]
 
 
-def test_figures_are_those_of_the_definitions(artifacts: dict[str, Path], recorder: type[Recorder]) -> None:
+def test_figures_are_those_of_the_definitions(artifacts: Path, recorder: type[Recorder]) -> None:
     found = bench(
         _entries(artifacts, "F32"),
         repetitions=2,
@@ -216,7 +207,7 @@ def test_figures_are_those_of_the_definitions(artifacts: dict[str, Path], record
 
 
 def test_ratios_within_a_repetition_survive_a_noisy_machine(
-    artifacts: dict[str, Path], recorder: type[Recorder]
+    artifacts: Path, recorder: type[Recorder]
 ) -> None:
     """Every repetition is slower than the last by another factor; one artifact always takes twice the time."""
     noise = {1: 1.0, 2: 7.0, 3: 2.5, 4: 0.3}
@@ -237,7 +228,7 @@ def test_ratios_within_a_repetition_survive_a_noisy_machine(
         assert other["ratio"][name]["mad"] == pytest.approx(0, abs=1e-12)
 
 
-def test_the_baseline_can_be_another_one(artifacts: dict[str, Path], recorder: type[Recorder]) -> None:
+def test_the_baseline_can_be_another_one(artifacts: Path, recorder: type[Recorder]) -> None:
     recorder.slow = staticmethod(lambda label, turn: 2.0 if label == "Q8_0" else 1.0)
     found = bench(
         _entries(artifacts, "F32", "Q8_0"), repetitions=1, prompt_tokens=8, output_tokens=4, baseline="Q8_0"
@@ -249,7 +240,7 @@ def test_the_baseline_can_be_another_one(artifacts: dict[str, Path], recorder: t
 
 
 def test_an_artifact_that_fails_leaves_the_others_their_figures(
-    artifacts: dict[str, Path], recorder: type[Recorder]
+    artifacts: Path, recorder: type[Recorder]
 ) -> None:
     def slow(label: str, turn: int) -> float:
         if label == "Q8_0" and turn == 2:
@@ -273,7 +264,7 @@ def test_an_artifact_that_fails_leaves_the_others_their_figures(
     ],
 )
 def test_a_runtime_that_breaks_its_promise_is_an_error(
-    artifacts: dict[str, Path],
+    artifacts: Path,
     recorder: type[Recorder],
     monkeypatch: pytest.MonkeyPatch,
     seconds: tuple[float, ...],
@@ -290,8 +281,13 @@ def test_a_runtime_that_breaks_its_promise_is_an_error(
 # --- arguments
 
 
-def test_labels_tell_entries_apart(artifacts: dict[str, Path], recorder: type[Recorder]) -> None:
-    entries = [Entry(DEMO), Entry(DEMO, "dequantized"), Entry(DEMO), Entry(artifacts["F32"], label="mine")]
+def test_labels_tell_entries_apart(artifacts: Path, recorder: type[Recorder]) -> None:
+    entries = [
+        Entry(DEMO),
+        Entry(DEMO, "dequantized"),
+        Entry(DEMO),
+        Entry(artifacts / "F32.gguf", label="mine"),
+    ]
     found = bench(entries, repetitions=1, prompt_tokens=8, output_tokens=4)
     labels = [r["label"] for r in found["results"]]
     assert labels == [
@@ -334,11 +330,11 @@ def test_impossible_settings_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def measured(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two GGUF files, the folder in transformers, and a damaged file, in one run."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     damaged = tmp_path_factory.mktemp("damaged") / "damaged.gguf"
-    damaged.write_bytes(artifacts["F32"].read_bytes()[:-100_000])
+    damaged.write_bytes((artifacts / "F32.gguf").read_bytes()[:-100_000])
     return bench(
         [*_entries(artifacts, "F32", "Q8_0"), Entry(damaged), Entry(DEMO)],
         prompt_tokens=64,
@@ -383,8 +379,9 @@ def test_memory_is_the_model_on_top_of_the_packages(measured: dict[str, Any]) ->
     assert folder["peak_memory_bytes"] > folder["baseline_memory_bytes"] > 100e6, "torch alone is larger"
 
 
-def test_sizes_and_bits_per_weight(artifacts: dict[str, Path], tmp_path: Path) -> None:
-    for name, path in artifacts.items():
+def test_sizes_and_bits_per_weight(artifacts: Path, tmp_path: Path) -> None:
+    for name in ("F32", "Q8_0", "Q4_K_M"):
+        path = artifacts / f"{name}.gguf"
         size, bits = stored(path)
         wide = [t for t in gguf.read(path).tensors.values() if len(t.shape) > 1]
         assert size == path.stat().st_size
@@ -420,11 +417,11 @@ def test_bits_of_a_compressed_model_count_its_scales(tmp_path: Path) -> None:
     assert bits == pytest.approx(sum(n * b for n, b in kinds) / sum(n for n, _ in kinds))
 
 
-def test_an_interpreter_without_the_runtime_is_named(artifacts: dict[str, Path], tmp_path: Path) -> None:
+def test_an_interpreter_without_the_runtime_is_named(artifacts: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False)
     bare = tmp_path / "bare" / "bin" / "python"
     found = bench(
-        [Entry(artifacts["F32"], python=str(bare)), Entry(artifacts["F32"], label="here")],
+        [Entry(artifacts / "F32.gguf", python=str(bare)), Entry(artifacts / "F32.gguf", label="here")],
         prompt_tokens=8,
         output_tokens=4,
         repetitions=1,
@@ -492,7 +489,7 @@ def test_without_nvml_there_are_no_gpu_figures(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_energy_is_in_the_result(
-    artifacts: dict[str, Path], recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
+    artifacts: Path, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", _stand_in(50.0, 7))
     (r,) = bench(_entries(artifacts, "F32"), repetitions=2, prompt_tokens=8, output_tokens=4)["results"]
@@ -520,11 +517,16 @@ def _run(*args: str) -> tuple[int, str]:
     return int(result.return_value or 0), result.output
 
 
-def test_the_table_has_a_row_for_each(
-    artifacts: dict[str, Path], recorder: type[Recorder], tmp_path: Path
-) -> None:
+def test_the_table_has_a_row_for_each(artifacts: Path, recorder: type[Recorder], tmp_path: Path) -> None:
     recorder.slow = staticmethod(lambda label, turn: 2.0 if label == "Q8_0" else 1.0)
-    args = (str(artifacts["F32"]), f"{artifacts['Q8_0']}@llama.cpp", "--prompt", "8", "--tokens", "4")
+    args = (
+        str(artifacts / "F32.gguf"),
+        f"{artifacts / 'Q8_0.gguf'}@llama.cpp",
+        "--prompt",
+        "8",
+        "--tokens",
+        "4",
+    )
     code, out = _run(*args, "--slo", "ttft=1,tpot=0.015", "--report", str(tmp_path / "r.json"))
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
@@ -538,16 +540,14 @@ def test_the_table_has_a_row_for_each(
     assert [r["label"] for r in json.loads(out)["results"]] == ["F32", "Q8_0"]
 
 
-def test_plots_are_written(artifacts: dict[str, Path], recorder: type[Recorder], tmp_path: Path) -> None:
+def test_plots_are_written(artifacts: Path, recorder: type[Recorder], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    _run(str(artifacts["F32"]), "--prompt", "8", "--tokens", "4", "--plots", str(tmp_path))
+    _run(str(artifacts / "F32.gguf"), "--prompt", "8", "--tokens", "4", "--plots", str(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {"prefill.svg", "decode.svg"}
     assert "<svg" in (tmp_path / "decode.svg").read_text()
 
 
-def test_exit_codes(
-    artifacts: dict[str, Path], recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exit_codes(artifacts: Path, recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
     errors: dict[str, LconvertError] = {}
 
     def slow(label: str, turn: int) -> float:
@@ -556,7 +556,7 @@ def test_exit_codes(
         return 1.0
 
     recorder.slow = staticmethod(slow)
-    both = (str(artifacts["F32"]), str(artifacts["Q8_0"]), "--prompt", "8", "--tokens", "4")
+    both = (str(artifacts / "F32.gguf"), str(artifacts / "Q8_0.gguf"), "--prompt", "8", "--tokens", "4")
     errors["F32"] = MissingPackageError("not here")
     code, out = _run(*both)
     assert code == 1 and "F32 in llama.cpp: failed: not here" in out
@@ -586,13 +586,22 @@ def test_wrong_options_say_what_to_give(args: tuple[str, ...], message: str) -> 
 
 
 def test_interpreters_go_by_runtime(
-    artifacts: dict[str, Path], recorder: type[Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: Path, recorder: type[Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "lconvert.toml").write_text(
         '[runtimes.vllm]\npython = "/configured/python"\ntimeout = 7\noptions = { dtype = "float32" }\n'
     )
     monkeypatch.chdir(tmp_path)
-    args = (str(artifacts["F32"]), str(DEMO), f"{DEMO}@vllm", "--prompt", "8", "--tokens", "4", "--json")
+    args = (
+        str(artifacts / "F32.gguf"),
+        str(DEMO),
+        f"{DEMO}@vllm",
+        "--prompt",
+        "8",
+        "--tokens",
+        "4",
+        "--json",
+    )
 
     def used(*more: str) -> list[str | None]:
         return [r["python"] for r in json.loads(_run(*args, "--repetitions", "1", *more)[1])["results"]]
@@ -609,11 +618,9 @@ def test_interpreters_go_by_runtime(
     }
 
 
-def test_a_path_with_an_at_sign_is_a_path(
-    tmp_path: Path, recorder: type[Recorder], artifacts: dict[str, Path]
-) -> None:
+def test_a_path_with_an_at_sign_is_a_path(tmp_path: Path, recorder: type[Recorder], artifacts: Path) -> None:
     path = tmp_path / "me@home.gguf"
-    shutil.copyfile(artifacts["F32"], path)
+    shutil.copyfile(artifacts / "F32.gguf", path)
     _, out = _run(str(path), "--prompt", "8", "--tokens", "4", "--json")
     (r,) = json.loads(out)["results"]
     assert (r["label"], r["artifact"], r["runtime"]) == ("me@home", str(path), "llama.cpp")

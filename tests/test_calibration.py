@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from lconvert.errors import InputError
-from lconvert.validators import calibration
-from lconvert.validators.calibration import NextToken, of_choices, of_text
+from lconvert.validators.calibration import Reliability, of_choices
 from lconvert.validators.tasks import Choice
 
 
@@ -27,7 +26,7 @@ def by_hand(p: np.ndarray, targets: np.ndarray, bins: int) -> tuple[float, float
 
 
 def test_certain_and_right() -> None:
-    found = NextToken()
+    found = Reliability()
     found.add(np.log(np.array([[1.0, 1e-300], [1e-300, 1.0]])), np.array([0, 1]))
     got = found.result()
     assert (got.ece, got.brier, got.accuracy, got.confidence, got.n) == (0.0, 0.0, 1.0, 1.0, 2)
@@ -37,7 +36,7 @@ def test_certain_and_right() -> None:
 
 
 def test_certain_and_wrong() -> None:
-    found = NextToken()
+    found = Reliability()
     found.add(np.log(np.array([[1.0, 1e-300]])), np.array([1]))
     got = found.result()
     assert (got.ece, got.brier, got.accuracy, got.brier_stderr) == (1.0, 2.0, 0.0, None)
@@ -47,7 +46,7 @@ def test_certain_and_wrong() -> None:
 def test_uniform_guessing(classes: int) -> None:
     """Equal probabilities: Brier is 1 - 1/k, and ECE the distance of 1/k from how often class 0 is right."""
     targets = np.arange(classes * 3) % classes
-    found = NextToken()
+    found = Reliability()
     found.add(np.full((len(targets), classes), -math.log(classes)), targets)
     got = found.result()
     assert got.brier == pytest.approx(1 - 1 / classes)
@@ -56,7 +55,7 @@ def test_uniform_guessing(classes: int) -> None:
 
 def test_confident_by_a_known_amount() -> None:
     """Ten answers at 0.7, six of them right: ECE 0.1, Brier 0.6 * (0.09 + 0.09) + 0.4 * (0.49 + 0.49)."""
-    found = NextToken()
+    found = Reliability()
     for n in range(10):  # one at a time: sums do not care
         found.add(np.log(np.array([[0.7, 0.3]])), np.array([0 if n < 6 else 1]))
     got = found.result()
@@ -75,7 +74,7 @@ def test_against_a_plain_loop(bins: int, classes: int) -> None:
     rng = np.random.default_rng(classes)
     p = rng.dirichlet(np.full(classes, 0.3), 500)
     targets = np.array([rng.choice(classes, p=row) for row in p])
-    found = NextToken(bins)
+    found = Reliability(bins)
     for a in range(0, 500, 37):
         found.add(np.log(p[a : a + 37] + 1e-300), targets[a : a + 37])
     got = found.result()
@@ -101,28 +100,12 @@ def test_choices_of_different_number() -> None:
     assert got.brier == pytest.approx((0.5 + 0.75) / 2)
 
 
-def test_running_text_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of any length, the last row of each unused: the same as all rows at once."""
-    rng = np.random.default_rng(3)
-    windows = [rng.integers(0, 20, n).tolist() for n in (1, 2, 9, 33)]
-    made = {tuple(ids): rng.normal(size=(len(ids), 20)).astype(np.float32) for ids in windows}
-    monkeypatch.setattr(calibration, "_ROWS", 4)
-    got = of_text(lambda ids: made[tuple(ids)], windows)
-    rows = np.concatenate([made[tuple(ids)][:-1] for ids in windows]).astype(np.float64)
-    p = np.exp(rows) / np.exp(rows).sum(axis=1, keepdims=True)
-    targets = np.concatenate([ids[1:] for ids in windows]).astype(int)
-    ece, brier = by_hand(p, targets, calibration.BINS)
-    assert got.n == len(targets) == 41
-    assert got.ece == pytest.approx(ece, abs=1e-9)
-    assert got.brier == pytest.approx(brier, abs=1e-9)
-
-
 def test_a_calibrated_model_is_found_calibrated() -> None:
     """Targets drawn from the probabilities themselves: ECE falls towards 0; sharpened ones are far from it."""
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(4), 20000)
     targets = (p.cumsum(axis=1) > rng.random((20000, 1))).argmax(axis=1)
-    fair, sharp = NextToken(), NextToken()
+    fair, sharp = Reliability(), Reliability()
     fair.add(np.log(p), targets)
     q = p**3 / (p**3).sum(axis=1, keepdims=True)
     sharp.add(np.log(q), targets)
@@ -134,11 +117,9 @@ def test_a_calibrated_model_is_found_calibrated() -> None:
 
 def test_nothing_to_judge() -> None:
     with pytest.raises(InputError, match="no answers with one right choice"):
-        NextToken().result()
-    with pytest.raises(InputError, match="no answers"):
-        of_text(lambda ids: np.zeros((len(ids), 3), np.float32), [[1]])
+        Reliability().result()
 
 
 def test_shapes_must_agree() -> None:
     with pytest.raises(InputError, match=r"\(3,\) targets do not go with \(2, 5\) log-probabilities"):
-        NextToken().add(np.zeros((2, 5)), np.zeros(3, int))
+        Reliability().add(np.zeros((2, 5)), np.zeros(3, int))

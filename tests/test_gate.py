@@ -24,18 +24,11 @@ from lconvert.validators.logit_cache import CachedLogits, model_hash
 from lconvert.validators.logits import compare, log_softmax, paired, wilson
 from lconvert.validators.report import Report
 from lconvert.validators.runtimes.remote import workers
+from lconvert.validators.stored import files, gguf_file_type, size
 from tests.conftest import DEMO
 
 for name in ("torch", "transformers", "llama_cpp", "gguf"):
     pytest.importorskip(name, reason=f"{name} is not installed")
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artifacts")
-    for ftype in ("F32", "Q8_0", "Q4_K_M"):
-        lconvert.convert(DEMO, folder / f"{ftype}.gguf", ftype=ftype)
-    return folder
 
 
 def failed(report: Report) -> set[tuple[str, str]]:
@@ -246,7 +239,6 @@ def test_cached_logits_are_exact_and_damage_is_noticed(tmp_path: Path) -> None:
     assert np.array_equal(cached()([1, 2, 3]), logits) and len(calls) == 1
     again = cached()
     assert np.array_equal(again([1, 2, 3]), logits) and len(calls) == 1 and again.hits == 1
-    assert not again.missing([[1, 2, 3]]) and again.missing([[1, 2]])
     cached(settings="other")([1, 2, 3])
     assert len(calls) == 2, "other settings are another key"
     for file in tmp_path.rglob("*.safetensors"):
@@ -263,7 +255,7 @@ def test_cached_logits_are_exact_and_damage_is_noticed(tmp_path: Path) -> None:
     small([1])
     assert small.notes == ["reference logits beyond 0.0 GB were not cached"]
     off = CachedLogits(None, {}, lambda: compute)
-    assert np.array_equal(off([1]), logits) and off.missing([[1]])
+    assert np.array_equal(off([1]), logits) and off.hits == 0
 
 
 def test_the_second_validation_does_not_load_the_reference(
@@ -279,6 +271,18 @@ def test_the_second_validation_does_not_load_the_reference(
     second = lconvert.validate(DEMO, artifacts / "Q8_0.gguf", max_windows=1, tiers=["logits"], cache=tmp_path)
     assert first.stats() == second.stats()
     assert second.details["runtimes"][0]["logits"] == "from the cache"
+    assert second.details["runtimes"][0]["runtime"] == "transformers"
+
+
+def test_a_cached_reference_of_another_format_is_called_what_it_was(artifacts: Path, tmp_path: Path) -> None:
+    """A GGUF as reference: its weights are lconvert's reading, also when the logits come from the cache."""
+    for cached in (False, True):
+        report = lconvert.validate(
+            artifacts / "F32.gguf", artifacts / "Q8_0.gguf", max_windows=1, tiers=["logits"], cache=tmp_path,
+            relative=False, greedy=(0, 0),
+        )  # fmt: skip
+        info = report.details["runtimes"][0]
+        assert (info["role"], info["runtime"], "logits" in info) == ("reference", "dequantized", cached)
 
 
 def test_model_hash_changes_with_any_weight(tmp_path: Path) -> None:
@@ -292,6 +296,18 @@ def test_model_hash_changes_with_any_weight(tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     assert model_hash(tmp_path / "m") != before
+
+
+def test_the_files_of_an_artifact_are_those_with_weights(artifacts: Path, tmp_path: Path) -> None:
+    """A card or a report that is written into the folder does not make a model larger."""
+    folder = shutil.copytree(DEMO, tmp_path / "m", copy_function=shutil.copy)
+    (folder / "notes.md").write_text("not part of the model")
+    assert files(folder) == [folder / "model.safetensors"]
+    report = lconvert.validate(DEMO, folder, tiers=["structure"])
+    assert report.details["artifact"]["bytes"] == size(files(folder)) == size([DEMO / "model.safetensors"])
+    for name in ("m.onnx", "m.onnx.data", "m.onnx_data", "m.onnx-old.data"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [p.name for p in files(tmp_path / "m.onnx")] == ["m.onnx", "m.onnx.data", "m.onnx_data"]
 
 
 # --- baselines -------------------------------------------------------------------------------------------
@@ -352,9 +368,9 @@ def test_unusable_baselines(artifacts: Path, baseline: Path, tmp_path: Path) -> 
 
 def test_stock_files_are_llama_cpps_own(artifacts: Path, tmp_path: Path) -> None:
     made = stock.StockEncoder(lconvert.read(DEMO), tmp_path).make("Q4_K_M")
-    assert stock.file_type(made.path) == "Q4_K_M"
     ours = gguf.read(artifacts / "Q4_K_M.gguf")
     theirs = gguf.read(made.path)
+    assert gguf_file_type(theirs) == "Q4_K_M"
     for name, info in theirs.tensors.items():
         assert info.type == ours.tensors[name].type
         assert np.array_equal(gguf.raw(theirs, name).load(), gguf.raw(ours, name).load()), name
@@ -366,6 +382,7 @@ def test_the_rival_is_of_the_same_size_or_smaller() -> None:
     assert stock.rival(model, "Q4_K_M", bits["Q4_K_M"]) == "Q4_K_M"
     assert stock.rival(model, None, bits["Q6_K"] + 0.3) == "Q6_K"
     assert stock.rival(model, "Q4_K_M", bits["Q5_K_M"] + 0.1) == "Q5_K_M", "its name says less than its size"
+    assert stock.rival(model, "IQ2_M", bits["Q4_K_M"]) == "Q4_K_M", "which it needs an importance matrix for"
     assert stock.rival(model, None, 1.5) is None
 
 

@@ -31,7 +31,7 @@ def prompts() -> list[list[int]]:
     tokenizer = lconvert.read(DEMO).tokenizer
     assert tokenizer is not None
     ids = reference_tokenizer(tokenizer).encode(TEXT.read_text(), add_special_tokens=False).ids
-    return greedy.excerpts(ids, 8, 24, tokenizer.special["bos"][0])
+    return [[tokenizer.special["bos"][0], *ids[at : at + 23]] for at in range(0, 8 * 500, 500)]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,6 @@ class Table:
     def __init__(self, rows: Sequence[Sequence[float]]):
         self.rows = np.array(rows, np.float32)
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        return [int(c) for c in text]
-
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         return np.asarray(self.rows[ids])
 
@@ -92,12 +89,6 @@ class Table:
         for _ in range(n):
             made.append(int(self.rows[made[-1]].argmax()))
         return Generation(tuple(made[len(ids) :]), tuple(0.0 for _ in range(n)))
-
-    def info(self) -> dict[str, str]:
-        return {"runtime": "table"}
-
-    def close(self) -> None:
-        pass
 
 
 CYCLE = ([0, 9, 0], [0, 0, 9], [9, 0, 0])  # 0 1 2 0 1 2
@@ -128,13 +119,6 @@ def test_an_error_ends_its_prompt() -> None:
         "prompt": 0, "at": 1, "expected": 2, "found": 0, "margin": 9.0, "tie": False,
     }  # fmt: skip
     assert (data["prompts"], data["tokens"], data["ties"], data["tied"]) == (2, 8, 0, [])
-
-
-def test_excerpts() -> None:
-    assert greedy.excerpts(range(10), 2, 3, 99) == [[99, 0, 1], [99, 5, 6]]
-    assert greedy.excerpts(range(10), 8, 5, None) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    with pytest.raises(InputError, match="only 3 tokens, too few for a prompt of 9"):
-        greedy.excerpts(range(3), 2, 9, None)
 
 
 def test_nothing_to_compare_is_an_error() -> None:

@@ -6,6 +6,7 @@ tiers are independent, so only those up to that one run here. benchmarks/mutatio
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,9 +19,18 @@ from tests.conftest import ROOT, SHARED
 for package in ("torch", "transformers", "llama_cpp", "gguf", "safetensors", "tokenizers"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 from lconvert.validators.report import TIERS
+from tests.faults.checkpoints import CARRIED, CHECKPOINTS, TWINS
 from tests.faults.faults import EQUIVALENT, FAULTS, FOLDERS, HIDDEN, PENDING, SHARED_FAULTS, TRAITS, Fault
 from tests.faults.judge import judge, largest_difference, plant
-from tests.faults.models import GOOD, Models, unseen
+from tests.faults.models import GOOD, QUANTIZED, Models, unseen
+
+VLLM = os.environ.get("LCONVERT_VLLM_PYTHON", "")
+#: One for every kind of kernel that vLLM has on a CPU, and one that was carried.
+SERVED = (
+    "nibbles as they come [demo awq]",
+    "scales inverted [demo fp8]",
+    "nibbles of a word in reverse [llama-gptq to vllm]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +80,40 @@ def test_what_changes_nothing_is_proven_to(change: Fault, models: Models, tmp_pa
     assert largest == 0
 
 
+@pytest.mark.skipif(not VLLM, reason="LCONVERT_VLLM_PYTHON names no Python that has vLLM")
+@pytest.mark.parametrize("fault", [f for f in CHECKPOINTS + CARRIED if f.id in SERVED], ids=_id)
+def test_vllm_shows_it_too(fault: Fault, models: Models, tmp_path: Path) -> None:
+    """The same folder with the fault and without it, in the runtime that it is made for."""
+    asked = {"runtimes": ["vllm"], "python": {"vllm": VLLM}, "relative": False, "greedy": (0, 0)}
+    bad = plant(models, fault, tmp_path)
+    assert not judge(
+        models, fault.model, models.artifact(fault.model, fault.type), ("logits",), **asked
+    ).tiers
+    assert judge(models, fault.model, bad, ("logits",), **asked).tiers == ("logits",)
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=_id)
+def test_what_means_the_same_is_not_accused(twin: Fault, models: Models, tmp_path: Path) -> None:
+    found = judge(models, twin.model, plant(models, twin, tmp_path), ("structure", "tensors"))
+    assert not found.tiers, found.words
+
+
+@pytest.mark.parametrize(("model", "kind"), QUANTIZED, ids=lambda x: str(x))
+def test_no_good_checkpoint_is_accused(model: str, kind: str, models: Models) -> None:
+    """Without logits: what runs these folders is not installed everywhere."""
+    found = judge(models, model, models.artifact(model, kind), ("structure", "tensors", "tokens"))
+    assert not found.tiers, f"{found.failed} {found.refused}"
+
+
+def test_the_table_names_what_vllm_is_shown() -> None:
+    assert {f.id for f in CHECKPOINTS + CARRIED} >= set(SERVED)
+
+
 def test_there_are_enough_of_them_and_half_on_models_that_no_gate_has_seen() -> None:
     assert len({f.id for f in FAULTS + SHARED_FAULTS + EQUIVALENT}) == len(
         FAULTS + SHARED_FAULTS + EQUIVALENT
     )
-    assert len(FAULTS) >= 150
+    assert len(FAULTS) >= 400 and len(CHECKPOINTS) >= 200 and len(CARRIED) >= 50
     assert sum(unseen(f.model) for f in FAULTS + SHARED_FAULTS) >= len(FAULTS + SHARED_FAULTS) / 2
     assert len({f.model for f in FAULTS}) >= 18 and len({f.type for f in FAULTS}) >= 10
     assert {f.tier for f in FAULTS} == {"structure", "tensors", "tokens"}
@@ -90,7 +129,7 @@ def test_the_planter_knows_nothing_of_lconvert() -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == "[]"
-    for file in ("faults", "changes", "planter"):
+    for file in ("faults", "checkpoints", "changes", "packed", "planter"):
         assert not re.search(
             r"(import|from) +lconvert", (ROOT / "tests" / "faults" / f"{file}.py").read_text()
         )

@@ -288,17 +288,22 @@ def test_resume_really_continues(checkpoint: Path, tmp_path: Path, monkeypatch: 
     assert json.loads(json.dumps(result.manifest["plan"]["files"][0]["tensors"])) == whole  # same errors, too
 
 
-@pytest.mark.parametrize("left", [None, 0, 1000])
-def test_a_partial_file_that_lost_its_bytes_is_started_again(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int | None
-) -> None:
-    """The journal survives, the file beside it does not: zeros must not pass for finished rows."""
+def _break_off(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves what a conversion to Q8_0 leaves that a full disk ends in the middle: a partial file and its journal."""
     monkeypatch.setattr(plans, "SLAB_BYTES", 20000)
     monkeypatch.setattr(plans, "CHECKPOINT_SECONDS", 0.0)
     with monkeypatch.context() as m:
         m.setattr(plans.os, "pwrite", _FullDisk(1_500_000))
         with pytest.raises(OutputError):
-            lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x")
+            lconvert.convert(checkpoint, out, ftype="Q8_0", name="x")
+
+
+@pytest.mark.parametrize("left", [None, 0, 1000])
+def test_a_partial_file_that_lost_its_bytes_is_started_again(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int | None
+) -> None:
+    """The journal survives, the file beside it does not: zeros must not pass for finished rows."""
+    _break_off(checkpoint, tmp_path / "m.gguf", monkeypatch)
     if left is None:
         (tmp_path / "m.gguf.partial").unlink()
     else:
@@ -311,12 +316,7 @@ def test_a_partial_file_that_lost_its_bytes_is_started_again(
 def test_a_journal_of_other_options_is_not_continued(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "SLAB_BYTES", 20000)
-    monkeypatch.setattr(plans, "CHECKPOINT_SECONDS", 0.0)
-    with monkeypatch.context() as m:
-        m.setattr(plans.os, "pwrite", _FullDisk(1_500_000))
-        with pytest.raises(OutputError):
-            lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x")
+    _break_off(checkpoint, tmp_path / "m.gguf", monkeypatch)
     lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q4_0", name="x", resume=True)
     lconvert.convert(checkpoint, tmp_path / "w.gguf", ftype="Q4_0", name="x")
     assert _sha(tmp_path / "m.gguf") == _sha(tmp_path / "w.gguf")

@@ -32,14 +32,6 @@ def test_compiled_kernels_are_loaded() -> None:
     assert kernels.isa() != "reference"
 
 
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artifacts")
-    for ftype in ("F32", "Q8_0", "Q4_K_M"):
-        lconvert.convert(DEMO, folder / f"{ftype}.gguf", ftype=ftype)
-    return folder
-
-
 def test_q4_k_m_holds_q4_k_and_q6_k(artifacts: Path) -> None:
     types = {t.type for t in gguf.read(artifacts / "Q4_K_M.gguf").tensors.values()}
     assert types == {"F32", "Q4_K", "Q6_K"}

@@ -130,13 +130,13 @@ def bench(
     if baseline is not None and baseline not in labels:
         raise OptionError(f"no artifact has the label {baseline!r}; labels: {', '.join(labels)}")
     load = Load(prompt_tokens, output_tokens, warmup, slo, threads, purpose, timeout)
-    starts = _starts(repetitions * (2 + warmup), seed).reshape(repetitions, -1)
+    places = starts(repetitions * (2 + warmup), seed).reshape(repetitions, -1)
     state = describe()
     for r in range(repetitions):
         for c in (contenders[(r + i) % len(contenders)] for i in range(len(contenders))):
             if c.error is None:
                 progress(f"{c.label}, repetition {r + 1} of {repetitions}")
-                _attempt(c, r, load, starts[r])
+                _attempt(c, r, load, places[r])
     base = contenders[labels.index(baseline) if baseline else 0]
     used = {
         "prompt_tokens": prompt_tokens,
@@ -207,7 +207,7 @@ def _stem(path: Path) -> str:
     return resolved.name if resolved.is_dir() else resolved.stem
 
 
-def _starts(n: int, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def starts(n: int, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Where in the text each of n prompts starts, as a part of its length: no two alike, in random order."""
     rng = np.random.default_rng(seed)
     return (rng.permutation(n) + rng.random(n)) / n

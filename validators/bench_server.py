@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from lconvert.errors import OptionError, RuntimeFailure
+from lconvert.validators.bench import starts
 from lconvert.validators.latency import Request, Slo, goodput, timings
 from lconvert.validators.proof import builtin_text
 
@@ -166,10 +167,9 @@ def _probe(target: Target, url: str, fields: Mapping[str, Any], characters: int)
 def _prompts(n: int, characters: int, seed: int) -> list[str]:
     """n pieces of the built-in text read in a circle, no two from the same place."""
     text = builtin_text()
-    rng = np.random.default_rng(seed)
-    starts = (rng.permutation(n) + rng.random(n)) / n * len(text)
     rounds = text * (2 + characters // len(text))
-    return [rounds[int(s) : int(s) + characters] for s in starts]
+    places = (starts(n, seed) * len(text)).astype(int)
+    return [rounds[at : at + characters] for at in places]
 
 
 def _level(target: Target, bodies: Sequence[Mapping[str, Any]], users: int) -> list[Outcome]:

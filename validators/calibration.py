@@ -8,7 +8,7 @@ sum_k (p_k - [k is right])^2, between 0 and 2. Quantization can leave accuracy a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError
-from lconvert.validators.logits import Logits, log_softmax
 from lconvert.validators.tasks import Choice
 
 BINS = 15
-_ROWS = 64  # rows at a time: bounds the fp64 copies to rows x vocabulary
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,8 @@ class Calibration:
         return asdict(self)
 
 
-class NextToken:
-    """Calibration over rows of probabilities, as sums, so that memory does not grow with the rows.
-
-    On running text a row is a position and its classes are the vocabulary; a question's choices are a small vocabulary.
-    """
+class Reliability:
+    """Calibration over rows of probabilities, as sums, so that memory does not grow with the rows."""
 
     def __init__(self, bins: int = BINS) -> None:
         self._edges = np.linspace(0.0, 1.0, bins + 1)
@@ -109,21 +104,10 @@ class NextToken:
 
 def of_choices(choices: Iterable[Choice], bins: int = BINS) -> Calibration:
     """Multiple-choice questions: the log-likelihoods of the choices, normalised over the choices of each question."""
-    found = NextToken(bins)
+    found = Reliability(bins)
     for choice in choices:
         x = np.array(choice.logprobs, np.float64)
         x -= x.max()
         x -= np.log(np.exp(x).sum())
         found.add(x[None, :], np.array([choice.right]))
-    return found.result()
-
-
-def of_text(logits: Logits, windows: Sequence[list[int]], bins: int = BINS) -> Calibration:
-    """Next-token prediction on windows of ids; the first id of a window is given, all others are predicted."""
-    found = NextToken(bins)
-    for ids in windows:
-        rows = logits(ids)
-        for a in range(0, len(ids) - 1, _ROWS):
-            targets = np.array(ids[a + 1 : a + 1 + _ROWS])
-            found.add(log_softmax(rows[a : a + len(targets)]), targets)
     return found.result()

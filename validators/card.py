@@ -17,6 +17,7 @@ import yaml
 
 from lconvert.errors import OutputError
 from lconvert.validators import show
+from lconvert.validators.stored import bits_per_weight
 
 #: what tells our cards from those that people wrote
 MARKER = "<!-- written by lconvert; remove this line to keep your changes -->"
@@ -248,7 +249,7 @@ def _files(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) 
         tensors = {f["name"]: f["tensors"] for f in plan.get("files", ())}
         kind = plan.get("options", {}).get("ftype") or plan.get("target") or ""
         for name, file in manifest.get("files", {}).items():
-            bits = _bits(tensors.get(name, ()))
+            bits = bits_per_weight((t["bytes"], t["shape"]) for t in tensors.get(name, ()))
             if bits is None and report is not None and len(manifest["files"]) == 1:
                 bits = report["details"].get("artifact", {}).get("bits_per_weight")
             rows.append(
@@ -261,19 +262,6 @@ def _files(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) 
                 )
             )
     return _table(("file", "type", "size", "bits per weight", "sha256"), rows, 2)
-
-
-def _bits(tensors: Sequence[Mapping[str, Any]]) -> float | None:
-    """Bits per weight of the tensors with two or more dimensions."""
-    stored = weights = 0
-    for t in tensors:
-        if len(t["shape"]) > 1:
-            stored += t["bytes"]
-            n = 1
-            for side in t["shape"]:
-                n *= side
-            weights += n
-    return 8 * stored / weights if weights else None
 
 
 def _made(manifest: Mapping[str, Any]) -> str:

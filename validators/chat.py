@@ -8,18 +8,16 @@ also fail. llama.cpp's servers render Jinja in C++ code that no Python binding r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
 
-from lconvert.converters import tokenizer_gguf
-from lconvert.errors import UnsupportedError
 from lconvert.ir import Model, Tokenizer
 from lconvert.validators.bounded import Bounded
 from lconvert.validators.chat_sides import TRANSFORMERS, Side, folder_side, gguf_side, model_side
 from lconvert.validators.conversations import conversations
+from lconvert.validators.tokens import Excuse, excuses, first_difference, no_excuse
 
 _KEPT = 10  # differences that a report shows
 _FRAMED = ""  # what tokenizers add to any text is all that they make of none
@@ -112,7 +110,7 @@ def compare(source: Model, artifact: Model) -> ChatReport:
         candidate = gguf_side(Path(artifact.source))
     else:
         candidate = folder_side(artifact) if _is_folder(artifact) else model_side(artifact)
-    excuse = _excuse(source.tokenizer) if gguf_file else _no_excuse
+    excuse = excuses(source.tokenizer) if gguf_file else no_excuse
     try:
         return compare_sides(reference, candidate, excuse, _special_text(source.tokenizer))
     finally:
@@ -129,27 +127,11 @@ def _special_text(tokenizer: Tokenizer) -> str:
     return "".join([str(t["content"]) for t in added if t.get("special")][:6])
 
 
-Excuse = Callable[[str], str]
-
-
-def _no_excuse(text: str) -> str:
-    return ""
-
-
-def _excuse(tokenizer: Tokenizer) -> Excuse:
-    """Why llama.cpp's ids of a text may differ, "" if they must not."""
-    try:
-        limits = tokenizer_gguf.limits(tokenizer)
-    except UnsupportedError:
-        return _no_excuse
-    return lambda text: next((limit.reason for limit in limits if limit.reaches(text, True)), "")
-
-
 # --- comparing -------------------------------------------------------------------------------------------
 
 
 def compare_sides(
-    reference: Side, candidate: Side, excuse: Excuse = _no_excuse, special: str = ""
+    reference: Side, candidate: Side, excuse: Excuse = no_excuse, special: str = ""
 ) -> ChatReport:
     """Every template that either side has, on every conversation, in every renderer of the candidate."""
     found: list[Difference] = []
@@ -190,7 +172,7 @@ def compare_sides(
                     ids = list(reference.encode(wanted.text)), list(candidate.encode(wanted.text))
                     if ids[0] == ids[1]:
                         continue
-                    why = excuse(wanted.text)
+                    why = excuse(wanted.text, True)
                     if why:
                         skipped.append(f"ids of {where}: {why}")
                     else:
@@ -224,13 +206,13 @@ def _described(template: str | None) -> str:
 
 def _around(a: str, b: str) -> tuple[str, str]:
     """Both texts around the first difference."""
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    at = first_difference(a, b)
     part = slice(max(0, at - 30), at + 50)
     return a[part], b[part]
 
 
 def _around_ids(a: list[int], b: list[int]) -> tuple[str, str]:
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    at = first_difference(a, b)
     part = slice(max(0, at - 2), at + 6)
     return f"from id {at} on: {a[part]}", f"from id {at} on: {b[part]}"
 
@@ -251,7 +233,7 @@ def _stops(a: Side, b: Side, excuse: Excuse) -> tuple[list[Stop], list[str]]:
         if extra:
             notes.append(f"the artifact's runtime also stops at {list(extra)}")
     framed = tuple(a.framed(_FRAMED)), tuple(b.framed(_FRAMED))
-    if framed[0] == framed[1] or not excuse(_FRAMED):
+    if framed[0] == framed[1] or not excuse(_FRAMED, True):
         rows.append(Stop("bos and eos around a text", *framed, framed[0] == framed[1]))
     return rows, notes
 

@@ -5,18 +5,17 @@ Templates are code of strangers; every renderer here runs them in a sandbox, and
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from lconvert.formats import gguf
 from lconvert.forward import packages
-from lconvert.ir import Model, Tokenizer
+from lconvert.ir import Model
 from lconvert.validators.conversations import Conversation
-from lconvert.validators.runtimes.hf import reference_tokenizer
+from lconvert.validators.runtimes.hf import encode, reference_tokenizer
 from lconvert.validators.runtimes.llamacpp import LlamaCpp
 
 _DEFAULT = "default"
@@ -152,7 +151,7 @@ def folder_side(model: Model) -> Side:
         eos=auto.eos_token_id,
         ends=ends,
         renderers={TRANSFORMERS: render},
-        **_encoders(model.tokenizer),
+        **_encoders(reference_tokenizer(model.tokenizer)),
     )
 
 
@@ -177,21 +176,15 @@ def model_side(model: Model) -> Side:
         eos=one.get("eos"),
         ends=frozenset(tokenizer.special.get("eos", ())),
         renderers={TRANSFORMERS: _by_transformers},
-        **_encoders(tokenizer),
+        **_encoders(fast),
     )
 
 
-def _encoders(tokenizer: Tokenizer) -> dict[str, Any]:
-    """`encode` and `framed` of a tokenizer.json."""
-    fast = reference_tokenizer(tokenizer)
-    fast.no_truncation()
-    fast.no_padding()
-
-    def ids(text: str, framed: bool) -> list[int]:
-        fast.encode_special_tokens = False
-        return list(fast.encode(text, add_special_tokens=framed).ids)
-
-    return {"encode": lambda text: ids(text, False), "framed": lambda text: ids(text, True)}
+def _encoders(fast: Any) -> dict[str, Any]:
+    """`encode` and `framed` of a tokenizers.Tokenizer."""
+    return {
+        name: partial(encode, fast, special=True, framed=name == "framed") for name in ("encode", "framed")
+    }
 
 
 def gguf_side(path: Path) -> Side:
@@ -239,7 +232,4 @@ class Vocabulary(LlamaCpp):
 
     def framed(self, text: str) -> list[int]:
         """Ids of a text with the bos and eos that llama.cpp adds."""
-        data = text.encode("utf-8")
-        out = (ctypes.c_int32 * (len(data) + 16))()
-        n = self._c.llama_tokenize(self._vocab, data, len(data), out, len(out), True, False)
-        return list(out[:n])
+        return self._ids(text, framed=True, special=False)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lconvert.errors import MissingPackageError
 from lconvert.formats import safetensors as container
-from lconvert.ir import NUMPY_DTYPE, Tensor
-
-_SLAB = 1 << 22  # values compared at a time
+from lconvert.ir import NUMPY_DTYPE, Tensor, as_f32
+from lconvert.validators.slabs import largest_difference
 
 
 def independent(folder: Path) -> tuple[int, list[str], float | None]:
@@ -43,6 +43,8 @@ def independent(folder: Path) -> tuple[int, list[str], float | None]:
                         differences.append(
                             f"{name}: the independent reader sees {seen}, lconvert {(info.dtype, info.shape)}"
                         )
+                    elif info.dtype.startswith("F8_") and framework == "pt":
+                        worst = max(worst, _bytes(part, container.raw(own, name)))
                     elif info.dtype not in NUMPY_DTYPE or (framework == "numpy" and info.dtype == "BF16"):
                         compared = False
                     else:
@@ -53,19 +55,26 @@ def independent(folder: Path) -> tuple[int, list[str], float | None]:
 
 
 def _difference(part: Any, own: Tensor) -> float:
-    """max |theirs - ours| of one tensor, slab by slab; `part` is a slice of the package."""
+    """max |theirs - ours| of one tensor; `part` is a slice of the package."""
     if not own.shape:
         return 0.0  # the package slices no scalars, of which no model weight is one
-    worst = 0.0
-    step = max(1, _SLAB // max(1, own.size // max(1, own.shape[0])))
-    for start in range(0, own.shape[0], step):
-        stop = min(start + step, own.shape[0])
-        theirs = part[start:stop]
-        theirs = np.asarray(theirs.double() if hasattr(theirs, "double") else theirs, dtype=np.float64)
-        ours = own.read(start, stop)
-        if own.dtype == "BF16":
-            ours = (ours.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(invalid="ignore"):  # infinities: counted where values are
-            difference = np.abs(theirs - ours)
-        worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
-    return worst
+
+    def ours(start: int, stop: int) -> NDArray[Any]:
+        rows = own.read(start, stop)
+        return as_f32(rows, "BF16") if own.dtype == "BF16" else rows
+
+    def theirs(start: int, stop: int) -> NDArray[Any]:
+        rows = part[start:stop]
+        return np.asarray(rows.double() if hasattr(rows, "double") else rows, dtype=np.float64)
+
+    return largest_difference(own.shape, ours, theirs)
+
+
+def _bytes(part: Any, own: Tensor) -> float:
+    """The same of 8-bit floats, as bytes."""
+    import torch
+
+    def theirs(start: int, stop: int) -> NDArray[Any]:
+        return np.asarray(part[start:stop].view(torch.uint8), dtype=np.float64)
+
+    return largest_difference(own.shape, lambda a, b: own.read(a, b).reshape(b - a, *own.shape[1:]), theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,19 @@ def float_gate(gates: dict[str, Any], activation: str, runtime: str) -> float:
 def fidelity_gate(gates: dict[str, Any], runtime: str, bits: float) -> float:
     """Mean KLD allowed between the artifact in a runtime and its own numbers in fp32."""
     return _bracket(gates["fidelity"].get(runtime, gates["fidelity"]["default"]), bits)
+
+
+def folder_gate(gates: dict[str, Any], dtype: str, features: Iterable[str], floor: float) -> float:
+    """Mean KLD allowed between a quantized folder in its runtime and its own numbers in fp32: what its dtype and every feature (int8_inputs
+    ...) may cost together; `floor` where all runs in fp32."""
+    table = gates["fidelity_folder"]
+    parts = [floor if dtype == "float32" else float(table.get(dtype, table["default"]))]
+    for name in features:
+        if name == "int_weights":  # multiplied by their scales in the model's dtype
+            parts.append(float(table["int_weights_bfloat16"]) if dtype == "bfloat16" else 0.0)
+        else:
+            parts.append(float(table.get(name, table["default"])))
+    return sum(parts)
 
 
 def cost_gate(gates: dict[str, Any], bits: float) -> float:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lconvert.errors import InputError
-from lconvert.validators.runtimes import Runtime
+from lconvert.validators.runtimes import Generation
+from lconvert.validators.tokens import first_difference
 
 #: Two tokens are tied when the reference's logits for them are nearer than this. The difference of two logits of the F32
 #: artifacts of nine trained models in llama.cpp is off from transformers' by at most 4.3e-5, and by 2.4e-3 where the
@@ -66,22 +70,17 @@ class GreedyReport:
         }
 
 
-def excerpts(ids: Sequence[int], count: int, length: int, bos: int | None) -> list[list[int]]:
-    """`count` prompts of `length` tokens, evenly spread over a text, each starting with BOS where there is one.
+class Greedy(Protocol):
+    """The part of a `Runtime` that is needed here."""
 
-    Fewer where the text is short; they do not overlap.
-    """
-    body = length - (bos is not None)
-    count = min(count, len(ids) // body)
-    if count < 1:
-        raise InputError(f"the text has only {len(ids)} tokens, too few for a prompt of {length}")
-    step = len(ids) // count
-    return [([] if bos is None else [bos]) + list(ids[i : i + body]) for i in range(0, step * count, step)]
+    def logits(self, ids: list[int]) -> NDArray[np.float32]: ...
+
+    def generate(self, ids: list[int], n: int) -> Generation: ...
 
 
 def compare(
-    reference: Runtime,
-    candidate: Runtime,
+    reference: Greedy,
+    candidate: Greedy,
     prompts: Sequence[list[int]],
     n: int,
     *,
@@ -98,7 +97,7 @@ def compare(
         at = 0
         while at < n:
             found = candidate.generate(prompt + expected[:at], n - at).ids
-            at += _same(expected[at:], found)
+            at += first_difference(expected[at:], found)
             if at == n:
                 break
             token = found[at - n]
@@ -112,8 +111,3 @@ def compare(
         identical += at == n
         progress()
     return GreedyReport(len(prompts), n * len(prompts), agreed, identical, tuple(differences))
-
-
-def _same(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens at the start are equal."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

@@ -30,8 +30,9 @@ from lconvert.forward import Forward
 from lconvert.ir import Entry, Model, QTensor, Tensor
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
+from lconvert.validators.tensors import SLOW, finite, norm_shift
 from lconvert.validators.tensors import compare as compare_weights
-from lconvert.validators.traits import differences
+from lconvert.validators.traits import differences, same_shapes
 
 #: Positions at the end of the text for which logits are compared: bounds memory at large vocabularies.
 HEAD_POSITIONS = 64
@@ -109,13 +110,7 @@ def compare(
     tokens; the original's hidden states, 4 * (layers + 1) * tokens * hidden bytes, lie in a temporary file. The text is cut to the length within
     which the artifact is exact (`Loss.limit`). Raises InputError for models of different shape.
     """
-    shapes = [{name: e.shape for name, e in m.entries.items()} for m in (original, artifact)]
-    for role in dict.fromkeys((*shapes[0], *shapes[1])):
-        if shapes[0].get(role) != shapes[1].get(role):
-            raise InputError(
-                f"{artifact.source}: is not made from {original.source}: {role} is {shapes[1].get(role)} here and "
-                f"{shapes[0].get(role)} there"
-            )
+    same_shapes(original, artifact)
     losses = find(original.arch.family).gguf.losses(original.arch) if _is_gguf(artifact) else ()
     candidate = _runnable(original, artifact, losses)
     ids = ids[: min((loss.limit for loss in losses if loss.limit), default=None)]
@@ -287,22 +282,16 @@ def _error(
     dots = (a * b).sum(axis=-1)
     cosine = np.divide(dots, lengths, out=np.where(wrong > 0, 0.0, 1.0), where=lengths > 0)
     return _Error(
-        relative=_finite(np.sqrt(np.mean(ratio**2))),
-        cosine=_finite(cosine.mean()),
-        largest=_finite(np.abs(a - b).max()),
+        relative=finite(np.sqrt(np.mean(ratio**2))),
+        cosine=finite(cosine.mean()),
+        largest=finite(np.abs(a - b).max()),
     )
-
-
-def _finite(x: Any) -> float:
-    """JSON has neither infinity nor NaN; what is beyond every limit stays beyond it."""
-    return float(x) if np.isfinite(x) else float(np.finfo(np.float64).max)
 
 
 # --- what storage types explain --------------------------------------------------------------------------
 
-#: Types whose encoders need minutes for a large model: noise of their size takes their place.
-_SLOW = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
-#: A type of b bits per weight moves weights by about this times 2^-b of their size (measured: 1.4 to 2.3).
+#: A type of b bits per weight moves weights by about this times 2^-b of their size (measured: 1.4 to 2.3): noise of this
+#: size takes the place of types whose encoders need minutes for a large model.
 _NOISE = 2.0
 
 Read = Callable[[int, int], NDArray[np.float32]]
@@ -320,7 +309,7 @@ def _rounded(original: Model, artifact: Model) -> Iterator[tuple[str, Entry]]:
         source, type_ = original.entries[role], _type(entry.data)
         if type_ in ("F32", _type(source.data)):
             continue
-        if type_ in BLOCKS and type_ not in _SLOW:
+        if type_ in BLOCKS and type_ not in SLOW:
             read = _plain(source.data, type_)
         else:
             assert isinstance(entry.data, QTensor)
@@ -367,7 +356,7 @@ def _suspects(original: Model, artifact: Model, expected: Model, layer: int | st
         if role not in (*_PARTS.get(layer, ()), *tied) and not role.startswith(f"layers.{layer}."):
             continue
         source = original.entries[role].data
-        shift = original.arch.norm_offset - artifact.arch.norm_offset if "norm" in role else 0.0
+        shift = norm_shift(role, artifact, original)
         found = compare_weights(role, entry.data, source, shift).relative_error
         plain = compare_weights(role, expected.entries[role].data, source).relative_error
         if found is None or plain is None or not found <= max(LIMIT * plain, FLOOR):

@@ -32,20 +32,21 @@ def default_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "lconvert"
 
 
-def model_hash(path: str | Path) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def model_hash(path: str | Path, sha256: Callable[[Path], str] = file_hash) -> str:
     """sha256 of a file; of a folder, over the names and hashes of its weights and JSON files."""
     root = Path(path)
     if root.is_file():
-        return _file_hash(root)
+        return sha256(root)
     total = hashlib.sha256()
     for file in sorted(p for p in root.iterdir() if p.suffix in _MODEL_FILES):
-        total.update(f"{file.name}\0{_file_hash(file)}\0".encode(errors="surrogateescape"))
+        total.update(f"{file.name}\0{sha256(file)}\0".encode(errors="surrogateescape"))
     return total.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 _MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
@@ -84,10 +85,6 @@ class CachedLogits:
         if path is not None:
             self._store(path, out)
         return out
-
-    def missing(self, texts: Sequence[list[int]]) -> bool:
-        """Whether some window has to be computed."""
-        return any((p := self._path(ids)) is None or not p.is_file() for ids in texts)
 
     def continuation(self, ids: list[int], n: int, generate: Callable[[], Sequence[int]]) -> tuple[int, ...]:
         """The `n` greedy tokens after `ids`, by `generate` where they are not stored."""

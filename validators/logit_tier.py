@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 
 from lconvert.archs import find
-from lconvert.converters import gguf, gguf_mixture
-from lconvert.errors import InputError
-from lconvert.ir import Model, QTensor
+from lconvert.archs.common import Loss
+from lconvert.converters import gguf
+from lconvert.errors import InputError, RuntimeFailure
+from lconvert.ir import Model, QTensor, Tensor
 from lconvert.plan import execute
 from lconvert.validators import gates as gate_file
-from lconvert.validators import greedy, stock
+from lconvert.validators import greedy, stock, stored
 from lconvert.validators.logits import LEAST, Logits, LogitStats, compare, paired, windows
-from lconvert.validators.proof import Proof, files
+from lconvert.validators.proof import Proof
 from lconvert.validators.reference import Reference
-from lconvert.validators.runtimes import DEFAULT, Purpose, Runtime, llamacpp, open_runtime
+from lconvert.validators.runtimes import Purpose, Runtime, llamacpp, open_runtime
 from lconvert.validators.runtimes.config import settings
+from lconvert.validators.runtimes.hf import encode
 from lconvert.validators.tensors import typical_bits
 
 #: Largest temporary file for the check of the graph with F32 weights, and largest model given to the stock encoder.
@@ -41,11 +43,11 @@ _FEW = 256
 _SERVED = {"onnxruntime": "accuracy level 4"}
 
 
-def run(proof: Proof, corpus: str) -> None:
+def run(proof: Proof) -> None:
     """All of the tier, for every runtime that was asked for."""
     context = window(proof)
     _limits(proof, context)
-    texts = windows(token_ids(proof, corpus), context, _bos(proof), proof.options.max_windows)
+    texts = windows(token_ids(proof), context, _bos(proof), proof.options.max_windows)
     if (n := sum(map(len, texts))) < LEAST:
         raise InputError(
             f"{n} tokens to compare prove nothing; give a longer text (--text), more windows or longer ones"
@@ -59,40 +61,78 @@ def run(proof: Proof, corpus: str) -> None:
             f"logits: the text is shorter than one window: {len(texts[0])} of {context} tokens"
         )
     reference = Reference(proof)
-    names = proof.options.runtimes or (DEFAULT[proof.kind],)
     try:
-        for name in names:
-            work = _Comparison(proof, reference, name, texts, context)
-            proof.guarded("logits", f"logits in {name}", work.run, runtime=name)
+        for name in proof.runtimes:
+            _run_in(proof, reference, name, texts, context)
     finally:
         proof.notes += reference.notes
         reference.close()
 
 
+#: What vLLM says where the machine, not the artifact, lacks something: its CPU build has kernels for few schemes.
+_NO_KERNEL = (
+    "Failed to find a kernel", "is not supported", "not available", "not implemented", "expected at most 0 argument", "capability",
+)  # fmt: skip
+
+#: The same of formats that it does not load at all (ModelOpt's integers are TensorRT-LLM's, bitsandbytes is for training); a failure
+#: where vLLM was asked for.
+_NO_LOADER = ("only supports", "Unknown quantization method")
+
+
+def _run_in(proof: Proof, reference: Reference, name: str, texts: list[list[int]], context: int) -> None:
+    """One runtime's part. A vLLM without kernels for the scheme proves nothing; transformers runs it then, where it can."""
+    work = _Comparison(proof, reference, name, texts, context)
+    try:
+        proof.guarded("logits", f"logits in {name}", work.run, runtime=name)
+    except _NoKernel as e:
+        proof.not_proven.append(
+            f"logits in {name}: {e}; it needs a GPU that has them (--python vllm=PATH there)"
+        )
+        proof.missing_required |= name in proof.options.require
+        if proof.substitute and not proof.options.runtimes:
+            _instead(proof, reference, proof.substitute, texts, context)
+
+
+def _instead(proof: Proof, reference: Reference, name: str, texts: list[list[int]], context: int) -> None:
+    """A runtime that was not asked for: where it refuses the artifact, that says nothing about it."""
+    work = _Comparison(proof, reference, name, texts, context)
+    try:
+        proof.guarded("logits", f"logits in {name}", work.run, runtime=name)
+    except InputError as e:
+        proof.not_proven.append(f"logits in {name}: {e}")
+
+
+class _NoKernel(Exception):
+    """The runtime has no code for the artifact's scheme on this machine."""
+
+
 def window(proof: Proof) -> int:
     """Tokens per window: as asked for, as the model has, and as far as the artifact is exact."""
+    limits = (loss.limit for loss in _losses(proof) if loss.limit)
+    return min(proof.options.context, proof.source.arch.context, *limits)
+
+
+def _losses(proof: Proof) -> tuple[Loss, ...]:
+    """What the artifact's format lacks of the source's traits."""
     d = proof.source.arch
-    losses = find(d.family).gguf.losses(d) if proof.kind == "gguf" else ()
-    return min(proof.options.context, d.context, *(loss.limit for loss in losses if loss.limit))
+    return find(d.family).gguf.losses(d) if proof.kind == "gguf" else ()
 
 
 def _limits(proof: Proof, context: int) -> None:
     """What the artifact lacks, and why windows are shorter than asked for."""
-    d = proof.source.arch
     if context < proof.options.context:
         proof.notes.append(f"logits: windows of {context} tokens, as far as the model and the artifact go")
-    for loss in find(d.family).gguf.losses(d) if proof.kind == "gguf" else ():
+    for loss in _losses(proof):
         limit = f"exact up to {loss.limit} tokens and validated within that" if loss.limit else "accepted"
         proof.notes.append(f"{loss.name}: {loss.reason}; {limit}")
 
 
-def token_ids(proof: Proof, corpus: str) -> list[int]:
-    if proof.source.tokenizer is None:
+def token_ids(proof: Proof) -> list[int]:
+    """Ids of the evaluation text."""
+    if proof.tokenizer is None:
         proof.notes.append("no tokenizer: logits are compared on random token ids")
         return [int(i) for i in np.random.default_rng(0).integers(0, proof.source.arch.vocab, 4096)]
-    from lconvert.validators.runtimes.hf import reference_tokenizer
-
-    return list(reference_tokenizer(proof.source.tokenizer).encode(corpus, add_special_tokens=False).ids)
+    return encode(proof.tokenizer, proof.corpus, special=True)
 
 
 def _bos(proof: Proof) -> int | None:
@@ -140,6 +180,7 @@ class _Comparison:
     ) -> None:
         self.proof, self.reference, self.name, self.texts = proof, reference, name, texts
         self.context = context
+        self.dtype = ""
 
     def run(self) -> None:
         p = self.proof
@@ -148,6 +189,7 @@ class _Comparison:
             try:
                 candidate = self._opened(stack, self.name, p.path)
             except InputError as e:
+                self._explained(e)
                 p.add("structure", f"{self.name} loads it", str(e), "loads", False)
                 return
             own = self._own()
@@ -162,13 +204,17 @@ class _Comparison:
                 models["stock"] = self._opened(stack, "llama.cpp", made.path).logits
                 pairs.append(("reference", "stock"))
             total, done = len(self.texts), iter(range(1, len(self.texts) + 1))
-            stats = compare(
-                models,
-                pairs,
-                self.texts,
-                progress=lambda: p.progress(f"window {next(done)} of {total} in {self.name}"),
-                decode=self._decoder(),
-            )
+            try:
+                stats = compare(
+                    models,
+                    pairs,
+                    self.texts,
+                    progress=lambda: p.progress(f"window {next(done)} of {total} in {self.name}"),
+                    decode=self._decoder(),
+                )
+            except RuntimeFailure as e:
+                self._explained(e)
+                raise
             self._runtimes(candidate)
             cost = stats["reference", "candidate"]
             self._cost(cost, None if made is None else stats["reference", "stock"])
@@ -184,33 +230,36 @@ class _Comparison:
         if own is not None and p.kind == "gguf":
             self._graph(own)
 
+    def _explained(self, e: Exception) -> None:
+        """_NoKernel for a failure of vLLM that is the machine's."""
+        text = str(e)
+        known = _NO_KERNEL if self.proof.options.runtimes else (*_NO_KERNEL, *_NO_LOADER)
+        if self.name == "vllm" and self.proof.quantized and any(part in text for part in known):
+            reason = next((line for line in text.splitlines() if any(p in line for p in known)), text)
+            raise _NoKernel(f"no kernel for this scheme here ({' '.join(reason.split())[-300:]})") from None
+
     # --- the models
 
-    def _opened(self, stack: ExitStack, name: str, path: Path) -> Runtime:
-        runtime = opened(self.proof, name, path, context=self.context + self.proof.options.greedy[1])
+    def _opened(self, stack: ExitStack, name: str, path: Path, purpose: Purpose = "parity") -> Runtime:
+        context = self.context + self.proof.options.greedy[1]
+        runtime = opened(self.proof, name, path, context=context, purpose=purpose)
         stack.callback(runtime.close)
         return runtime
 
     def _own(self) -> Any:
         """The artifact's numbers in fp32, in the source's architecture (with the window that llama.cpp ignores)."""
         p = self.proof
-        if p.artifact is None or self.name == "dequantized" or not (p.quantized or p.rounded):
+        if p.artifact is None or self.name == "dequantized":
+            return None
+        if not (p.quantized or p.rounded or self._halves()):
             return None
         from lconvert.forward import Forward
 
         return Forward(dequantized(p.source, p.artifact))
 
     def _decoder(self) -> Callable[[list[int]], str] | None:
-        if self.proof.source.tokenizer is None:
-            return None
-        from lconvert.validators.runtimes.hf import reference_tokenizer
-
-        tokenizer = reference_tokenizer(self.proof.source.tokenizer)
-
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=False))
-
-        return decode
+        fast = self.proof.tokenizer
+        return None if fast is None else lambda ids: str(fast.decode(ids, skip_special_tokens=False))
 
     def _runtimes(self, candidate: Runtime) -> None:
         found = self.proof.details.setdefault("runtimes", [])
@@ -218,9 +267,13 @@ class _Comparison:
             found.append({"role": "reference"} | self.reference.info())
             if not self.reference.independent:
                 self.proof.notes.append(
-                    "logits: the reference is no Hugging Face folder, so lconvert read its weights itself"
+                    "logits: the reference is the source's dequantized numbers, which lconvert read itself"
+                    if self.proof.carries
+                    else "logits: the reference is no Hugging Face folder, so lconvert read its weights itself"
                 )
-        found.append({"role": "candidate"} | candidate.info())
+        info = candidate.info()
+        self.dtype = info.get("dtype", "")
+        found.append({"role": "candidate"} | info)
 
     # --- what is measured
 
@@ -245,6 +298,10 @@ class _Comparison:
                     f"quality: a mean KLD of {stats.kld_mean:.2g} is more than models of 7 to 8 billion parameters lose at "
                     f"this width ({usual:g}); it is this model's, not the conversion's, if the tensors are as they should be"
                 )
+            if p.exactly_carried:
+                gate = self._noise()
+            elif p.kind == "hf":  # both what the grid loses and what the runtime does
+                gate += self._noise()
             if rival is not None and p.gates["cost_follows_stock"]:
                 gate = max(gate, rival.kld_mean * float(p.gates["relative"]["factor"]))
             self._rows("cost", stats, gate)
@@ -258,13 +315,20 @@ class _Comparison:
         """Bits per weight of the layers; by the file's size, where tensors are not read."""
         if self.proof.artifact is not None:
             return typical_bits(self.proof.artifact)
-        size = sum(f.stat().st_size for f in files(self.proof.path))
-        return 8 * size / max(1, sum(e.data.size for e in self.proof.source.entries.values()))
+        weights = sum(e.data.size for e in self.proof.source.entries.values())
+        return 8 * stored.size(self.proof.files) / max(1, weights)
 
     def _floor(self) -> float:
-        return gate_file.float_gate(
-            self.proof.gates, self.proof.source.arch.default.mlp.activation, self.name
-        )
+        p = self.proof
+        floor = gate_file.float_gate(p.gates, p.source.arch.default.mlp.activation, self.name)
+        return max([floor, *(float(p.gates["float_halves"][d]) for d in self._halves())])
+
+    def _halves(self) -> set[str]:
+        """Types of 16 bits among the matrices of a GGUF file: llama.cpp rounds activations to the type of the matrix."""
+        if self.name != "llama.cpp" or self.proof.artifact is None:
+            return set()
+        matrices = (e.data for e in self.proof.artifact.entries.values() if len(e.shape) > 1)
+        return {d.dtype for d in matrices if isinstance(d, Tensor) and d.dtype in ("F16", "BF16")}
 
     def _logprob(self, stats: LogitStats) -> None:
         """The largest difference of a log-probability, for runtimes whose floor was measured in it."""
@@ -275,9 +339,14 @@ class _Comparison:
 
     def _fidelity(self, stats: LogitStats) -> None:
         self._record("fidelity", stats, "the artifact's numbers in fp32")
-        self._rows(
-            "fidelity", stats, gate_file.fidelity_gate(self.proof.gates, self.name, self._typical_bits())
-        )
+        self._rows("fidelity", stats, self._noise())
+
+    def _noise(self) -> float:
+        """Mean KLD that the runtime's own rounding may cost on the artifact's numbers."""
+        p = self.proof
+        if p.kind == "hf" and self.name in ("vllm", "transformers") and p.artifact is not None:
+            return gate_file.folder_gate(p.gates, self.dtype, _features(p.artifact), self._floor())
+        return gate_file.fidelity_gate(p.gates, self.name, self._typical_bits())
 
     def _rows(self, what: str, s: LogitStats, gate: float) -> None:
         k = s.data["kld"]
@@ -293,10 +362,11 @@ class _Comparison:
     def _add(
         self, name: str, value: str, gate: str = "", measured: float | None = None, limit: float | None = None
     ) -> None:
-        default = self.name == DEFAULT[self.proof.kind]
-        passed = None if limit is None or measured is None else measured <= limit
-        label = name if default else f"{name} ({self.name})"
-        self.proof.add("logits", label, value, gate, passed, measured=measured, limit=limit)
+        label = name if self.name == self.proof.default_runtime else f"{name} ({self.name})"
+        if limit is None or measured is None:
+            self.proof.add("logits", label, value, measured=measured)
+        else:
+            self.proof.at_most("logits", label, value, measured, limit, gate)
 
     # --- against the stock encoder
 
@@ -326,8 +396,9 @@ class _Comparison:
         if not p.options.relative:
             return None
         p.progress("stock encoder")
-        bits = stock.bits_per_weight(p.path)
-        name = stock.rival(p.source, stock.file_type(p.path), bits)
+        assert p.header is not None
+        bits = stored.gguf_bits(p.header) or 0.0
+        name = stock.rival(p.source, stored.gguf_file_type(p.header), bits)
         if name is None:
             p.not_proven.append(f"relative to the stock encoder: it makes nothing of {bits:.2f} bits or less")
         return None if name is None else encoder.make(name)
@@ -375,9 +446,7 @@ class _Comparison:
         """The cost at the settings that one would serve with; no gate judges it."""
         p = self.proof
         p.progress(f"{self.name} as served")
-        context = self.context + p.options.greedy[1]
-        runtime = opened(p, self.name, p.path, context=context, purpose="speed")
-        stack.callback(runtime.close)
+        runtime = self._opened(stack, self.name, p.path, "speed")
         models = {"reference": self.reference.logits, "served": runtime.logits}
         stats = compare(models, [("reference", "served")], self.texts[:2])["reference", "served"]
         p.details["runtimes"].append({"role": "served"} | runtime.info())
@@ -394,7 +463,7 @@ class _Comparison:
             return
         p.progress("greedy continuation")
         prompts = [ids[: max(1, min(32, len(ids) - 1))] for ids in self.texts[:count]]
-        found = greedy.compare(self.reference, candidate, prompts, length)  # type: ignore[arg-type]
+        found = greedy.compare(self.reference, candidate, prompts, length)
         p.details.setdefault("greedy", found.to_json() | {"runtime": self.name})
         value = f"{100 * found.agreement:.1f}% of {found.tokens} tokens until the texts part"
         exact = not (p.quantized or p.rounded)
@@ -417,8 +486,7 @@ class _Comparison:
             )
             return
         p.progress("graph")
-        losses = tuple(loss.name for loss in find(p.artifact.arch.family).gguf.losses(p.artifact.arch))
-        options = gguf.Options(gguf_mixture.Options("F32"), allow_loss=losses)
+        options = stock.options(p.artifact.arch, "F32")
         with tempfile.TemporaryDirectory(prefix="lconvert-") as folder, ExitStack() as stack:
             wide = execute(gguf.plan(p.artifact, "f32.gguf", options), Path(folder)).paths[0]
             runtime = self._opened(stack, "llama.cpp", wide)
@@ -428,6 +496,17 @@ class _Comparison:
         gate = gate_file.float_gate(p.gates, p.source.arch.default.mlp.activation, "llama.cpp")
         value = f"mean {stats.kld_mean:.2e}  max {stats.kld_max:.2e}"
         self._add("graph with F32 weights", value, f"mean <= {gate:.1e}", stats.kld_mean, gate)
+
+
+def _features(artifact: Model) -> set[str]:
+    """What a runtime rounds of a quantized folder besides its dtype: names of gates in `fidelity_folder`."""
+    out = set()
+    for e in artifact.entries.values():
+        if isinstance(e.data, QTensor) and e.activation is None and e.data.grid.kind == "int":
+            out.add("int_weights")
+        if e.activation is not None:
+            out.add(f"{'int' if e.activation.grid.kind == 'int' else 'fp'}{e.activation.grid.bits}_inputs")
+    return out | ({"fp8_cache"} if artifact.kv is not None else set())
 
 
 def dequantized(source: Model, artifact: Model) -> Model:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lconvert.plan import cpus
+
 _PERIOD = 0.05  # seconds between samples of power and memory
 
 
@@ -23,18 +25,13 @@ def describe() -> dict[str, Any]:
     """cpu, cores (that this process may use), memory and free memory (bytes), load (1 minute), gpu or None."""
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cpus(),
         "memory": _meminfo("MemTotal"),
         "memory_available": _meminfo("MemAvailable"),
         "load": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "gpu": _gpu(),
     }
-
-
-def available_memory() -> int | None:
-    """Bytes that can be used without swapping; None where the system does not say."""
-    return _meminfo("MemAvailable")
 
 
 def status_bytes(pid: int | str, key: str) -> int | None:

@@ -124,16 +124,8 @@ def heat(
         share = 0.0 if (log and value <= 0) or high == low else (scaled(value) - low) / (high - low)
         return f'<td class="c" style="--w:{6 + 38 * share:.0f}">{form(value)}</td>'
 
-    head = "".join(f'<th scope="col" class="n">{_cell(c)}</th>' for c in (corner, *columns))
-    body = "\n".join(
-        f'<tr><th scope="row" class="n">{_cell(name)}</th>{"".join(map(cell, values))}</tr>'
-        for name, values in rows
-    )
-    inner = (
-        f'<table class="heat"><caption>{show.markup(caption)}</caption><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table>"
-    )
-    return _scroll(inner, caption, len(rows) > 20)
+    body = [(name, "".join(map(cell, values))) for name, values in rows]
+    return _matrix(caption, corner, columns, body)
 
 
 def grid(
@@ -146,18 +138,23 @@ def grid(
     if not rows:
         return ""
     kinds = {True: "good", False: "bad", None: "even"}
+
+    def cell(found: tuple[bool | None, str] | None) -> str:
+        return f'<td class="{kinds[found[0]]}">{show.markup(found[1])}</td>' if found else "<td></td>"
+
+    body = [(name, "".join(map(cell, cells))) for name, cells in rows]
+    return _matrix(caption, corner, columns, body)
+
+
+def _matrix(caption: str, corner: str, columns: Sequence[Any], rows: Sequence[tuple[Any, str]]) -> str:
+    """A table of names and the HTML of cells, with a name above each column."""
     head = "".join(f'<th scope="col" class="n">{_cell(c)}</th>' for c in (corner, *columns))
-    body = "\n".join(
-        f'<tr><th scope="row" class="n">{_cell(name)}</th>'
-        + "".join(f'<td class="{kinds[c[0]]}">{show.markup(c[1])}</td>' if c else "<td></td>" for c in cells)
-        + "</tr>"
-        for name, cells in rows
-    )
+    body = "\n".join(f'<tr><th scope="row" class="n">{_cell(n)}</th>{cells}</tr>' for n, cells in rows)
     inner = (
         f'<table class="heat"><caption>{show.markup(caption)}</caption><thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table>"
     )
-    return _scroll(inner, caption, False)
+    return _scroll(inner, caption, len(rows) > 20)
 
 
 def figure(svg: str, title: str, hint: str = "") -> str:

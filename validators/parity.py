@@ -15,15 +15,15 @@ from typing import Any, Literal
 from lconvert.archs import find
 from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
-from lconvert.formats import gguf as container
 from lconvert.ir import Model
 from lconvert.validators import baseline as earlier
 from lconvert.validators import gates as gate_file
-from lconvert.validators import layers, logit_tier, token_tier, weight_tiers
+from lconvert.validators import layers, logit_tier, stored, token_tier, weight_tiers
 from lconvert.validators.logit_cache import default_folder, model_hash
-from lconvert.validators.proof import Options, Proof, files
+from lconvert.validators.proof import Options, Proof
 from lconvert.validators.report import OPTIONAL_TIERS, TIERS, Check, Report
-from lconvert.validators.runtimes import DEFAULT, RUNTIMES, kind
+from lconvert.validators.runtimes import RUNTIMES, kind
+from lconvert.validators.traits import same_shapes
 
 __all__ = ["TIERS", "Check", "Report", "validate"]
 
@@ -73,7 +73,6 @@ def validate(
             raise OptionError(f"unknown runtime {name}; runtimes: {', '.join(RUNTIMES)}")
         if what not in RUNTIMES[name][2]:
             raise OptionError(f"{path}: {name} loads {' and '.join(RUNTIMES[name][2])} artifacts, not {what}")
-    _requirable(require, tiers, tuple(runtimes) or (DEFAULT[what],), what)
     old = None if baseline is None else earlier.load(baseline)
     progress("reading")
     source = read(reference)
@@ -100,21 +99,21 @@ def validate(
         ),
         progress=progress,
     )
+    _requirable(require, tiers, proof.runtimes, what)
     if proof.artifact is not None:
-        _same_model(reference, source, path, proof.artifact)
-    corpus = proof.read_text()
-    _describe(proof, reference, corpus, manifest)
+        _same_model(source, path, proof.artifact)
+    _describe(proof, reference, manifest)
     if old is not None:
         earlier.comparable(old, proof.details["settings"])
     found = weight_tiers.run(proof)
     if "tokens" in tiers:
-        proof.guarded("tokens", "tokens", lambda: token_tier.run(proof, corpus), runtime=_default(proof))
+        proof.guarded("tokens", "tokens", lambda: token_tier.run(proof), runtime=_default(proof))
     if "layers" in tiers:
-        proof.guarded("layers", "layers", lambda: _layers(proof, corpus))
+        proof.guarded("layers", "layers", lambda: _layers(proof))
     if "logits" in tiers and found is not None and any(r.non_finite for r in found.table):
         proof.not_proven.append("logits: tensors hold NaN or infinite values")
     elif "logits" in tiers:
-        proof.guarded("logits", "logits", lambda: logit_tier.run(proof, corpus))
+        proof.guarded("logits", "logits", lambda: logit_tier.run(proof))
     if left := [t for t in TIERS if t not in tiers]:
         proof.notes.append(f"not asked for: {', '.join(left)}")
     if old is not None:
@@ -141,33 +140,22 @@ def _requirable(require: Sequence[str], tiers: Sequence[str], runtimes: Sequence
             raise OptionError(f"{name} is required, but {known}; choose it (--runtime) or do not require it")
 
 
-def _same_model(reference: str | Path, source: Model, path: Path, artifact: Model) -> None:
+def _same_model(source: Model, path: Path, artifact: Model) -> None:
     """InputError where families or shapes say that one was not made from the other."""
     families = [source.arch.family, artifact.arch.family]
     if families[0] != families[1] and len({find(f).gguf.arch for f in families}) > 1:
         raise InputError(f"{path}: holds a {families[1]} model, the reference is {families[0]}")
-    shapes = [{name: entry.shape for name, entry in m.entries.items()} for m in (source, artifact)]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        if shapes[0].get(name) != shapes[1].get(name):
-            raise InputError(
-                f"{path}: is not made from {reference}: {name} is {_shape(shapes[1].get(name))} here and "
-                f"{_shape(shapes[0].get(name))} there"
-            )
-
-
-def _shape(shape: Sequence[int] | None) -> str:
-    return "absent" if shape is None else "x".join(map(str, shape))
+    same_shapes(source, artifact)
 
 
 def _default(proof: Proof) -> str:
-    return proof.options.runtimes[0] if proof.options.runtimes else DEFAULT[proof.kind]
+    return proof.runtimes[0]
 
 
-def _describe(proof: Proof, reference: str | Path, corpus: str, manifest: Mapping[str, Any] | None) -> None:
+def _describe(proof: Proof, reference: str | Path, manifest: Mapping[str, Any] | None) -> None:
     """What is compared with what, for the report."""
     source, options = proof.source, proof.options
-    d = source.arch
-    stored = files(proof.path)
+    d, text = source.arch, proof.corpus.encode()
     proof.details |= {
         "reference": {
             "path": str(reference),
@@ -176,56 +164,47 @@ def _describe(proof: Proof, reference: str | Path, corpus: str, manifest: Mappin
             "layers": d.layers,
             "vocabulary": d.vocab,
             "context": d.context,
-            "sha256": model_hash(source.source) if Path(source.source).exists() else None,
+            "sha256": proof.source_hash,
         },
         "artifact": {
             "path": str(proof.path),
             "kind": proof.kind,
-            "bytes": sum(f.stat().st_size for f in stored),
+            "bytes": stored.size(proof.files),
             "parameters": None
             if proof.artifact is None
             else sum(e.data.size for e in proof.artifact.entries.values()),
             "bits_per_weight": None,
-            "file_type": _file_type(proof),
-            "sha256": model_hash(proof.path),
+            "file_type": None if proof.header is None else stored.gguf_file_type(proof.header),
+            "sha256": model_hash(proof.path, proof.sha256),
         },
         "settings": {
             "text": {
                 "name": "built-in excerpt" if options.text is None else options.text.name,
-                "sha256": hashlib.sha256(corpus.encode()).hexdigest(),
-                "bytes": len(corpus.encode()),
+                "sha256": hashlib.sha256(text).hexdigest(),
+                "bytes": len(text),
             },
             "context": logit_tier.window(proof),
             "windows": options.max_windows,
             "threads": options.threads,
             "tiers": list(options.tiers),
-            "runtimes": list(options.runtimes or (DEFAULT[proof.kind],)),
+            "runtimes": list(proof.runtimes),
         },
     }
     if manifest:
         proof.details["manifest"] = dict(manifest)
 
 
-def _file_type(proof: Proof) -> str | None:
-    if proof.kind != "gguf":
-        return None
-    from lconvert.converters.gguf_mixture_rules import FTYPES
-
-    value = container.read(proof.path).metadata.get("general.file_type")
-    return next((n for n, f in FTYPES.items() if value is not None and f.number == value.data), None)
-
-
 # --- layers
 
 
-def _layers(proof: Proof, corpus: str) -> None:
+def _layers(proof: Proof) -> None:
     """Hidden states after every layer, so that the first broken one has a name."""
     if proof.artifact is None:
         proof.not_proven.append("layers: ONNX graphs are not read into the IR")
         return
     proof.progress("layers")
-    ids = logit_tier.token_ids(proof, corpus)[: min(proof.options.context, 256)]
-    found = layers.compare(proof.source, proof.artifact, ids, lambda: proof.progress("layers"))
+    ids = logit_tier.token_ids(proof)[: min(proof.options.context, 256)]
+    found = layers.compare(proof.expected, proof.artifact, ids, lambda: proof.progress("layers"))
     proof.details["layers"] = found.to_json()
     worst = max(found.layers, key=lambda x: x.own_error)
     value = f"largest own error {worst.own_error:.2e} in {worst.layer}"

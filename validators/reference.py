@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lconvert import __version__
 from lconvert.validators import logit_cache
 from lconvert.validators.logits import Logits
 from lconvert.validators.proof import Proof
-from lconvert.validators.runtimes import Generation, Runtime, open_runtime
+from lconvert.validators.runtimes import Generation, Runtime, installed, open_runtime
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Reference:
-    """The original model: transformers on a Hugging Face folder, else our own reading. Opened when first needed."""
+    """The original model: transformers on a plain Hugging Face folder, else our own reading (GGUF, .lcir, and folders that are
+    quantized themselves, whose dequantized values are meant). Opened when first needed."""
 
     def __init__(self, proof: Proof) -> None:
         source, options = proof.source, proof.options
         self._source, self._options = source, options
-        folder = Path(source.source)
-        self.independent = (folder / "config.json").is_file()
+        self.independent = (Path(source.source) / "config.json").is_file() and not proof.carries
+        self._name = "transformers" if self.independent else "dequantized"
         self._runtime: Runtime | None = None
-        self._cached = logit_cache.CachedLogits(options.cache, self._key(folder), self._open)
+        key = {} if options.cache is None else self._key(proof.source_hash)
+        self._cached = logit_cache.CachedLogits(options.cache, key, self._open)
 
-    def _key(self, folder: Path) -> dict[str, Any]:
-        if self._options.cache is None:
-            return {}
+    def _key(self, model: str | None) -> dict[str, Any]:
         return {
-            "model": logit_cache.model_hash(folder) if folder.exists() else None,
-            "runtime": "transformers" if self.independent else f"dequantized by lconvert {__version__}",
-            "versions": _versions("torch", "transformers"),
+            "model": model,
+            "runtime": self._name if self.independent else f"dequantized by lconvert {__version__}",
+            "versions": _versions(),
             "settings": "fp32, eager attention",
         }
 
@@ -39,11 +43,10 @@ class Reference:
     @property
     def runtime(self) -> Runtime:
         if self._runtime is None:
-            name = "transformers" if self.independent else "dequantized"
-            self._runtime = open_runtime(name, self._source.source, threads=self._options.threads)
+            self._runtime = open_runtime(self._name, self._source.source, threads=self._options.threads)
         return self._runtime
 
-    def logits(self, ids: list[int]) -> Any:
+    def logits(self, ids: list[int]) -> NDArray[np.float32]:
         return self._cached(ids)
 
     def generate(self, ids: list[int], n: int) -> Generation:
@@ -52,7 +55,7 @@ class Reference:
     def info(self) -> dict[str, str]:
         if self._runtime is not None:
             return self._runtime.info()
-        return {"runtime": "transformers", "logits": "from the cache", **_versions("torch", "transformers")}
+        return {"runtime": self._name, "logits": "from the cache", **_versions()}
 
     @property
     def notes(self) -> list[str]:
@@ -63,13 +66,5 @@ class Reference:
             self._runtime.close()
 
 
-def _versions(*packages: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    out = {}
-    for name in packages:
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            out[name] = "not installed"
-    return out
+def _versions() -> dict[str, str]:
+    return {name: installed(name) or "not installed" for name in ("torch", "transformers")}

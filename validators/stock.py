@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lconvert.archs import find
 from lconvert.converters import gguf, gguf_mixture
 from lconvert.converters.gguf_mixture_rules import FTYPES
 from lconvert.errors import RuntimeFailure
-from lconvert.formats import gguf as container
-from lconvert.ir import Model, QTensor
-from lconvert.plan import execute
+from lconvert.ir import Decoder, Model, QTensor
+from lconvert.plan import cpus, execute
+from lconvert.validators import stored
 from lconvert.validators.runtimes import llamacpp
 
 #: What a curve of quality against size consists of, largest first.
@@ -56,10 +54,8 @@ class StockEncoder:
     def make(self, type_: str) -> Stock:
         """llama.cpp's file of this mixture ("Q4_K_M"); RuntimeFailure where its quantizer refuses the model."""
         if self._floats is None:
-            losses = tuple(x.name for x in find(self._source.arch.family).gguf.losses(self._source.arch))
-            options = gguf.Options(gguf_mixture.Options("COPY"), allow_loss=losses)
             self._floats = execute(
-                gguf.plan(self._source, "floats.gguf", options),
+                gguf.plan(self._source, "floats.gguf", options(self._source.arch, "COPY")),
                 self._folder,
                 threads=self._threads,
                 force=True,
@@ -69,35 +65,31 @@ class StockEncoder:
         llamacpp.capture_log(llama_cpp)
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = FTYPES[type_].number
-        params.nthread = self._threads or os.cpu_count() or 1
+        params.nthread = self._threads or cpus()
         code = llama_cpp.llama_model_quantize(
             os.fsencode(self._floats), os.fsencode(out), ctypes.byref(params)
         )
         if code:
             raise RuntimeFailure(f"llama.cpp's quantizer refused {type_}: {' | '.join(llamacpp.LOG[-3:])}")
-        return Stock(type_, out, out.stat().st_size, bits_per_weight(out))
+        size, bits = stored.stored(out)
+        assert bits is not None
+        return Stock(type_, out, size, bits)
+
+
+def options(arch: Decoder, type_: str) -> gguf.Options:
+    """A mixture by its name, with whatever llama.cpp lacks of these traits accepted."""
+    losses = tuple(x.name for x in find(arch.family).gguf.losses(arch))
+    return gguf.Options(gguf_mixture.Options(type_), allow_loss=losses)
 
 
 def _narrow(data: Any) -> bool:
     return not isinstance(data, QTensor) and data.dtype in ("F16", "BF16")
 
 
-def bits_per_weight(path: Path) -> float:
-    """Over all tensors of two or more dimensions."""
-    matrices = [t for t in container.read(path).tensors.values() if len(t.shape) > 1]
-    return 8 * sum(t.nbytes for t in matrices) / max(1, sum(int(np.prod(t.shape)) for t in matrices))
-
-
-def file_type(path: Path) -> str | None:
-    """The mixture that general.file_type names, None where it names none that the stock encoder makes."""
-    value = container.read(path).metadata.get("general.file_type")
-    number = None if value is None else value.data
-    return next((t for t in TYPES if FTYPES[t].number == number), None)
-
-
 def rival(source: Model, named: str | None, bits: float) -> str | None:
-    """The stock type to measure a file of so many bits per weight against: `named` where it has this size, else the
-    largest that is not larger; None where all are."""
+    """The stock type to measure a file of so many bits per weight against: `named`, what general.file_type says, where
+    the stock encoder makes it in this size, else the largest that is not larger; None where all are."""
+    named = named if named in TYPES else None
     planned = {t: _planned_bits(source, t) for t in dict.fromkeys((*([named] if named else []), *CURVE))}
     if named is not None and abs(planned[named] - bits) <= _SAME * bits:
         return named
@@ -107,7 +99,5 @@ def rival(source: Model, named: str | None, bits: float) -> str | None:
 
 def _planned_bits(source: Model, type_: str) -> float:
     """Bits per weight that the mixture will have, from headers alone."""
-    losses = tuple(x.name for x in find(source.arch.family).gguf.losses(source.arch))
-    plan = gguf.plan(source, "m.gguf", gguf.Options(gguf_mixture.Options(type_), allow_loss=losses))
-    matrices = [i for i in plan.items() if len(i.shape) > 1]
-    return 8 * sum(i.nbytes for i in matrices) / max(1, sum(int(np.prod(i.shape)) for i in matrices))
+    plan = gguf.plan(source, "m.gguf", options(source.arch, type_))
+    return stored.bits_per_weight((i.nbytes, i.shape) for i in plan.items()) or 0.0

@@ -1,13 +1,67 @@
-"""How many bytes an artifact takes, and how many bits one of its weights."""
+"""The files of an artifact, how many bytes they take, and how many bits one of its weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lconvert.errors import LconvertError
 from lconvert.validators.runtimes import kind
+
+if TYPE_CHECKING:
+    from lconvert.formats.gguf import GGUFFile
+    from lconvert.ir import QTensor, Tensor
+
+
+def files(path: Path) -> list[Path]:
+    """The files that hold an artifact's weights: shards; of a graph, the external data beside it (NAME.data, NAME_data)."""
+    if path.is_dir():
+        return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    if path.suffix == ".gguf":
+        from lconvert.formats import gguf
+
+        return list(gguf.read(path).paths)
+    return [path, *sorted(f for f in path.parent.glob(f"{path.name}?data") if f.is_file())]
+
+
+def size(paths: Iterable[Path]) -> int:
+    """Bytes of files."""
+    return sum(p.stat().st_size for p in paths)
+
+
+def nbytes(data: Tensor | QTensor) -> int:
+    """Stored bytes of a tensor, scales and zero points included."""
+    from lconvert.formats.gguf_blocks import native_type
+    from lconvert.ir import DTYPE_SIZE, QTensor
+    from lconvert.kernels.blocks import BLOCKS
+
+    if not isinstance(data, QTensor):
+        return data.size * DTYPE_SIZE[data.dtype]
+    if type_ := native_type(data):
+        return data.size // BLOCKS[type_].elems * BLOCKS[type_].nbytes
+    sides = (data.scale, data.zero, data.offset)
+    return -(-data.size * data.grid.bits // 8) + sum(nbytes(s) for s in sides if s is not None)
+
+
+def bits_per_weight(tensors: Iterable[tuple[int, Sequence[int]]]) -> float | None:
+    """8 x bytes / weights of the (bytes, shape) with two or more dimensions; None where there are none."""
+    wide = [(bytes_, prod(shape)) for bytes_, shape in tensors if len(shape) > 1]
+    return 8 * sum(b for b, _ in wide) / sum(n for _, n in wide) if wide else None
+
+
+def gguf_bits(file: GGUFFile) -> float | None:
+    """`bits_per_weight` of a GGUF file's tensors."""
+    return bits_per_weight((t.nbytes, t.shape) for t in file.tensors.values())
+
+
+def gguf_file_type(file: GGUFFile) -> str | None:
+    """llama.cpp's mixture that general.file_type names; None where it names none."""
+    from lconvert.converters.gguf_mixture_rules import FTYPES
+
+    value = file.metadata.get("general.file_type")
+    return next((n for n, f in FTYPES.items() if value is not None and f.number == value.data), None)
 
 
 def stored(path: Path) -> tuple[int, float | None]:
@@ -20,35 +74,12 @@ def stored(path: Path) -> tuple[int, float | None]:
             from lconvert.formats import gguf
 
             file = gguf.read(path)
-            return file.size, _per_weight([(8.0 * t.nbytes, t.shape) for t in file.tensors.values()])
-        size = sum(f.stat().st_size for f in _files(path))
+            return file.size, gguf_bits(file)
+        total = size(files(path))
         if kind(path) == "onnx":
-            return size, None
+            return total, None
         from lconvert.converters import read
 
-        entries = read(path).entries.values()
-        return size, _per_weight([(_bits(e.data), e.shape) for e in entries])
+        return total, bits_per_weight((nbytes(e.data), e.shape) for e in read(path).entries.values())
     except LconvertError:
-        return sum(f.stat().st_size for f in _files(path)), None
-
-
-def _per_weight(tensors: list[tuple[float, tuple[int, ...]]]) -> float | None:
-    wide = [(bits, prod(shape)) for bits, shape in tensors if len(shape) > 1]
-    return sum(b for b, _ in wide) / sum(n for _, n in wide) if wide else None
-
-
-def _bits(data: Any) -> float:
-    """Stored bits of a tensor, scales and zero points included."""
-    from lconvert.ir import DTYPE_SIZE, QTensor
-
-    if not isinstance(data, QTensor):
-        return 8.0 * DTYPE_SIZE[data.dtype] * float(data.size)
-    sides = [s for s in (data.scale, data.zero, data.offset) if s is not None]
-    return float(data.grid.bits * data.size) + sum(map(_bits, sides))
-
-
-def _files(path: Path) -> list[Path]:
-    """The files that hold an artifact's weights; of a graph, the external data beside it (NAME.onnx.data, .onnx_data)."""
-    if path.is_dir():
-        return list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
-    return [path, *(f for f in path.parent.glob(f"{path.name}?data") if f.is_file())]
+        return size([path] if path.is_file() else files(path)), None

@@ -6,11 +6,9 @@ leaves to the runtime's defaults, or writes in another width, is then no differe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,15 @@ import numpy as np
 
 from lconvert.archs import find
 from lconvert.converters import gguf, gguf_keys, gguf_mixture, tokenizer_gguf
-from lconvert.converters.gguf_mixture_rules import FTYPES
 from lconvert.errors import LconvertError
 from lconvert.formats.gguf import GGUFFile
 from lconvert.formats.gguf_values import Value
 from lconvert.ir import Decoder, Model, Tokenizer
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.plan import manifest_path
+from lconvert.validators import stored
 from lconvert.validators.runtimes.hf import reference_tokenizer
+from lconvert.validators.tokens import first_difference
 
 #: Keys about all tokens; the others are about special ones.
 _VOCABULARY = ("tokens", "token_type", "scores", "merges", "model", "pre")
@@ -105,7 +104,7 @@ def _told(a: Any, b: Any) -> str:
     if _is_array(a) and _is_array(b):
         if len(a) != len(b):
             return f"{len(b)} items, expected {len(a)}"
-        at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+        at = first_difference(a, b)
         count = sum(x != y for x, y in zip(a, b, strict=True))
         return f"{count} differ, the first at {at}: {_short(b[at])}, expected {_short(a[at])}"
     return f"{_short(b)}, expected {_short(a)}"
@@ -128,20 +127,8 @@ def _short(x: Any) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-def _fields(prefix: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
-    if type(a) is type(b) and is_dataclass(a) and not isinstance(a, type):
-        return [
-            found
-            for f in fields(a)
-            for found in _fields(f"{prefix}{f.name}.", getattr(a, f.name), getattr(b, f.name))
-        ]
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return [
-            found
-            for key in sorted(a.keys() | b.keys(), key=str)
-            for found in _fields(f"{prefix}{key}.", a.get(key), b.get(key))
-        ]
-    return [] if a == b else [(prefix.rstrip("."), a, b)]
+def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(key, a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
 
 def same_tokenizer(source: Tokenizer, artifact: Tokenizer | None) -> dict[str, list[str]]:
@@ -149,15 +136,13 @@ def same_tokenizer(source: Tokenizer, artifact: Tokenizer | None) -> dict[str, l
     if artifact is None:
         return {"vocabulary": ["the folder holds no tokenizer"], "special ids": []}
     a, b = (reference_tokenizer(t).get_vocab(with_added_tokens=True) for t in (source, artifact))
-    vocabulary = [
-        f"token {_short(name)}: {_short(y)}, expected {_short(x)}" for name, x, y in _fields("", a, b)
-    ]
+    vocabulary = [f"token {_short(name)}: {_short(y)}, expected {_short(x)}" for name, x, y in _changed(a, b)]
     a, b = (_merges(t) for t in (source, artifact))
     if a != b:
         vocabulary.append(f"merges: {_told(a, b)}")
     special = [
         f"{name}: {_short(b)}, expected {_short(a)}"
-        for name, a, b in _fields("", dict(source.special), dict(artifact.special))
+        for name, a, b in _changed(source.special, artifact.special)
     ]
     for name in _SETTINGS:
         a, b = source.config.get(name), artifact.config.get(name)
@@ -186,7 +171,7 @@ def _merges(t: Tokenizer) -> list[str]:
     return [m if isinstance(m, str) else " ".join(m) for m in found]
 
 
-def manifest_hashes(files: Sequence[Path]) -> dict[str, tuple[str, str]]:
+def manifest_hashes(files: Sequence[Path], sha256: Callable[[Path], str]) -> dict[str, tuple[str, str]]:
     """(found, wanted) sha256 by file name, of all files that a manifest beside one of `files` lists; {} without one.
 
     Where there is no hash to compare, found or wanted says why in words.
@@ -204,52 +189,34 @@ def manifest_hashes(files: Sequence[Path]) -> dict[str, tuple[str, str]]:
             listed = {path.name: "unreadable"}
         here = {f.name: f for f in files if f.parent == path.parent}
         for name, wanted in ({path.name: "of another file"} | listed).items():
-            out[name] = (_sha256(here[name]) if name in here else "missing", wanted)
+            out[name] = (sha256(here[name]) if name in here else "missing", wanted)
     return out
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def gguf_claims(file: GGUFFile, model: Model) -> list[str]:
-    """Keys that say something about the tensors beside them, and what they say wrongly."""
+def gguf_claims(file: GGUFFile, model: Model) -> tuple[list[str], list[str]]:
+    """What the keys say wrongly of the tensors beside them; and the tensors that have fewer bits than llama.cpp's
+    mixture of the name in general.file_type gives them."""
     arch = find(model.arch.family).gguf.arch
     rows = file.metadata.get(f"{arch}.vocab_size")
     out = []
     if rows is not None and rows.data != model.arch.vocab:
         out.append(f"{arch}.vocab_size is {_short(rows.data)}, the embedding has {model.arch.vocab} rows")
-    value = file.metadata.get("general.file_type")
-    claimed = next((n for n, f in FTYPES.items() if value is not None and f.number == value.data), None)
-    sizes: dict[str, int] = {}
-    for t in file.tensors.values():
-        if len(t.shape) > 1:
-            sizes[t.type] = sizes.get(t.type, 0) + int(np.prod(t.shape))
-    if value is not None and claimed is None:
-        out.append(f"general.file_type is {_short(value.data)}, which llama.cpp does not have")
-    elif claimed is not None and sizes and not _typical(file, model, claimed) & sizes.keys():
-        out.append(f"general.file_type says {claimed}; the tensors are {', '.join(sorted(sizes))}")
-    return out
-
-
-def fewer_bits(file: GGUFFile, model: Model) -> list[str]:
-    """Tensors that have fewer bits than llama.cpp's mixture of the name in general.file_type gives them."""
-    value = file.metadata.get("general.file_type")
-    claimed = next((n for n, f in FTYPES.items() if value is not None and f.number == value.data), None)
+    value, claimed = file.metadata.get("general.file_type"), stored.gguf_file_type(file)
     if claimed is None:
-        return []
-    out = []
-    for name, choice in _mixture(file, model, claimed).items():
-        stored = file.tensors[name].type
-        if BLOCKS[stored].bits_per_weight < BLOCKS[choice].bits_per_weight:
-            out.append(f"{name} is {stored}, {claimed} makes it {choice}")
-    return out
-
-
-def _typical(file: GGUFFile, model: Model, claimed: str) -> set[str]:
-    """Types of matrices that a mixture of this name has in this model."""
-    return {t for n, t in _mixture(file, model, claimed).items() if len(file.tensors[n].shape) > 1}
+        if value is not None:
+            out.append(f"general.file_type is {_short(value.data)}, which llama.cpp does not have")
+        return out, []
+    mixture = _mixture(file, model, claimed)
+    matrices = [n for n, t in file.tensors.items() if len(t.shape) > 1]
+    types = {file.tensors[n].type for n in matrices}
+    if types and not types & {mixture[n] for n in matrices if n in mixture}:
+        out.append(f"general.file_type says {claimed}; the tensors are {', '.join(sorted(types))}")
+    fewer = []
+    for name, choice in mixture.items():
+        type_ = file.tensors[name].type
+        if BLOCKS[type_].bits_per_weight < BLOCKS[choice].bits_per_weight:
+            fewer.append(f"{name} is {type_}, {claimed} makes it {choice}")
+    return out, fewer
 
 
 def _mixture(file: GGUFFile, model: Model, claimed: str) -> dict[str, str]:

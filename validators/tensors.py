@@ -12,18 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert import kernels
+from lconvert.converters import gguf_carry, gguf_names
 from lconvert.errors import InputError, MissingPackageError
 from lconvert.formats import gguf
 from lconvert.ir import Model, QTensor, Tensor
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
-from lconvert.validators import codes, folder_values
-
-_SLAB = 1 << 22  # values compared at a time
-
+from lconvert.validators import codes, folder_values, stored
+from lconvert.validators.slabs import largest_difference, slabs
 
 #: Types whose encoder needs an importance matrix or takes minutes: their blocks are not encoded again.
-_SLOW = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+SLOW = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 #: From this share of blocks on that are the stock encoder's, all of them were meant to be.
 _STOCK = 0.5
 #: Two compilers may round a search differently; damage makes a block worse by more than this.
@@ -41,7 +40,8 @@ class TensorRow:
     source's values, None where it was not run. damaged: blocks that are not, in a tensor where most are, and that are
     further from the source. error_ratio: the worst block's squared error / the same block's by the stock encoder, in a
     tensor that some other method has encoded. stock_ratio: the same over the whole tensor. nearest: there, the share of codes that are the nearest to the source given
-    the stored scales; stray: codes that are not, in a tensor where nearly all are.
+    the stored scales; stray: codes that are not, in a tensor where nearly all are. steps, bias: of grids that are no block type
+    (codes.Fit). carried: how a source that is quantized itself is held: exact, rounded, requantized, or differs (carried.judge).
     """
 
     name: str
@@ -62,6 +62,9 @@ class TensorRow:
     nearest: float | None = None
     stray: int = 0
     non_finite: int = 0
+    steps: float | None = None
+    bias: float | None = None
+    carried: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,13 +150,12 @@ def check_gguf(
             continue
         worst = max(worst, _independent_difference(package, own, name, other))
         progress()
-    matrices = [t for t in own.tensors.values() if len(t.shape) > 1]
     return TensorCheck(
         tensors=len(own.tensors),
         structure=tuple(structure),
         max_difference=worst,
         table=check_entries(artifact, source, progress),
-        bits_per_weight=_bits(sum(t.nbytes for t in matrices), sum(int(np.prod(t.shape)) for t in matrices)),
+        bits_per_weight=stored.gguf_bits(own) or 0.0,
         types=_counted(t.type for t in own.tensors.values()),
     )
 
@@ -163,20 +165,15 @@ def check_folder(
 ) -> TensorCheck:
     """A Hugging Face or .lcir folder; what it stores is seen independently by the safetensors package."""
     count, differences, worst = folder_values.independent(path)
-    table = check_entries(artifact, source, progress)
-    matrices = [r for r in table if len(r.shape) > 1]
+    table = check_entries(artifact, source, progress, block_types=(path / "lcir.json").is_file())
     return TensorCheck(
         tensors=count,
         structure=tuple(differences),
         max_difference=worst,
         table=table,
-        bits_per_weight=_bits(sum(r.bytes for r in matrices), sum(int(np.prod(r.shape)) for r in matrices)),
+        bits_per_weight=stored.bits_per_weight((r.bytes, r.shape) for r in table) or 0.0,
         types=_counted(r.type for r in table),
     )
-
-
-def _bits(size: int, weights: int) -> float:
-    return 8 * size / max(weights, 1)
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
@@ -184,22 +181,45 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 
 
 def check_entries(
-    artifact: Model, source: Model, progress: Callable[[], None] = lambda: None
+    artifact: Model,
+    source: Model,
+    progress: Callable[[], None] = lambda: None,
+    *,
+    block_types: bool = True,
 ) -> tuple[TensorRow, ...]:
-    """Every entry against the source's, in fp32, slab by slab."""
+    """Every entry against the source's, in fp32, slab by slab. block_types: grids that are a GGUF block type's are named by it."""
     rows = []
     for role, entry in artifact.entries.items():
-        shift = source.arch.norm_offset - artifact.arch.norm_offset if "norm" in role else 0.0
-        rows.append(compare(role, entry.data, source.entries[role].data, shift))
+        data, original = _as_stored(role, artifact, entry.data, source.entries[role].data)
+        shift = norm_shift(role, artifact, source)
+        rows.append(compare(role, data, original, shift, block_types=block_types))
         progress()
     return tuple(rows)
+
+
+def _as_stored(
+    role: str, artifact: Model, data: Tensor | QTensor, original: Tensor | QTensor
+) -> tuple[Tensor | QTensor, Tensor | QTensor]:
+    """Both sides with the rows of the file, so that its blocks can be compared: latent attention's keys stand transposed."""
+    if not role.endswith("attn.k_b") or not isinstance(data, QTensor) or data.block[1] != 1:
+        return data, original
+    rows = data.rows // artifact.arch.layer(int(role.split(".")[1])).attention.heads
+    turned = gguf_names.transposed_codes(data, rows)
+    if turned is None:
+        return data, original
+    return turned, gguf_names.transposed(gguf_carry.dense([original])[0], rows)
+
+
+def norm_shift(role: str, artifact: Model, source: Model) -> float:
+    """What the artifact's values of a role are above the source's: norms may be stored with another offset."""
+    return source.arch.norm_offset - artifact.arch.norm_offset if "norm" in role else 0.0
 
 
 def typical_bits(artifact: Model) -> float:
     """Bits per weight that at least half of the layers' weights have at most; small models store much of their
     size in the embedding and the output, which have rules of their own."""
     sizes = sorted(
-        (_bits(_stored_bytes(e.data), e.data.size), e.data.size)
+        (8 * stored.nbytes(e.data) / max(e.data.size, 1), e.data.size)
         for name, e in artifact.entries.items()
         if name.startswith("layers.") and len(e.shape) > 1
     )
@@ -211,42 +231,66 @@ def typical_bits(artifact: Model) -> float:
     return 32.0
 
 
-def _type(data: Any) -> str:
+def _type(data: Any, block_types: bool = True) -> str:
     if isinstance(data, QTensor):
         from lconvert.formats.gguf_blocks import native_type
 
-        return native_type(data) or "quantized"
+        return (native_type(data) if block_types else None) or portable_type(data)
     return str(data.dtype)
 
 
+def portable_type(q: QTensor) -> str:
+    """A grid that is no block type in a few letters: "int4 g32", "uint4 row", "fp8 128x128", "nvfp4 g16"."""
+    return f"{grid_name(q)} {_block_name(q)}"
+
+
+def grid_name(q: QTensor) -> str:
+    """int4, uint8, fp8, nvfp4, mxfp4, mxfp8, codebook16 ..."""
+    g = q.grid
+    if g.kind == "codebook":
+        return f"codebook{len(g.values)}"
+    if g.kind == "int":
+        return f"{'u' * (not g.signed)}int{g.bits}"
+    inner = q.scale.grid if isinstance(q.scale, QTensor) else None
+    family = "" if inner is None else "mx" if inner.kind == "float" and inner.mantissa == 0 else "nv"
+    return f"{family}fp{g.bits}"
+
+
+def _block_name(q: QTensor) -> str:
+    height, width = q.block[0], q.block[-1]
+    if height == -1:
+        return "tensor"
+    return "row" if width == -1 else f"g{width}" if height == 1 else f"{height}x{width}"
+
+
 def _independent_difference(package: Any, own: gguf.GGUFFile, name: str, other: Any) -> float:
-    """max |ours - theirs| over a tensor, both in fp32, slab by slab; NaN counts as infinite."""
+    """max |ours - theirs| over a tensor, both in fp32."""
     info = own.tensors[name]
     raw = gguf.raw(own, name)
     cols = info.shape[-1]
-    step = max(1, _SLAB // max(cols, 1))
-    stored = other.data.view(np.uint8).reshape(raw.shape)
-    worst = 0.0
-    for start in range(0, raw.shape[0], step):
-        stop = min(start + step, raw.shape[0])
-        ours = kernels.dequantize(info.type, raw.read(start, stop), cols)
-        theirs = package.dequantize(stored[start:stop].reshape(-1), other.tensor_type).reshape(ours.shape)
-        with np.errstate(invalid="ignore"):  # infinities: counted where values are
-            difference = np.abs(ours.astype(np.float64) - theirs)
-        worst = max(worst, float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0)))
-    return worst
+    blocks = other.data.view(np.uint8).reshape(raw.shape)
+    return largest_difference(
+        (raw.shape[0], cols),
+        lambda a, b: kernels.dequantize(info.type, raw.read(a, b), cols),
+        lambda a, b: package.dequantize(blocks[a:b].reshape(-1), other.tensor_type).reshape(b - a, cols),
+    )
 
 
-def compare(role: str, data: Tensor | QTensor, original: Tensor | QTensor, shift: float = 0.0) -> TensorRow:
+def compare(
+    role: str,
+    data: Tensor | QTensor,
+    original: Tensor | QTensor,
+    shift: float = 0.0,
+    *,
+    block_types: bool = True,
+) -> TensorRow:
     """One entry against the source's, `shift` added to the source's values (norms stored with another offset)."""
-    type_ = _type(data)
+    type_ = _type(data, block_types)
     block = BLOCKS.get(type_) if isinstance(data, QTensor) else None
     stock = block is not None and _stock_encodes(type_, data, original)
     cast = data.dtype if isinstance(data, Tensor) and data.dtype in ("F16", "BF16") else ""
-    step = max(1, _SLAB // max(1, int(np.prod(data.shape[1:]))))
     sums = _Sums()
-    for start in range(0, data.rows, step):
-        stop = min(start + step, data.rows)
+    for start, stop in slabs(tuple(data.shape)):
         a: NDArray[np.float32] = values(data, start, stop)
         b: NDArray[np.float32] = values(original, start, stop)
         if shift:
@@ -254,52 +298,49 @@ def compare(role: str, data: Tensor | QTensor, original: Tensor | QTensor, shift
         sums.add(a, b, block.elems if block else 0, type_ if stock else "")
         if cast:
             sums.cast(a, b, cast)
-    size = _stored_bytes(data)
+    size = stored.nbytes(data)
     other = bool(sums.blocks) and sums.same < _STOCK * sums.blocks
     far, total = 0, 0
-    if other and isinstance(data, QTensor) and isinstance(original, Tensor) and type_ in codes.TYPES:
-        far, total = codes.not_nearest(data, original)
+    portable = isinstance(data, QTensor) and block is None and not sums.equal
+    found = None
+    if isinstance(data, QTensor) and (
+        portable or (other and isinstance(original, Tensor) and type_ in codes.TYPES)
+    ):
+        found = codes.fit(data, original)
+        far, total = found.wild if portable else found.far, found.total
     return TensorRow(
         name=role,
         type=type_,
         shape=tuple(data.shape),
         bytes=size,
-        bits_per_weight=_bits(size, data.size),
+        bits_per_weight=8 * size / max(data.size, 1),
         exact=sums.equal,
         promised=isinstance(data, Tensor),
         kept=sums.equal or (bool(cast) and sums.is_cast),
-        relative_error=_finite((sums.error / sums.norm) ** 0.5 if sums.norm else 0.0),
-        block_error=_finite(sums.worst) if block else None,
-        block_rms=_finite(sums.worst_rms) if block else None,
+        relative_error=finite((sums.error / sums.norm) ** 0.5 if sums.norm else 0.0),
+        block_error=finite(sums.worst) if block else None,
+        block_rms=finite(sums.worst_rms) if block else None,
         stock_blocks=sums.same / sums.blocks if sums.blocks else None,
         damaged=sums.worse if sums.blocks and sums.same >= _STOCK * sums.blocks else 0,
-        error_ratio=_finite(sums.ratio) if other else None,
-        stock_ratio=_finite(sums.error / sums.best if sums.best else 1.0) if other else None,
+        error_ratio=finite(sums.ratio) if other else None,
+        stock_ratio=finite(sums.error / sums.best if sums.best else 1.0) if other else None,
         nearest=1 - far / total if total else None,
         stray=far if far <= (1 - codes.NEARLY_ALL) * total else 0,
         non_finite=sums.non_finite,
+        steps=finite(found.steps) if found and portable else None,
+        bias=finite(found.bias) if found and portable else None,
     )
 
 
-def _finite(x: float) -> float:
-    """JSON has no infinity; what is beyond all gates stays beyond them."""
-    return x if np.isfinite(x) else float(np.finfo(np.float64).max)
-
-
-def _stored_bytes(data: Tensor | QTensor) -> int:
-    block = BLOCKS.get(_type(data)) if isinstance(data, QTensor) else None
-    if block is not None:
-        return data.size // block.elems * block.nbytes
-    if isinstance(data, Tensor):
-        return data.size * BLOCKS[data.dtype].nbytes
-    side = sum(_stored_bytes(t) for t in (data.scale, data.zero, data.offset) if t is not None)
-    return -(-data.size * data.grid.bits // 8) + side
+def finite(x: float) -> float:
+    """JSON has neither infinity nor NaN; what is beyond all gates stays beyond them."""
+    return float(x) if np.isfinite(x) else float(np.finfo(np.float64).max)
 
 
 def _stock_encodes(type_: str, data: Tensor | QTensor, original: Tensor | QTensor) -> bool:
     """Whether llama.cpp's encoder of this type can be run on the source's values for a comparison."""
     plain = isinstance(original, Tensor) and len(data.shape) > 1
-    return plain and type_ not in _SLOW and data.shape[-1] % BLOCKS[type_].elems == 0
+    return plain and type_ not in SLOW and data.shape[-1] % BLOCKS[type_].elems == 0
 
 
 class _Sums:

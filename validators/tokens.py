@@ -18,6 +18,7 @@ from lconvert.converters import tokenizer_gguf
 from lconvert.errors import UnsupportedError
 from lconvert.ir import Tokenizer
 from lconvert.validators import corpus as builtin
+from lconvert.validators.runtimes.hf import encode
 
 #: (text, special tokens are parsed) -> ids, without bos and eos.
 Encode = Callable[[str, bool], Sequence[int]]
@@ -123,24 +124,28 @@ def compare(
 
     On the built-in texts, on texts made of the tokenizer's own added tokens, and on the paragraphs of `corpus`.
     """
-    reference.no_truncation()
-    reference.no_padding()
-
-    def expected(text: str, special: bool) -> Sequence[int]:
-        reference.encode_special_tokens = not special
-        ids: list[int] = reference.encode(text, add_special_tokens=False).ids
-        return ids
-
-    try:
-        limits = tokenizer_gguf.limits(tokenizer) if limited else ()
-    except UnsupportedError:
-        limits = ()  # llama.cpp was given some other tokenizer: then nothing excuses a difference
-
-    def excuse(text: str, special: bool) -> str:
-        return next((limit.reason for limit in limits if limit.reaches(text, special)), "")
-
     texts = [*builtin.texts(builtin.added_texts(tokenizer.json)), *_paragraphs(corpus)]
-    return compare_texts(expected, lambda text, special: tokenize(text, special=special), texts, excuse)
+    excuse = excuses(tokenizer) if limited else no_excuse
+    return compare_texts(
+        lambda text, special: encode(reference, text, special=special),
+        lambda text, special: tokenize(text, special=special),
+        texts,
+        excuse,
+    )
+
+
+def no_excuse(text: str, special: bool) -> str:
+    """Of runtimes that run tokenizer.json itself."""
+    return ""
+
+
+def excuses(tokenizer: Tokenizer) -> Excuse:
+    """Why llama.cpp's ids of a text may differ."""
+    try:
+        limits = tokenizer_gguf.limits(tokenizer)
+    except UnsupportedError:  # llama.cpp was given some other tokenizer: then nothing excuses a difference
+        return no_excuse
+    return lambda text, special: next((x.reason for x in limits if x.reaches(text, special)), "")
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -159,7 +164,7 @@ def compare_texts(
     expected: Encode,
     found: Encode,
     texts: Iterable[str],
-    excuse: Excuse = lambda text, special: "",
+    excuse: Excuse = no_excuse,
     keep: int = 10,
 ) -> TokenReport:
     """Both encoders on every text in both modes; keeps the first `keep` differences with and without excuse."""
@@ -183,7 +188,7 @@ def compare_texts(
                 continue
             count["beyond_different" if why else "different"] += 1
             if len(kept[bool(why)]) < keep:
-                kept[bool(why)].append(Difference(text, mode, a, b, _first(a, b), why))
+                kept[bool(why)].append(Difference(text, mode, a, b, first_difference(a, b), why))
     return TokenReport(
         counts=tuple(Count(name, **counts[mode]) for mode, name in MODES),
         differences=(*kept[False], *kept[True]),
@@ -191,7 +196,8 @@ def compare_texts(
     )
 
 
-def _first(a: Sequence[int], b: Sequence[int]) -> int:
+def first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Where two sequences part; the length of the shorter one where it is the start of the other."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -223,7 +229,7 @@ def autotokenizer_differs(folder: Path, texts: Iterable[str]) -> str | None:
             a = own.encode(text, add_special_tokens=framed).ids
             b = list(auto(text, add_special_tokens=framed)["input_ids"])
             if a != b:
-                at = _first(a, b)
+                at = first_difference(a, b)
                 return (
                     f"transformers' {type(auto).__name__} gives other ids than tokenizer.json: {text[:60]!r} "
                     f"{'with' if framed else 'without'} bos and eos, from id {at} on {b[at : at + 5]} instead of "

@@ -7,12 +7,14 @@ name, parameters of a rope scaling that is not in use, a window as long as the c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from lconvert.converters.gguf_keys import longrope_attention, yarn_attention
-from lconvert.ir import Attention, Decoder, Layer, Moe, Rope
+from lconvert.archs.common import yarn_attention
+from lconvert.converters.gguf_keys import longrope_attention
+from lconvert.errors import InputError
+from lconvert.ir import Attention, Decoder, Layer, Model, Moe, Rope
 
 #: Fields of a Decoder that say how it is held, not what it computes, or that `_of_layer` looks into.
 _ASIDE = ("family", "norm_offset", "default", "overrides")
@@ -24,6 +26,21 @@ _SCALING: Mapping[str, tuple[str, ...]] = {
     "yarn": ("factor", "beta_fast", "beta_slow", "original_context", "truncate"),
     "longrope": ("original_context", "short_factors", "long_factors"),
 }
+
+
+def same_shapes(source: Model, artifact: Model) -> None:
+    """InputError where shapes say that `artifact` was not made from `source`."""
+    a, b = ({name: entry.shape for name, entry in m.entries.items()} for m in (source, artifact))
+    for name in sorted(a.keys() | b.keys()):
+        if a.get(name) != b.get(name):
+            raise InputError(
+                f"{artifact.source}: is not made from {source.source}: {name} is {_shape(b.get(name))} here and "
+                f"{_shape(a.get(name))} there"
+            )
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape))
 
 
 def differences(a: Decoder, b: Decoder) -> list[str]:

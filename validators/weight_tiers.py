@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lconvert.errors import InputError
-from lconvert.formats import gguf as container
 from lconvert.plan import manifest_path
-from lconvert.validators import documents, structure, tensors, traits
-from lconvert.validators.proof import Proof, files
+from lconvert.validators import carried, documents, quantized_tier, structure, tensors, traits
+from lconvert.validators.proof import Proof
 
 #: structure.manifest_hashes
 Hashes = Mapping[str, tuple[str, str]]
@@ -24,31 +25,47 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
         proof.not_proven.append("structure and tensors: ONNX graphs are not read into the IR")
         return None
     proof.progress("tensors")
-    found = None
     if proof.kind == "gguf":
-        found = tensors.check_gguf(proof.path, proof.artifact, proof.source)
+        found = tensors.check_gguf(proof.path, proof.artifact, proof.expected)
     else:
-        found = tensors.check_folder(proof.path, proof.artifact, proof.source)
+        found = tensors.check_folder(proof.path, proof.artifact, proof.expected)
+    files, hashes = _files(proof), {}
+    if "structure" in wanted or proof.carries:
+        hashes = structure.manifest_hashes(files, proof.sha256)
+    plan = _plan(proof, hashes)
+    if proof.carries:
+        promises = carried.promised({"plan": plan})
+        table = carried.judged(found.table, proof.artifact, proof.source, proof.expected, promises)
+        found = replace(found, table=table)
     proof.details["tensors"] = found.to_json()
     proof.details["artifact"]["bits_per_weight"] = found.bits_per_weight
     if "structure" in wanted:
-        _structure(proof, found)
+        _structure(proof, found, hashes, plan.get("options", {}))
+        if proof.kind == "hf":
+            quantized_tier.structure(proof)
     if "tensors" in wanted:
         _values(proof, found)
+        if proof.kind == "hf":
+            quantized_tier.independent(proof)
+        if proof.carries:
+            _carried(proof, found)
     return found
 
 
-def _structure(proof: Proof, found: tensors.TensorCheck) -> None:
+def _files(proof: Proof) -> list[Path]:
+    return sorted(p for p in proof.path.rglob("*") if p.is_file()) if proof.path.is_dir() else proof.files
+
+
+def _structure(proof: Proof, found: tensors.TensorCheck, hashes: Hashes, options: Mapping[str, Any]) -> None:
     assert proof.artifact is not None
     types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))
     proof.count("structure", "independent reader", found.structure, f"{found.tensors} tensors: {types}")
     source, artifact = proof.source.arch, proof.artifact.arch
     compared = structure.gguf_traits if proof.kind == "gguf" else traits.differences
     proof.count("structure", "traits", compared(source, artifact), "as the source says")
-    hashes = structure.manifest_hashes(files(proof.path))
     _hashes(proof, hashes)
     if proof.kind == "gguf":
-        _claims(proof, _options(proof, hashes))
+        _claims(proof, options)
 
 
 def _hashes(proof: Proof, found: Hashes) -> None:
@@ -64,12 +81,9 @@ def _hashes(proof: Proof, found: Hashes) -> None:
 
 def _claims(proof: Proof, options: Mapping[str, Any]) -> None:
     """What the file's metadata says of its own tensors. options: those of its conversion, as far as they are known."""
-    assert proof.artifact is not None
-    file = container.read(proof.path)
-    proof.count(
-        "structure", "metadata", structure.gguf_claims(file, proof.artifact), "agrees with the tensors"
-    )
-    fewer = structure.fewer_bits(file, proof.artifact)
+    assert proof.artifact is not None and proof.header is not None
+    wrong, fewer = structure.gguf_claims(proof.header, proof.artifact)
+    proof.count("structure", "metadata", wrong, "agrees with the tensors")
     chosen = [name for name in _CHOSEN if options.get(name)]
     if chosen:
         value = f"by choice ({', '.join(chosen)}): {len(fewer)} have fewer bits"
@@ -78,30 +92,23 @@ def _claims(proof: Proof, options: Mapping[str, Any]) -> None:
         return
     limit = float(proof.gates["mixture"]["fewer_bits"])
     value = f"{len(fewer)} have fewer bits" if fewer else "as llama.cpp's mixture of this name"
-    proof.add(
-        "structure",
-        "tensor types",
-        value,
-        f"{limit:g} with fewer bits",
-        len(fewer) <= limit,
-        measured=len(fewer),
-        limit=limit,
-    )
+    proof.at_most("structure", "tensor types", value, len(fewer), limit, f"{limit:g} with fewer bits")
     proof.notes += [f"tensor types: {text}" for text in fewer[:5]]
 
 
-def _options(proof: Proof, hashes: Hashes) -> Mapping[str, Any]:
-    """The options of the conversion: out of the manifest given, else of the one beside the file if it is this file's."""
+def _plan(proof: Proof, hashes: Hashes) -> Mapping[str, Any]:
+    """The conversion's plan: out of the manifest given, else of the one beside the files if it is theirs."""
     given = proof.details.get("manifest")
     if given is None:
         if not hashes or any(seen != wanted for seen, wanted in hashes.values()):
             return {}
+        beside = (manifest_path(f) for f in _files(proof))
         try:
-            given = documents.manifest(manifest_path(files(proof.path)[0]))
-        except InputError:
+            given = documents.manifest(next(path for path in beside if path.is_file()))
+        except (InputError, StopIteration):
             return {}
-    options: Mapping[str, Any] = given.get("plan", {}).get("options", {})
-    return options
+    plan: Mapping[str, Any] = given.get("plan", {})
+    return plan
 
 
 #: options of a conversion that choose types other than the mixture's
@@ -113,44 +120,63 @@ def _values(proof: Proof, found: tensors.TensorCheck) -> None:
     _independent(proof, found.max_difference)
     broken = found.broken_promises
     value = f"{found.exact} of {len(found.table)}"
-    proof.add(
-        "tensors", "equal to the source", value, "all floats", not broken, measured=len(broken), limit=0
-    )
+    proof.at_most("tensors", "equal to the source", value, len(broken), 0, "all floats")
     proof.notes += [f"not equal to the source: {name}" for name in broken[:5]]
     bad = [f"{r.name} holds {r.non_finite}" for r in found.table if r.non_finite]
     if bad:
         proof.count("tensors", "NaN or infinite values", bad, "")
     _stock_blocks(proof, found)
+    _nearest(proof, found)
     limit = float(proof.gates["relative_error"])
-    wrong = found.by_type(lambda r: r.relative_error if r.block_error is not None else None)
+    wrong = found.by_type(lambda r: None if r.promised else r.relative_error)
     if wrong:
         error, role = max(wrong.values())
         name = "RMS error of the worst tensor"
         value = f"{error:.3g} of its RMS in {role}"
-        proof.add("tensors", name, value, f"<= {limit:g}", error <= limit, measured=error, limit=limit)
+        proof.at_most("tensors", name, value, error, limit)
     for title, column, limits in (
         ("worst block", lambda r: r.block_error, proof.gates["block_error"]),
         ("RMS of the worst block", lambda r: r.block_rms, proof.gates["block_rms"]),
+        ("distance of the worst block in steps", lambda r: r.steps, proof.gates["grid_steps"]),
+        ("bias of the worst block in steps", lambda r: r.bias, proof.gates["grid_bias"]),
         ("squared error against the stock encoder's", lambda r: r.stock_ratio, proof.gates["stock_ratio"]),
         ("worst block against the stock encoder's", lambda r: r.error_ratio, proof.gates["error_ratio"]),
     ):
         for type_, (error, role) in found.by_type(column).items():
             gate = float(limits.get(type_, limits["default"]))
-            value = f"{error:.3g} in {role}"
-            proof.add(
-                "tensors",
-                f"{type_}: {title}",
-                value,
-                f"<= {gate:g}",
-                error <= gate,
-                measured=error,
-                limit=gate,
-            )
+            proof.at_most("tensors", f"{type_}: {title}", f"{error:.3g} in {role}", error, gate)
     for type_, (error, role) in found.by_type(lambda r: r.relative_error).items():
         if error:
             proof.notes.append(
                 f"relative error of {type_} tensors against the source: up to {error:.3e} ({role})"
             )
+
+
+def _carried(proof: Proof, found: tensors.TensorCheck) -> None:
+    """A quantized source: every entry to the bit, or held in the way that its grid explains; activations and caches as stated."""
+    assert proof.artifact is not None
+    rows = [r for r in found.table if r.carried is not None]
+    wrong = [
+        f"{r.name}: {r.type}, relative error {r.relative_error:.2e}" for r in rows if r.carried == "differs"
+    ]
+    counts = {k: sum(r.carried == k for r in rows) for k in ("exact", "rounded", "requantized")}
+    said = [f"{n} {k}" for k, n in counts.items() if n]
+    proof.count("tensors", "carried", wrong, f"{', '.join(said) or 'no tensor'} of {len(rows)} quantized")
+    for kind in ("rounded", "requantized"):
+        some = [r for r in rows if r.carried == kind]
+        if some:
+            worst = max(some, key=lambda r: r.relative_error or 0)
+            proof.notes.append(
+                f"{kind}: {', '.join(r.name for r in some[:3])}{' ...' if some[3:] else ''}; relative error up to "
+                f"{worst.relative_error:.2e} ({worst.name})"
+            )
+    left = carried.unstated(proof.expected, proof.artifact)
+    if proof.kind == "gguf" or quantized_tier.weights_alone(proof):
+        proof.notes += left
+    else:
+        again = {r.name for r in rows if r.carried == "requantized"}
+        differs = list(carried.settings(proof.expected, proof.artifact, again))
+        proof.count("tensors", "activations and KV cache", differs, "as the source says")
 
 
 def _independent(proof: Proof, worst: float | None) -> None:
@@ -161,8 +187,7 @@ def _independent(proof: Proof, worst: float | None) -> None:
         )
     else:
         name = "independent dequantization" if proof.kind == "gguf" else "independent reading of values"
-        value = f"max |difference| {worst:g}"
-        proof.add("tensors", name, value, "0", worst == 0, measured=worst, limit=0)
+        proof.at_most("tensors", name, f"max |difference| {worst:g}", worst, 0, "0")
     if proof.kind == "lcir" and proof.quantized:
         proof.not_proven.append(
             "tensors and logits: another program's dequantization; only lconvert reads the codes of .lcir"
@@ -183,7 +208,11 @@ def _stock_blocks(proof: Proof, found: tensors.TensorCheck) -> None:
         f"{same} of {len(compared)} tensors block for block"
         + ("" if same == len(compared) else ", the others by another method"),
     )
-    judged = [r for r in compared if r.nearest is not None]
+
+
+def _nearest(proof: Proof, found: tensors.TensorCheck) -> None:
+    """Codes that are not the nearest to the source's values."""
+    judged = [r for r in found.table if r.nearest is not None]
     if judged:
         stray = [f"{r.name} has {r.stray} codes that are not the nearest" for r in judged if r.stray]
         lowest = min(r.nearest for r in judged if r.nearest is not None)

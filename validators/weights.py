@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from lconvert.validators import page, show
@@ -94,9 +95,7 @@ def _by_layer(
         if place is None or len(t["shape"]) < 2 or t.get(key) is None:
             continue
         role = re.sub(r"\.weight$", "", re.sub(r"\.\d+(?=\.|$)", "", place[2]))
-        weights = 1
-        for n in t["shape"]:
-            weights *= n
+        weights = prod(t["shape"])
         cell = sums.setdefault((int(place[1]), role), [0.0, 0.0])
         cell[0] += weights * t[key]
         cell[1] += weights

@@ -297,7 +297,7 @@ def map_folder(change: Callable[[NDArray[Any]], NDArray[Any]], *names: str) -> C
         assert hit, f"no tensor {names}"
         for name in hit:
             dtype, array = folder.tensors[name]
-            folder.tensors[name] = (dtype, np.ascontiguousarray(change(array)))
+            folder.tensors[name] = (dtype, np.asarray(change(array), order="C"))
 
     return apply
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Types
 from numpy.typing import NDArray
 
+from . import checkpoints
 from .changes import (
     added_tokens,
     as_type,
@@ -61,8 +61,9 @@ from .changes import (
     without_post_processor,
     woven,
 )
+from .checkpoints import CARRIED, CHECKPOINTS
 from .planter import (
-    Plant,
+    Fault,
     Stored,
     bit,
     from_donor,
@@ -73,42 +74,8 @@ from .planter import (
     padding,
 )
 
-
-@dataclass(frozen=True)
-class Fault:
-    """One fault in one artifact.
-
-    tier: the first tier that must fail, in their order. says: part of the name of a failed check or, where the file is
-    refused, of the message. donor: (model, type) of another good artifact that the fault takes something from.
-    manifest: (model, type) of the artifact whose manifest lies beside the bad one; without one, the gates alone decide.
-    silent: what the runtime computes is not changed, so that the logits cannot tell.
-    """
-
-    name: str
-    model: str
-    type: str
-    tier: str
-    plant: Plant
-    says: str = ""
-    donor: tuple[str, str] | None = None
-    manifest: tuple[str, str] | None = None
-    silent: bool = False
-
-    @property
-    def id(self) -> str:
-        return f"{self.name} [{self.model} {self.type}]"
-
-
 #: Faults of formats that lconvert does not write yet, and the name of the format: they become required with it.
 PENDING: tuple[tuple[str, str], ...] = (
-    ("GPTQ zero point off by one (v1 read as v2, and the other way round)", "gptq"),
-    ("GPTQ g_idx ignored (act order)", "gptq"),
-    ("AWQ nibble order", "awq"),
-    ("AWQ input scales not folded", "awq"),
-    ("NVFP4 global scales inverted", "nvfp4"),
-    ("NVFP4 global scales untied between fused projections", "nvfp4"),
-    ("FP8 weight scale inverted", "fp8"),
-    ("KV cache scale wrong", "kv"),
     ("ONNX: initializer transposed", "onnx"),
     ("ONNX: zero point packed in the other nibble", "onnx"),
     ("ONNX: position ids shifted by one", "onnx"),
@@ -172,6 +139,19 @@ ROWS = (
     Fault("experts permuted", "mixtral", "Q8_0", "tensors", in_gguf(map_data(roll(1), "exps"))),
     Fault("experts permuted", "qwen3_moe", "Q4_K_M", "tensors", in_gguf(map_data(roll(2), "exps"))),
     Fault("rows of the router permuted", "mixtral", "Q4_K_M", "tensors", in_gguf(map_data(roll(1), "ffn_gate_inp"))),
+    Fault("heads of the latent's keys shifted by one", "deepseek_v2", "Q8_0", "tensors",
+          in_gguf(map_data(roll(1), "attn_k_b"))),
+    Fault("heads of the latent's values shifted by one", "deepseek_v3", "Q4_K_M", "tensors",
+          in_gguf(map_data(roll(1), "attn_v_b"))),
+    Fault("latent and its rotated key swapped", "deepseek_v3", "Q8_0", "tensors",
+          in_gguf(map_data(parts(64, 16, order=(1, 0)), "attn_kv_a_mqa"))),
+    Fault("rows of the rotated key in the other layout", "deepseek_v2", "F32", "tensors",
+          in_gguf(map_data(lambda x: np.concatenate([x[:64], x[64:][woven(16, 1)]]), "attn_kv_a_mqa"))),
+    Fault("shared expert's gate and up swapped", "deepseek_v3", "Q8_0", "tensors",
+          in_gguf(swap("blk.1.ffn_gate_shexp.weight", "blk.1.ffn_up_shexp.weight"))),
+    Fault("gate and up of experts swapped", "gpt_oss", "Q8_0", "tensors",
+          in_gguf(swap("blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_up_exps.weight"))),
+    Fault("biases of experts permuted", "gpt_oss", "F32", "tensors", in_gguf(map_data(roll(1), "exps.bias"))),
 )  # fmt: skip
 
 VALUES = (
@@ -191,6 +171,10 @@ VALUES = (
     Fault("bias dropped: a layer norm's", "starcoder2", "Q8_0", "tensors",
           in_gguf(map_data(_no_bias, "output_norm.bias"))),
     Fault("bias dropped: an MLP's", "gpt_neox", "Q8_0", "tensors", in_gguf(map_data(_no_bias, "ffn_down.bias"))),
+    Fault("correction of the router dropped", "deepseek_v3", "F32", "tensors",
+          in_gguf(map_data(_no_bias, "exp_probs_b.bias"))),
+    Fault("sinks dropped", "gpt_oss", "Q8_0", "tensors", in_gguf(map_data(_no_bias, "attn_sinks"))),
+    Fault("bias dropped: the router's", "gpt_oss", "F16", "tensors", in_gguf(map_data(_no_bias, "ffn_gate_inp.bias"))),
     Fault("embedding scaled in the file too", "gemma3", "F32", "tensors",
           in_gguf(map_values(lambda x: x * 16, "token_embd"))),
     Fault("every scale 1% off", "demo", "Q8_0", "tensors",
@@ -226,6 +210,10 @@ VALUES = (
     Fault("one byte flipped: codes", "demo", "Q4_K_M", "tensors", bit("blk.1.ffn_up.weight", 50, 60, 0xFF)),
     Fault("one byte flipped: codes", "cohere", "Q4_K_M", "tensors", bit("blk.1.ffn_up.weight", 50, 60, 0xFF)),
     Fault("one bit flipped: a code", "llama", "Q4_K_M", "tensors", bit("blk.1.ffn_up.weight", 51, 61, 0x02)),
+    Fault("one bit flipped: a transposed code", "deepseek_v3", "Q8_0", "tensors",
+          bit("blk.1.attn_k_b.weight", 20, 9, 0x01)),
+    Fault("correction of experts in reverse", "deepseek_v3", "F32", "tensors",
+          in_gguf(map_data(lambda x: x[..., ::-1], "exp_probs_b"))),
     Fault("one byte flipped: sub-scale", "qwen3", "Q4_K_M", "tensors", bit("blk.0.ffn_up.weight", 5, 6, 0x21)),
     Fault("one byte flipped: codes", "granite", "Q6_K", "tensors", bit("blk.1.ffn_up.weight", 50, 60, 0xFF)),
     Fault("one byte flipped: codes", "stablelm", "Q4_0", "tensors", bit("blk.1.ffn_up.weight", 50, 10, 0xFF)),
@@ -316,6 +304,16 @@ TRAITS = (
     Fault("one expert instead of two", "mixtral", "F32", "structure", in_gguf(key(".expert_used_count", 1))),
     Fault("experts' weights scaled", "mixtral", "Q8_0", "structure",
           in_gguf(new_key(".expert_weights_scale", 0.5, F32))),
+    Fault("experts' weights not scaled", "deepseek_v2", "F32", "structure", in_gguf(key(".expert_weights_scale", 1.0))),
+    Fault("experts' weights not normalised", "deepseek_v3", "Q8_0", "structure",
+          in_gguf(key(".expert_weights_norm", False))),
+    Fault("experts chosen by softmax", "deepseek_v3", "F32", "structure", in_gguf(key(".expert_gating_func", 1))),
+    Fault("experts chosen from more groups", "deepseek_v3", "Q4_K_M", "structure",
+          in_gguf(key(".expert_group_used_count", 3))),
+    Fault("width of the rotated part wrong", "deepseek_v2", "Q8_0", "structure",
+          in_gguf(key(".rope.dimension_count", 8))),
+    Fault("sliding window changed", "gpt_oss", "Q8_0", "structure", in_gguf(key(".attention.sliding_window", 32))),
+    Fault("rope factor wrong: YaRN", "gpt_oss", "F32", "structure", in_gguf(key(".rope.scaling.factor", 8.0))),
     Fault("norm epsilon 1e-6 for 1e-5", "demo", "F32", "structure",
           in_gguf(key(".attention.layer_norm_rms_epsilon", 1e-6))),
     Fault("norm epsilon 1e-5 for 1e-3", "starcoder2", "Q4_K_M", "structure",
@@ -454,6 +452,7 @@ HIDDEN = (
           bit("blk.1.ffn_up.weight", 50, 10, 0x11), says="sha256", manifest=("llama", "Q4_0 imatrix")),
     Fault("lowest byte of a scale", "mistral", "IQ3_S imatrix", "structure",
           bit("blk.1.ffn_up.weight", 51, 0, 0xFF), says="sha256", manifest=("mistral", "IQ3_S imatrix")),
+    *checkpoints.HIDDEN,
 )  # fmt: skip
 
 #: Changes that change nothing: llama.cpp must give the same ids and exactly the same logits.
@@ -471,7 +470,7 @@ EQUIVALENT = (
 )  # fmt: skip
 
 
-FAULTS: tuple[Fault, ...] = ROWS + VALUES + TRAITS + TEXT + FOLDERS
+FAULTS: tuple[Fault, ...] = ROWS + VALUES + TRAITS + TEXT + FOLDERS + CHECKPOINTS + CARRIED
 
 
 def main(name: str, good: str, bad: str, donor: str | None = None) -> None:

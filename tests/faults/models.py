@@ -23,6 +23,7 @@ import lconvert
 from lconvert.formats import gguf
 from tests import arch_cases
 from tests.conftest import DEMO, ROOT, SHARED
+from tests.faults import quantized
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -53,6 +54,8 @@ _LOCAL = {
 
 RANDOM: Mapping[str, Random] = {
     "cohere": Random("cohere-gqa", 8101, {"logit_scale": 0.5}),
+    "deepseek_v2": Random("deepseek_v2-lite", 8123),
+    "deepseek_v3": Random("deepseek_v3-groups", 8124),
     "falcon": Random("falcon-7b", 8102),
     "gemma2": Random(
         "gemma2-alternating", 8103, {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
@@ -60,6 +63,7 @@ RANDOM: Mapping[str, Random] = {
     "gemma3": Random("gemma3_text-pattern", 8104, {"rope_parameters": _LOCAL}),
     "gpt2": Random("gpt2-tied", 8105),
     "gpt_neox": Random("gpt_neox-parallel", 8106),
+    "gpt_oss": Random("gpt_oss-experts", 8125),
     "granite": Random("granite-multipliers", 8107),
     "llama": Random("llama-gqa", 8108),
     "llama-other-seed": Random("llama-gqa", 9108),
@@ -95,10 +99,22 @@ GOOD += [
 GOOD += [(m, t) for m in ("gemma2", "gpt2", "qwen3_moe") for t in ("HF", "F16", "Q6_K")]
 GOOD += [(m, "Q8_0") for m in ("llama3-rope", "llama-linear", "llama-yarn", "phi3-partial")]
 
+#: Good quantized artifacts: every preset on the demo model and on a random one, every source as it is and carried, and
+#: presets on architectures with biases, fused matrices and experts.
+QUANTIZED = [(m, kind) for m in ("demo", "llama") for kind in quantized.PRESETS]
+QUANTIZED += [
+    (m, kind)
+    for m in ("qwen2", "phi3", "qwen3_moe", "gemma2")
+    for kind in ("w4a16", "awq", "fp8", "nvfp4a16")
+]
+QUANTIZED += [(name, "HF") for name in quantized.SOURCES]
+QUANTIZED += [(name, f"to {target}") for name, s in quantized.SOURCES.items() for target in s.carried]
+
 
 def unseen(name: str) -> bool:
     """Whether the gates never saw the model."""
-    return name in RANDOM
+    source = quantized.SOURCES.get(name)
+    return (source.base if source else name) in RANDOM
 
 
 class Models:
@@ -110,21 +126,38 @@ class Models:
     def folder(self, name: str) -> Path:
         if name == "demo":
             return DEMO
+        made = self.root / name
+        if name in quantized.SOURCES:
+            source = quantized.SOURCES[name]
+            if not made.is_dir():
+                plain = lconvert.read(self.folder(source.base))
+                quantized.write(source.change(plain), source.target, made)
+            return made
         if name not in RANDOM:
             return SHARED / "models" / name
-        made = self.root / name
         if not made.is_dir():
             model = RANDOM[name]
             draw(replace(model, seed=model.seed + self.redraw), made)
         return made
 
     def artifact(self, name: str, kind: str) -> Path:
-        """The folder for kind HF, else the GGUF file of this type, without its manifest.
+        """The folder for kind HF, what a preset makes of it, what "to TARGET" carries it into, else the GGUF file of this type.
 
-        A type that ends in " imatrix" is quantized with an importance matrix.
+        All without their manifests. A type that ends in " imatrix" is quantized with an importance matrix.
         """
         if kind == "HF":
             return self.folder(name)
+        if kind in quantized.PRESETS:
+            folder = self.root / f"{name}.{kind.replace(' ', '-')}"
+            if not folder.is_dir():
+                quantized.made(lconvert.read(self.folder(name)), kind, folder, self.root)
+            return folder
+        if kind.startswith("to "):
+            target = kind.removeprefix("to ")
+            carried = self.root / f"{name}.to-{target}{'.gguf' if target == 'gguf' else ''}"
+            if not carried.exists():
+                quantized.write(lconvert.read(self.folder(name)), target, carried)
+            return carried
         path = self.root / f"{name}.{kind.replace(' ', '-')}.gguf"
         if not path.exists():
             source = self.folder(name)
@@ -161,6 +194,9 @@ def draw(model: Random, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             _randomise(name, parameter, loud=bool(config.tie_word_embeddings) and "post_" in name)
+        for name, buffer in made.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     made.to(getattr(torch, case.dtype)).save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer(), encoding="utf-8")
     names = dict(zip(("bos_token", "eos_token"), _SPECIAL, strict=False)) | {"pad_token": "<|pad|>"}

@@ -19,11 +19,17 @@ from gguf import GGMLQuantizationType as Types
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-#: Names of stored dtypes, and as what NumPy sees them: bf16 as its bits.
+#: Names of stored dtypes, and as what NumPy sees them: bf16 and fp8 as their bits.
 _VIEWS = {
     torch.bfloat16: ("BF16", torch.uint16),
+    torch.float8_e4m3fn: ("F8_E4M3", torch.uint8),
+    torch.float8_e5m2: ("F8_E5M2", torch.uint8),
     torch.float16: ("F16", torch.float16),
     torch.float32: ("F32", torch.float32),
+    torch.int8: ("I8", torch.int8),
+    torch.uint8: ("U8", torch.uint8),
+    torch.int32: ("I32", torch.int32),
+    torch.int64: ("I64", torch.int64),
 }
 
 
@@ -76,6 +82,31 @@ class Folder:
 Plant = Callable[[Path, Path, Path | None], None]
 
 
+@dataclass(frozen=True)
+class Fault:
+    """One fault in one artifact.
+
+    tier: the first tier that must fail, in their order. says: part of the name of a failed check or, where the file is
+    refused, of the message. donor: (model, type) of another good artifact that the fault takes something from.
+    manifest: (model, type) of the artifact whose manifest lies beside the bad one; without one, the gates alone decide.
+    silent: what the runtime computes is not changed, so that the logits cannot tell.
+    """
+
+    name: str
+    model: str
+    type: str
+    tier: str
+    plant: Plant
+    says: str = ""
+    donor: tuple[str, str] | None = None
+    manifest: tuple[str, str] | None = None
+    silent: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.name} [{self.model} {self.type}]"
+
+
 def load(path: Path) -> Gguf:
     reader = gguf.GGUFReader(str(path))
     keys = {
@@ -109,12 +140,15 @@ def open_folder(path: Path) -> Folder:
 
 
 def save_folder(folder: Folder, source: Path, target: Path) -> None:
-    """Everything of `source` that is neither JSON nor weights comes along unchanged."""
+    """Everything of `source` but the weights and the JSON files that were changed comes along byte by byte."""
     shutil.copytree(source, target)
     for name, content in folder.json.items():
-        (target / name).write_text(json.dumps(content), encoding="utf-8")
+        if content != json.loads((source / name).read_text(encoding="utf-8")):
+            (target / name).write_text(json.dumps(content), encoding="utf-8")
     own = {dtype: torch_type for torch_type, (dtype, _) in _VIEWS.items()}
-    made = {n: torch.from_numpy(np.ascontiguousarray(a)).view(own[d]) for n, (d, a) in folder.tensors.items()}
+    made = {
+        n: torch.from_numpy(np.asarray(a, order="C")).view(own[d]) for n, (d, a) in folder.tensors.items()
+    }
     save_file(made, target / "model.safetensors", {"format": "pt"})
 
 
@@ -151,6 +185,18 @@ def in_folder(change: Callable[[Folder], None]) -> Plant:
     def plant(good: Path, bad: Path, donor: Path | None) -> None:
         folder = open_folder(good)
         change(folder)
+        save_folder(folder, good, bad)
+
+    return plant
+
+
+def from_folder(change: Callable[[Folder, Folder], None]) -> Plant:
+    """A change that takes something from another folder."""
+
+    def plant(good: Path, bad: Path, donor: Path | None) -> None:
+        assert donor is not None
+        folder = open_folder(good)
+        change(folder, open_folder(donor))
         save_folder(folder, good, bad)
 
     return plant

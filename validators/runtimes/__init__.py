@@ -88,6 +88,24 @@ def kind(path: str | Path) -> str:
     )
 
 
+def installed(*distributions: str) -> str | None:
+    """The version of the first of these distributions that this interpreter has."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def short(e: Exception) -> str:
+    """An exception's message in one line."""
+    text = " ".join(str(e).split())
+    return text if len(text) <= 400 else text[:400] + "..."
+
+
 def fits(tokens: int, context: int | None) -> None:
     """InputError where there are no tokens, or more than the context that the model was opened with."""
     if tokens < 1:

@@ -52,12 +52,12 @@ def _tokenizer(text: str, source: str) -> Any:
         raise InputError(f"{source}: the tokenizers package refuses it ({e})") from None
 
 
-def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Ids of a text by a `tokenizers.Tokenizer`, without BOS or EOS, neither cut nor padded."""
+def encode(tokenizer: Any, text: str, *, special: bool, framed: bool = False) -> list[int]:
+    """Ids of a text by a `tokenizers.Tokenizer`, neither cut nor padded. framed: with the BOS and EOS that it adds."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not special
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    return list(tokenizer.encode(text, add_special_tokens=framed).ids)
 
 
 class Transformers:

@@ -9,7 +9,6 @@ a server's.
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
-from lconvert.validators.runtimes import Generation, Purpose, fits
+from lconvert.plan import cpus
+from lconvert.validators.runtimes import Generation, Purpose, fits, installed
 
 _F32 = 0  # GGML_TYPE_F32
 _FLASH_ATTENTION_OFF = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -38,11 +38,6 @@ _CRASHES_REPACKED = "AMX_INT8 = 1"
 def prepare() -> None:
     """Import what the class here needs."""
     package()
-
-
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def package() -> Any:
@@ -140,11 +135,15 @@ class LlamaCpp:
             raise InputError(f"llama.cpp cannot open a context of {context} tokens: {' | '.join(LOG[-3:])}")
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
+        return self._ids(text, framed=False, special=special)
+
+    def _ids(self, text: str, *, framed: bool, special: bool) -> list[int]:
+        """`framed`: with the bos and eos that llama.cpp adds."""
         data = text.encode("utf-8")
         size = len(data) + 16
         while True:
             out = (ctypes.c_int32 * size)()
-            n = self._c.llama_tokenize(self._vocab, data, len(data), out, size, False, special)
+            n = self._c.llama_tokenize(self._vocab, data, len(data), out, size, framed, special)
             if n >= 0:
                 return list(out[:n])
             size = -n
@@ -195,11 +194,9 @@ class LlamaCpp:
         return Generation(tuple(made), tuple(seconds))
 
     def info(self) -> dict[str, str]:
-        from importlib.metadata import version
-
         return {
             "runtime": "llama.cpp",
-            "llama-cpp-python": version("llama-cpp-python"),
+            "llama-cpp-python": installed("llama-cpp-python") or "unknown",
             "system": self._system,
             "threads": str(self._threads),
             "repacked_weights": "on" if self._repack else "off",

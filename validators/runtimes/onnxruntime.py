@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
-from lconvert.validators.runtimes import Generation, Purpose, fits
+from lconvert.validators.runtimes import Generation, Purpose, fits, short
 
 _ACCURACY_LEVEL: Mapping[Purpose, str] = {"parity": "1", "speed": "4"}
 _ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"  # onnxruntime_session_options_config_keys.h
@@ -84,7 +84,7 @@ class OnnxRuntime:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
-            raise InputError(f"{path}: ONNX Runtime does not load it ({_short(e)})") from None
+            raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)})") from None
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
@@ -143,9 +143,7 @@ class OnnxRuntime:
         try:
             out = self._session.run(["logits", *self._past.values()], {**feed, **past})
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
-            raise InputError(
-                f"{self._path}: ONNX Runtime failed on {len(ids)} tokens ({_short(e)})"
-            ) from None
+            raise InputError(f"{self._path}: ONNX Runtime failed on {len(ids)} tokens ({short(e)})") from None
         if out[0].ndim != 3 or out[0].shape[0] != 1:
             raise InputError(
                 f"{self._path}: logits have the shape {out[0].shape}, expected (1, tokens, vocabulary)"
@@ -200,8 +198,3 @@ class OnnxRuntime:
 
     def close(self) -> None:
         del self._session
-
-
-def _short(e: Exception) -> str:
-    text = " ".join(str(e).split())
-    return text if len(text) <= 400 else text[:400] + "..."

@@ -1,0 +1,226 @@
+"""What quantized Hugging Face folders are asked besides: a second reading of their codes, and what serving runtimes assume of them.
+
+Runtimes load q/k/v and gate/up as one matrix: where scales that exist once per tensor differ in it, vLLM takes the largest
+without a word. Scales of weights alone are cast to the model's dtype when they are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lconvert.archs import find
+from lconvert.archs.common import Bind, binds
+from lconvert.converters import fusion
+from lconvert.converters.checkpoint import FORMATS, casts
+from lconvert.converters.regrid import holds
+from lconvert.errors import InputError
+from lconvert.formats.json_object import read_object
+from lconvert.formats.scheme import Held
+from lconvert.forward import hf_tensor
+from lconvert.ir import Model, QTensor, Tensor
+from lconvert.passes import fused
+from lconvert.validators import ct_worker, second_reading
+from lconvert.validators.proof import Proof, quantization_config
+from lconvert.validators.runtimes.config import settings
+from lconvert.validators.runtimes.remote import interpreter
+
+_TORCH = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+#: Seconds that the other interpreter may take.
+_TIMEOUT = 600.0
+#: Names of converters.checkpoint.FORMATS by quant_method, where they are another.
+_FORMAT_OF: Mapping[str, str] = {"modelopt_fp4": "modelopt"}
+
+
+def method(proof: Proof) -> str:
+    """quant_method of the artifact, "" of a plain one."""
+    return str(quantization_config(proof.path).get("quant_method", "")) if proof.kind == "hf" else ""
+
+
+def weights_alone(proof: Proof) -> bool:
+    """Whether the artifact's format has no place for the quantization of activations and caches."""
+    return proof.kind == "hf" and method(proof) in ("", "gptq", "awq", "bitsandbytes", "auto-round")
+
+
+# --- structure ---------------------------------------------------------------------------------------------
+
+
+def structure(proof: Proof) -> None:
+    """Fused modules, scales that the model's dtype must hold, and the config in the eyes of the package that defines it."""
+    assert proof.artifact is not None
+    if not proof.quantized:
+        return
+    entries = proof.artifact.entries
+    if any(isinstance(e.data, QTensor) for e in entries.values()):
+        proof.count("structure", "fused modules", list(untied(proof.artifact)), "alike, with tied scales")
+        wrong = list(cast_away(proof))
+        proof.count("structure", "scales in the model's dtype", wrong, "hold")
+
+
+def untied(model: Model) -> Iterator[str]:
+    """Fused modules whose parts are quantized differently, or whose scales of one number differ."""
+    for group in fused.groups(model.arch):
+        members = {
+            r: Held(e.data if isinstance(e.data, QTensor) else None, e.activation, e.transform)
+            for r in group
+            if (e := model.entries.get(r)) is not None
+        }
+        if len(members) < 2:
+            continue
+        same = fusion.unify(members)
+        names = f"{next(iter(members)).rpartition('.')[0]}.{'/'.join(r.rpartition('.')[2] for r in members)}"
+        if isinstance(same, str):
+            yield f"{names}: {same}"
+        elif any(same[r] is not held and same[r] != held for r, held in members.items()):
+            yield f"{names}: one scale per tensor, and they differ; vLLM would take the largest"
+
+
+def cast_away(proof: Proof) -> Iterator[str]:
+    """Scales that a runtime casts to the model's dtype, which does not hold them."""
+    assert proof.artifact is not None
+    name = _FORMAT_OF.get(method(proof), method(proof))
+    stated = read_object(proof.path / "config.json")
+    dtype = _TORCH.get(str(stated.get("dtype") or stated.get("torch_dtype")).removeprefix("torch."))
+    if name not in FORMATS or dtype is None:
+        return
+    for role, entry in proof.artifact.entries.items():
+        q = entry.data
+        if not isinstance(q, QTensor) or not isinstance(q.scale, Tensor):
+            continue
+        if casts(Held(q, entry.activation), name) and not holds(q.scale, dtype):
+            yield f"{role}: scales in {q.scale.dtype} that {dtype}, the model's dtype, would round"
+
+
+# --- a second reading --------------------------------------------------------------------------------------
+
+
+def independent(proof: Proof) -> None:
+    """The codes of the artifact, and of a quantized source, decoded by others: what was read must be the same numbers."""
+    assert proof.artifact is not None
+    _folder(proof, proof.path, proof.artifact, "independent dequantization")
+    source = Path(proof.source.source)
+    if proof.carries and source.is_dir() and source.resolve() != proof.path.resolve():
+        _folder(proof, source, proof.source, "second decoding of the source")
+
+
+def _folder(proof: Proof, folder: Path, model: Model, name: str) -> None:
+    about = quantization_config(folder)
+    if not any(isinstance(e.data, QTensor) for e in model.entries.values()):
+        return
+    matrices = {b.hf.removesuffix(".weight"): b for b in binds(find(model.arch.family).names, model.arch)}
+    if about.get("quant_method") == "compressed-tensors" and folder == proof.path:
+        if (python := package_python(proof)) is None:
+            proof.not_proven.append(
+                "tensors: decompression by the package compressed-tensors, which is neither installed here nor in the "
+                "interpreter of vLLM (lconvert.toml, --python vllm=PATH)"
+            )
+        else:
+            _package(proof, folder, model, matrices, python)
+    worst, count, left = 0.0, 0, []
+    for module, theirs in second_reading.modules(folder, about):
+        bind = matrices.get(module)
+        if theirs is None or bind is None or bind.experts:
+            left.append(module)
+            continue
+        worst = max(worst, _difference(model, bind, theirs))
+        count += 1
+    if count:
+        value = f"max |difference| {worst:g} over {count} modules, by lconvert's second decoder"
+        proof.at_most("tensors", f"{name}, bit by bit", value, worst, 0, "0")
+    held = sum(isinstance(e.data, QTensor) for e in model.entries.values())
+    if left or not count:
+        method = about.get("quant_method", "this format")
+        proof.not_proven.append(
+            f"tensors: {name} of {len(left) or held} modules: no second decoder knows {method} as it is here"
+        )
+
+
+def _difference(model: Model, bind: Bind, theirs: NDArray[np.float32]) -> float:
+    ours = hf_tensor(model, bind)
+    if ours.shape != theirs.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore"):
+        wrong = np.abs(ours.astype(np.float64) - theirs)
+    return float(np.nan_to_num(wrong, nan=np.inf).max(initial=0.0))
+
+
+def package_python(proof: Proof) -> str | None:
+    """An interpreter that may have the package: this one, else vLLM's."""
+    if find_spec("compressed_tensors"):
+        return sys.executable
+    found = proof.options.python.get("vllm") or settings("vllm").python
+    return None if found is None else interpreter(found)
+
+
+def _package(proof: Proof, folder: Path, model: Model, matrices: Mapping[str, Bind], python: str) -> None:
+    """compressed-tensors' own decompression and config class."""
+    worst, count, version = 0.0, 0, ""
+    skipped: list[str] = []
+    failed: list[str] = []
+    refused: list[str] = []
+    try:
+        for head, theirs in _answers(python, folder):
+            if "version" in head:
+                version, refused = head["version"], head["refused"]
+            elif theirs is None:
+                (failed if "failed" in head else skipped).append(
+                    f"{head['module']}: {head.get('failed') or head.get('skipped')}"
+                )
+            elif (bind := matrices.get(head["module"])) is not None:
+                worst, count = max(worst, _difference(model, bind, theirs)), count + 1
+    except InputError as e:
+        proof.not_proven.append(f"tensors: decompression by the package compressed-tensors: {e}")
+        return
+    proof.count("structure", "config class of compressed-tensors", refused, f"accepts it ({version})")
+    if refused:
+        return
+    if failed:
+        proof.count("tensors", "compressed-tensors decompresses it", failed, "")
+    if skipped:
+        proof.not_proven.append(
+            f"tensors: decompression of {len(skipped)} modules by compressed-tensors: {skipped[0]}"
+        )
+    if count:
+        value = f"max |difference| {worst:g} over {count} modules, by compressed-tensors {version}"
+        proof.at_most("tensors", "independent dequantization", value, worst, 0, "0")
+
+
+def _answers(python: str, folder: Path) -> Iterator[tuple[dict[str, Any], NDArray[np.float32] | None]]:
+    """What ct_worker writes: a line of JSON, and the matrix where there is one. InputError where it fails."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [python, "-E", "-P", ct_worker.__file__, os.path.abspath(folder)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=Path(ct_worker.__file__).parent / "text",
+            env=environment,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        yield from _lines(process.stdout)
+        if process.wait(_TIMEOUT):
+            errors.seek(0)
+            last = errors.read().decode("utf-8", "replace").strip().splitlines()
+            raise InputError(f"{python}: {last[-1] if last else 'the process failed'}")
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32] | None]]:
+    for line in iter(stream.readline, b""):
+        head = json.loads(line)
+        shape = head.get("shape")
+        if shape is None:
+            yield head, None
+            continue
+        yield head, np.frombuffer(stream.read(4 * int(np.prod(shape))), np.float32).reshape(shape)
