@@ -227,7 +227,9 @@ def test_half_floats_of_an_fp32_original_are_no_fault(tmp_path: Path) -> None:
         assert 1e-5 < max(x.own_error for x in report.layers) < 1e-2
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "mixtral", "phi3", "cohere", "falcon", "mistral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", "gpt2", "mixtral", "phi3", "cohere", "falcon", "mistral", "deepseek_v3"]
+)
 def test_architectures(model_type: str, tmp_path: Path) -> None:
     """Of every kind: norms + 1, fused and transposed weights, experts, windows, parallel blocks, exact GELU."""
     cases = [c for c in arch_cases.load() if c.model_type == model_type]

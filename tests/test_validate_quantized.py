@@ -222,7 +222,7 @@ def test_inputs_that_are_no_longer_quantized_are_a_difference(tmp_path: Path) ->
     path.write_text(json.dumps(config))
     next(out.glob("*.manifest.json")).unlink()
     report = check(first, out)
-    assert failed(report) == {"activations and KV cache"}
+    assert failed(report) == {"activations and KV cache", "config and tensors"}
     assert any("its input is not quantized here, quantized in the source" in n for n in report.notes)
     # A GGUF file has no place for it: a remark, and no difference.
     report = check(first, written(lconvert.read(first), "gguf", tmp_path / "out.gguf"))
@@ -272,16 +272,21 @@ def test_scales_that_the_models_dtype_would_round_fail(packed: Path, source: Pat
 # --- the second decoder --------------------------------------------------------------------------------------
 
 
+#: Layouts that the second decoder does not know: their validation says "not proven".
+_UNKNOWN = ("autoround-own", "tao-hqq", "tao-torchao", "transformers-bitnet", "transformers-gpt-oss")
+
+
 @pytest.mark.parametrize(
-    "folder", sorted(p for p in PEERS.glob("*") if (p / "oracle.json").is_file()), ids=lambda p: p.name
+    "folder",
+    sorted(p for p in PEERS.glob("*") if (p / "oracle.json").is_file() and not p.name.startswith(_UNKNOWN)),
+    ids=lambda p: p.name,
 )
 def test_the_second_decoder_reads_what_peers_wrote_as_they_do(folder: Path) -> None:
     """Where it knows the layout. Scales of inputs are not part of the peer's matrix."""
     wanted = json.loads((folder / "oracle.json").read_text())["tensors"]
     found = dict(second_reading.modules(folder, quantization_config(folder)))
     known = {m: x for m, x in found.items() if x is not None and m in wanted}
-    if not known:
-        pytest.skip(f"{folder.name}: the second decoder does not know this layout")
+    assert known
     parts = second_reading.read(folder)
     for module, x in known.items():
         close = 0.0

@@ -26,6 +26,8 @@ from lconvert.validators.tensors import TensorRow
 
 #: What a scale rounded to 16 bits moves a value by, relatively: half a unit in the last place of BF16, and the product's rounding.
 ROUNDED = 2.0**-8 * 1.01
+#: The same where a global scale became its reciprocal in fp32, and values were multiplied in another order.
+_RECIPROCAL = 2.0**-21
 _ROUNDS = ("rounded", "requantized", "quantized")
 
 
@@ -116,17 +118,22 @@ def _narrower(data: QTensor, original: QTensor) -> bool:
     a, b = data.scale, original.scale
     if isinstance(a, QTensor) and isinstance(b, QTensor):
         if a.divisor != b.divisor:
-            return True
+            return True  # `_close` allows the reciprocal its last bits
         a, b = a.scale, b.scale
     if isinstance(a, QTensor) or isinstance(b, QTensor):
         return True  # several levels made into one, or one into several
-    return any(holds(a, short) and not holds(b, short) for short in ("BF16", "F16"))
+    return any(
+        a.dtype in (short, "F32") and holds(a, short) and not holds(b, short) for short in ("BF16", "F16")
+    )
 
 
 def _close(data: QTensor, original: QTensor) -> bool:
+    turned = isinstance(data.scale, QTensor) and isinstance(original.scale, QTensor)
+    turned = turned and data.scale.divisor != original.scale.divisor  # type: ignore[union-attr]
+    limit = _RECIPROCAL if turned else ROUNDED
     for start, stop in slabs(data.shape):
         a, b = values(data, start, stop), values(original, start, stop)
-        if not (np.abs(a.astype(np.float64) - b) <= ROUNDED * np.abs(b)).all():
+        if not (np.abs(a.astype(np.float64) - b) <= limit * np.abs(b)).all():
             return False
     return True
 

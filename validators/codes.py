@@ -24,6 +24,8 @@ from lconvert.validators.slabs import slabs
 _SLACK = 0.2
 #: Steps from the source: a scale rounded to BF16 after the codes were chosen moves the largest of 8 bits by a quarter of a step.
 _MISFIT = 0.8
+#: A block with a scale of zero has lost values larger than this share of the tensor's largest; smaller ones underflow rightly.
+_LOST = 2.0**-12
 #: From this share of nearest codes on, all are meant to be.
 NEARLY_ALL = 0.99
 
@@ -53,6 +55,8 @@ def fit(data: QTensor, original: Tensor | QTensor) -> Fit:
     lower, upper = _neighbours(data.grid)
     width = data.shape[1] if data.block[0] != 1 or data.block[1] == -1 else data.block[1]
     far, wild, steps, bias = 0, 0, 0.0, 0.0
+    flat: list[NDArray[np.float64]] = []  # magnitudes in blocks whose scale is zero
+    top = 0.0
     for start, stop in slabs(data.shape, _SLAB):
         x = values(original, start, stop).astype(np.float64)
         a = values(data, start, stop).astype(np.float64)
@@ -63,13 +67,16 @@ def fit(data: QTensor, original: Tensor | QTensor) -> Fit:
         nearer = (np.abs(down - x) < own * (1 - _SLACK)) | (np.abs(up - x) < own * (1 - _SLACK))
         far += int(nearer.sum())
         wild += int((nearer & (own > _MISFIT * step)).sum())
+        top = max(top, float(np.abs(x).max(initial=0)))
+        flat.append(np.abs(x[step == 0]))
         clipped = ((up == a) & ((x - a) * (a - down) > 0)) | ((down == a) & ((a - x) * (up - a) > 0))
         inside = (step > 0) & ~clipped
         share = np.divide(delta, step, out=np.zeros_like(delta), where=inside).reshape(-1, width)
         count = inside.reshape(-1, width).sum(axis=1).clip(1)
         steps = max(steps, float((np.square(share).sum(axis=1) / count).max(initial=0)) ** 0.5)
         bias = max(bias, float((np.abs(share.sum(axis=1)) / count)[count * 2 > width].max(initial=0)))
-    return Fit(far, data.size, wild, steps, bias)
+    lost = int(sum((x > top * _LOST).sum() for x in flat))
+    return Fit(far + lost, data.size, wild + lost, steps, bias)
 
 
 @cache

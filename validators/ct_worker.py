@@ -10,15 +10,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
-
-_OUT = os.fdopen(os.dup(1), "wb")
-os.dup2(2, 1)  # what packages print is no answer
+from typing import IO, Any
 
 
-def _line(data: dict[str, Any]) -> None:
-    _OUT.write(json.dumps(data).encode() + b"\n")
-    _OUT.flush()
+def _answers() -> IO[bytes]:
+    """Standard output for answers alone: what packages print there goes to standard error from now on."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return out
+
+
+def _line(out: IO[bytes], data: dict[str, Any]) -> None:
+    out.write(json.dumps(data).encode() + b"\n")
+    out.flush()
 
 
 def _values(state: dict[str, Any], scheme: Any, torch: Any) -> Any:
@@ -47,7 +51,7 @@ def _of(name: str) -> Any:
     return importlib.import_module(f"compressed_tensors.{name}")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, out: IO[bytes]) -> None:
     import torch
     from safetensors import safe_open
 
@@ -57,9 +61,9 @@ def main(folder: Path) -> None:
     try:
         parsed = _of("quantization").QuantizationConfig(**config)
     except Exception as e:  # noqa: BLE001 - pydantic's errors are many
-        _line({"version": version, "refused": [" ".join(str(e).split())[:300]]})
+        _line(out, {"version": version, "refused": [" ".join(str(e).split())[:300]]})
         return
-    _line({"version": version, "refused": []})
+    _line(out, {"version": version, "refused": []})
     targets = {t: s for s in parsed.config_groups.values() for t in s.targets}
     linear, embedding = torch.nn.Linear(2, 2), torch.nn.Embedding(2, 2)
     for path in sorted(folder.glob("*.safetensors")):
@@ -84,21 +88,22 @@ def main(folder: Path) -> None:
                     dense = tuple(int(n) for n in version.split(".")[:2]) >= (0, 19)
                     if words != (-(-cols * width // 32) if dense else -(-cols // (32 // width))):
                         _line(
+                            out,
                             {
                                 "module": module,
                                 "skipped": f"release {version} packs {width} bits otherwise",
-                            }
+                            },
                         )
                         continue
                 try:
                     matrix = _values(state, scheme, torch).contiguous()
                 except Exception as e:  # noqa: BLE001 - told to the reader, who judges
-                    _line({"module": module, "failed": " ".join(str(e).split())[:300]})
+                    _line(out, {"module": module, "failed": " ".join(str(e).split())[:300]})
                     continue
-                _line({"module": module, "shape": list(matrix.shape)})
-                _OUT.write(matrix.numpy().tobytes())
-    _OUT.flush()
+                _line(out, {"module": module, "shape": list(matrix.shape)})
+                out.write(matrix.numpy().tobytes())
+    out.flush()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), _answers())

@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 
 from lconvert.archs import find
 from lconvert.archs.common import Bind, binds
-from lconvert.converters import fusion
+from lconvert.converters import checkpoint, fusion
 from lconvert.converters.checkpoint import FORMATS, casts
 from lconvert.converters.regrid import holds
-from lconvert.errors import InputError
+from lconvert.errors import InputError, LconvertError
+from lconvert.formats import safetensors
 from lconvert.formats.json_object import read_object
 from lconvert.formats.scheme import Held
 from lconvert.forward import hf_tensor
 from lconvert.ir import Model, QTensor, Tensor
 from lconvert.passes import fused
+from lconvert.plan import refusals
 from lconvert.validators import ct_worker, second_reading
 from lconvert.validators.proof import Proof, quantization_config
 from lconvert.validators.runtimes.config import settings
@@ -65,6 +67,75 @@ def structure(proof: Proof) -> None:
         proof.count("structure", "fused modules", list(untied(proof.artifact)), "alike, with tied scales")
         wrong = list(cast_away(proof))
         proof.count("structure", "scales in the model's dtype", wrong, "hold")
+    if proof.kind == "hf":
+        proof.count(
+            "structure", "config and tensors", list(misstated(proof)), "as the format's writer states them"
+        )
+
+
+#: Keys of a quantization_config that runtimes act on and that the tensors themselves decide.
+_DECIDED = (
+    "bits",
+    "group_size",
+    "desc_act",
+    "sym",
+    "lm_head",
+    "zero_point",
+    "quant_algo",
+    "weight_block_size",
+)
+#: Tensors that loaders do without.
+_OPTIONAL = (".g_idx", "_scale_ub")
+
+
+def misstated(proof: Proof) -> Iterator[str]:
+    """What the folder says of itself against what our writer would say of the same tensors: a claim that nothing bears out (an
+    act-order, zero points, a quantized head), or a tensor under a name that loaders do not look for."""
+    assert proof.artifact is not None
+    name, stated = _FORMAT_OF.get(method(proof), method(proof)), quantization_config(proof.path)
+    if name == "gptq" and stated.get("checkpoint_format") == "gptq_v2":
+        name = "gptq_v2"
+    kv = proof.artifact.kv
+    if kv is not None:
+        bare = [
+            side
+            for side, spec in (("keys", kv.k), ("values", kv.v))
+            if not spec.dynamic and spec.scale is None
+        ]
+        if bare:
+            yield f"KV cache: static scales of {' and '.join(bare)} are announced and not stored; a runtime takes 1"
+    if name not in FORMATS:
+        return
+    dtype = _TORCH.get(str(read_object(proof.path / "config.json").get("dtype")).removeprefix("torch."))
+    try:
+        plan = checkpoint.plan(proof.artifact, checkpoint.Options(format=name, dtype=dtype))
+    except LconvertError:
+        return
+    if refusals(plan):
+        return
+    ours = json.loads(next(f.head for f in plan.files if f.name == "config.json")).get(
+        "quantization_config", {}
+    )
+    for key in _DECIDED:
+        if key in stated and key in ours and str(stated[key]).lower() != str(ours[key]).lower():
+            yield f"{key} is {stated[key]!r}, the tensors say {ours[key]!r}"
+    if name.startswith("gptq") and stated.get("sym") is False and _all_middle(proof.artifact):
+        yield "sym is False although every zero point is the middle of its range; vLLM serves no GPTQ that says so"
+    if (stated.get("format"), ours.get("format")) == ("int-quantized", "pack-quantized"):
+        yield "format is int-quantized although inputs are not quantized; vLLM serves such weights packed only"
+    if found := {
+        n for f in proof.files if f.suffix == ".safetensors" for n in safetensors.read_header(f).tensors
+    }:
+        wanted = [i.name for i in plan.items() if i.held and not i.name.endswith(_OPTIONAL)]
+        yield from (f"{n} is missing under the name that loaders look for" for n in wanted if n not in found)
+
+
+def _all_middle(model: Model) -> bool:
+    """Whether there are zero points and all say what symmetric codes would."""
+    found = [e.data for e in model.entries.values() if isinstance(e.data, QTensor)]
+    return bool(found) and all(
+        q.zero is not None and bool((q.zero.load() == 1 << (q.grid.bits - 1)).all()) for q in found
+    )
 
 
 def untied(model: Model) -> Iterator[str]:

@@ -139,6 +139,16 @@ def _values(proof: Proof, found: tensors.TensorCheck) -> None:
         ("RMS of the worst block", lambda r: r.block_rms, proof.gates["block_rms"]),
         ("distance of the worst block in steps", lambda r: r.steps, proof.gates["grid_steps"]),
         ("bias of the worst block in steps", lambda r: r.bias, proof.gates["grid_bias"]),
+        (
+            "distance in steps, nearest codes",
+            lambda r: r.steps if r.nearest == 1 else None,
+            proof.gates["nearest_steps"],
+        ),
+        (
+            "bias in steps, nearest codes",
+            lambda r: r.bias if r.nearest == 1 else None,
+            proof.gates["nearest_bias"],
+        ),
         ("squared error against the stock encoder's", lambda r: r.stock_ratio, proof.gates["stock_ratio"]),
         ("worst block against the stock encoder's", lambda r: r.error_ratio, proof.gates["error_ratio"]),
     ):
@@ -215,6 +225,15 @@ def _nearest(proof: Proof, found: tensors.TensorCheck) -> None:
     judged = [r for r in found.table if r.nearest is not None]
     if judged:
         stray = [f"{r.name} has {r.stray} codes that are not the nearest" for r in judged if r.stray]
+        grids = [r for r in judged if r.steps is not None]
+        if 2 * sum(r.nearest == 1 for r in grids) > len(
+            grids
+        ):  # rounded to nearest: no tensor is an exception
+            stray += [
+                f"{r.name}: {1 - (r.nearest or 0):.1%} of its codes are not the nearest, where most tensors have none"
+                for r in grids
+                if r.nearest != 1 and not r.stray
+            ]
         lowest = min(r.nearest for r in judged if r.nearest is not None)
         proof.count(
             "tensors", "nearest codes", stray, f"{100 * lowest:.2f}% or more in {len(judged)} tensors"

@@ -65,7 +65,7 @@ def judge(
     """
     start = time.perf_counter()
     try:
-        with patch.object(quantized_tier, "_python", return_value=None):
+        with patch.object(quantized_tier, "package_python", return_value=None):
             report = lconvert.validate(
                 models.folder(model),
                 candidate,

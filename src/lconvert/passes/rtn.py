@@ -185,10 +185,11 @@ def _best(
 
 
 def storable(s: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scales below fp16's smallest normal number become 0: subnormal fp16 would round them."""
+    """Scales below fp16's smallest normal number on multiples of 2^-24, which subnormal fp16 holds, and bf16 with their few bits."""
     import numpy as np
 
-    return np.where(s < np.float32(2.0**-14), np.float32(0), s)
+    unit = np.float32(2.0**-24)
+    return np.where(s < np.float32(2.0**-14), np.rint(s / unit) * unit, s)
 
 
 def _divided(x: NDArray[np.float32], s: NDArray[np.float32]) -> NDArray[np.float32]:
