@@ -152,10 +152,7 @@ class Forward:
             if full.endswith(ending):
                 parts = [
                     np.concatenate(
-                        [
-                            effective(self._model.entries[f"layers.{layer}.moe.experts.{e}.{k}"])
-                            for k in kinds
-                        ]
+                        [effective(self._model.entries[f"layers.{layer}.moe.experts.{e}.{k}"]) for k in kinds]
                     )
                     for e in range(shape[0])
                 ]
