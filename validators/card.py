@@ -27,6 +27,16 @@ _TARGETS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "gguf": ("gguf", ("gguf", "llama.cpp"), "llama.cpp"),
     "hf": ("transformers", ("safetensors",), "vllm"),
     "onnx": ("onnxruntime", ("onnx",), "onnxruntime"),
+    "vllm": ("transformers", ("safetensors", "vllm"), "vllm"),
+    "tensorrt-llm": ("transformers", ("safetensors", "tensorrt-llm", "modelopt"), "tensorrt-llm"),
+    "compressed-tensors": ("transformers", ("safetensors", "compressed-tensors"), "vllm"),
+    "gptq": ("transformers", ("safetensors", "gptq"), "vllm"),
+    "gptq_v2": ("transformers", ("safetensors", "gptq"), "vllm"),
+    "awq": ("transformers", ("safetensors", "awq"), "vllm"),
+    "fp8": ("transformers", ("safetensors", "fp8"), "vllm"),
+    "modelopt": ("transformers", ("safetensors", "modelopt"), "tensorrt-llm"),
+    "bitsandbytes": ("transformers", ("safetensors", "bitsandbytes"), "transformers"),
+    "dense": ("transformers", ("safetensors",), "vllm"),
 }
 _FROM_SOURCE = ("license", "license_name", "license_link", "language")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -211,7 +221,10 @@ def _quantized(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None
         for f in m.get("plan", {}).get("files", ())
         for t in f["tensors"]
     }
-    return bool(kinds & {"quantized", "requantized"})
+    held = any(
+        t.get("held") for m, _ in parts for f in m.get("plan", {}).get("files", ()) for t in f["tensors"]
+    )
+    return held or bool(kinds & {"quantized", "requantized"})
 
 
 def _base(manifest: Mapping[str, Any], report: Mapping[str, Any] | None) -> str | None:
@@ -249,8 +262,10 @@ def _files(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) 
         tensors = {f["name"]: f["tensors"] for f in plan.get("files", ())}
         kind = plan.get("options", {}).get("ftype") or plan.get("target") or ""
         for name, file in manifest.get("files", {}).items():
-            bits = bits_per_weight((t["bytes"], t["shape"]) for t in tensors.get(name, ()))
-            if bits is None and report is not None and len(manifest["files"]) == 1:
+            listed = tensors.get(name, ())
+            packed = any(t.get("held") for t in listed)  # their shapes are those of words, not of weights
+            bits = None if packed else bits_per_weight((t["bytes"], t["shape"]) for t in listed)
+            if bits is None and report is not None and (packed or len(manifest["files"]) == 1):
                 bits = report["details"].get("artifact", {}).get("bits_per_weight")
             rows.append(
                 (
@@ -272,7 +287,7 @@ def _made(manifest: Mapping[str, Any]) -> str:
     counts: dict[tuple[str, str], int] = {}
     for file in plan.get("files", ()):
         for t in file["tensors"]:
-            key = (str(t["type"]), str(t["verdict"]["kind"]))
+            key = (str(t.get("held") or t["type"]), str(t["verdict"]["kind"]))
             counts[key] = counts.get(key, 0) + 1
     rows = [
         (show.code(type_), show.markdown(kind), show.count(n)) for (type_, kind), n in sorted(counts.items())
@@ -302,6 +317,10 @@ def _run(runtime: str, manifest: Mapping[str, Any], artifact: str | None) -> str
         return show.fence("\n".join(lines), "sh")
     if runtime == "vllm":
         return show.fence("vllm serve .   # in this folder", "sh")
+    if runtime == "tensorrt-llm":
+        return show.fence("trtllm-serve .   # in this folder", "sh")
+    if runtime == "transformers":
+        return show.fence("model = transformers.AutoModelForCausalLM.from_pretrained('.')", "python")
     if runtime == "onnxruntime":
         lines = [
             "import onnxruntime",
