@@ -7,7 +7,7 @@ row order, so rotary permutation and fusion act on packed rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lconvert.converters import regrid
 from lconvert.converters.gguf_names import Stored, interleave, transposed, transposed_codes
 from lconvert.formats.gguf_blocks import native_type, packer
-from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid
+from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid, row_blocks
 from lconvert.ir import dense as array
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
@@ -45,21 +45,37 @@ def _side(t: Tensor) -> NDArray[np.float32]:
     return x.astype(np.float32) if t.dtype[0] in "IU" else as_f32(x, t.dtype)
 
 
-def _repeated(side: NDArray[Any], times: int, like: QTensor) -> Tensor:
-    """A per-group side tensor as one value per 32 columns."""
-    wide = np.repeat(side, times, axis=1)
-    return Tensor(wide.shape, "F16", lambda a, b: wide[a:b], like.origin, like.files)
+Rows = Callable[[int, int], NDArray[np.float32]]
 
 
-def _recoded(q: QTensor, shift: NDArray[np.float32] | None) -> Tensor:
-    """The codes minus their zero points."""
+def _rows(side: Tensor) -> Rows:
+    """Rows of a side tensor in fp32, read when they are asked for: a plan must not keep them."""
+
+    def read(start: int, stop: int) -> NDArray[np.float32]:
+        x = side.read(start, stop)
+        return x.astype(np.float32) if side.dtype[0] in "IU" else as_f32(x, side.dtype)
+
+    return read
+
+
+def _repeated(rows: Rows, times: int, like: QTensor) -> Tensor:
+    """Values per group, which F16 holds, as one per 32 columns."""
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        return np.repeat(rows(start, stop).astype(np.float16), times, axis=1)
+
+    return Tensor((like.shape[0], like.shape[1] // 32), "F16", read, like.origin, like.files)
+
+
+def _recoded(q: QTensor) -> Tensor:
+    """The codes minus their zero points; q has blocks of one row."""
     group = q.block[1] if q.block[1] != -1 else q.shape[1]
+    zero = None if q.zero is None else _rows(q.zero)
 
     def read(start: int, stop: int) -> NDArray[Any]:
         codes = q.codes.read(start, stop).astype(np.int16)
-        if shift is not None:
-            rows = shift[start:stop] if shift.shape[0] > 1 else shift
-            codes = codes - np.repeat(rows, group, axis=1)[:, : q.shape[1]].astype(np.int16)
+        if zero is not None:
+            codes = codes - np.repeat(zero(start, stop), group, axis=1)[:, : q.shape[1]].astype(np.int16)
         return codes.astype(np.int8)
 
     return Tensor(q.shape, "I8", read, q.codes.origin, q.codes.files)
@@ -75,14 +91,13 @@ def _portable(q: QTensor, wanted: str = "") -> Carried | None:
     plain = q.g_idx is None and q.mask is None and not q.outliers and q.low_rank is None and q.offset is None
     if g.kind != "int" or g.bits > 8 or not plain or len(q.shape) != 2 or not isinstance(q.scale, Tensor):
         return None
-    rows, cols = q.shape
+    cols = q.shape[1]
     group = cols if q.block[1] == -1 else q.block[1]
     if q.block[0] not in (1, -1) or group % 32 or cols % group:
         return None
     scale = _side(q.scale)
     if not _f16_exact(scale):
         return None
-    scale = np.broadcast_to(scale, (rows, cols // group))
     zero = None if q.zero is None else _side(q.zero)
     if zero is not None and not np.array_equal(zero, np.rint(zero)):
         return None
@@ -90,24 +105,29 @@ def _portable(q: QTensor, wanted: str = "") -> Carried | None:
     least = low - (0 if zero is None else int(zero.max()))
     most = high - (0 if zero is None else int(zero.min()))
     times = group // 32
-    half = scale.astype(np.float16)
+    flat = row_blocks(q)
+    assert isinstance(flat.scale, Tensor)
+    scales = _rows(flat.scale)
 
     def carried(type_: str, bits: int, codes: Tensor, offset: Tensor | None, signed: bool) -> Carried:
         same = bits == g.bits and times == 1
         grid = int_grid(bits, signed)
-        tensor = QTensor(q.shape, codes, grid, (1, 32), _repeated(half, times, q), offset=offset)
+        tensor = QTensor(q.shape, codes, grid, (1, 32), _repeated(scales, times, q), offset=offset)
         return Carried(type_, tensor, Verdict("exact" if same else "widened"))
 
     if least >= -8 and most <= 7 and wanted in ("", "Q4_0"):
-        return carried("Q4_0", 4, _recoded(q, zero), None, True)
+        return carried("Q4_0", 4, _recoded(flat), None, True)
     if zero is not None and not g.signed and g.bits <= 4 and wanted in ("", "Q4_1"):
         minimum = (scale * zero).astype(np.float32)  # a product of two short numbers: exact in fp32
         if _f16_exact(minimum):
-            wide = _repeated(np.broadcast_to(minimum, scale.shape).astype(np.float16), times, q)
-            return carried("Q4_1", 4, q.codes, wide, False)
+            assert flat.zero is not None
+            zeros = _rows(flat.zero)
+            return carried(
+                "Q4_1", 4, q.codes, _repeated(lambda a, b: scales(a, b) * zeros(a, b), times, q), False
+            )
     for type_, lowest, highest, bits in _SYMMETRIC:
         if least >= lowest and most <= highest and wanted in ("", type_):
-            return carried(type_, bits, _recoded(q, zero), None, True)
+            return carried(type_, bits, _recoded(flat), None, True)
     return None
 
 
