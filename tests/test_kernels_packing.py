@@ -452,7 +452,12 @@ def test_equals_compressed_tensors() -> None:
     ]
     lines = "\n".join(json.dumps((codes.tolist(), bits, dim)) for codes, bits, dim in cases)
     run = subprocess.run(
-        [str(VLLM_PYTHON), "-c", PEER], input=lines, capture_output=True, text=True, timeout=300, check=False
+        [str(VLLM_PYTHON), "-P", "-c", PEER],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     found = [np.array(json.loads(line), np.uint32) for line in run.stdout.splitlines()]

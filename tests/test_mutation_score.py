@@ -24,7 +24,7 @@ from tests.faults.faults import EQUIVALENT, FAULTS, FOLDERS, HIDDEN, PENDING, SH
 from tests.faults.judge import judge, largest_difference, plant
 from tests.faults.models import GOOD, QUANTIZED, Models, unseen
 
-VLLM = os.environ.get("LCONVERT_VLLM_PYTHON", "")
+VLLM = Path(os.environ.get("LCONVERT_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python")
 #: One for every kind of kernel that vLLM has on a CPU, and one that was carried.
 SERVED = (
     "nibbles as they come [demo awq]",
@@ -80,7 +80,9 @@ def test_what_changes_nothing_is_proven_to(change: Fault, models: Models, tmp_pa
     assert largest == 0
 
 
-@pytest.mark.skipif(not VLLM, reason="LCONVERT_VLLM_PYTHON names no Python that has vLLM")
+@pytest.mark.skipif(
+    not VLLM.exists(), reason="the vLLM environment is missing: LCONVERT_VLLM_PYTHON, .venv-vllm"
+)
 @pytest.mark.parametrize("fault", [f for f in CHECKPOINTS + CARRIED if f.id in SERVED], ids=_id)
 def test_vllm_shows_it_too(fault: Fault, models: Models, tmp_path: Path) -> None:
     """The same folder with the fault and without it, in the runtime that it is made for."""
