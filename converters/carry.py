@@ -1,7 +1,7 @@
 """How a format holds the numbers of one entry: exactly, in a wider form, rounded again where that is allowed, or not at all.
 
 For each format `candidates` lists the forms it could take, the most faithful first; the Writer's `problem` decides, and the
-last reason is what the user reads.
+first reason is what the user reads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lconvert.converters import regrid
 from lconvert.formats.scheme import Held
@@ -38,7 +37,6 @@ class Integers:
     symmetric: tuple[int, ...]
     asymmetric: tuple[int, ...]
     scales: tuple[str, ...] = ("F16", "BF16")
-    group: int | None = None
 
 
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -90,34 +88,15 @@ def _signed_scales(q: QTensor) -> QTensor | None:
     return replace(q, scale=replace(s, grid=E4M3))
 
 
-def _global(q: QTensor, divisor: bool) -> QTensor | None:
-    """The global scale as a divisor or a multiplier: exact where it is a power of two."""
-    s = q.scale
-    if not isinstance(s, QTensor) or not isinstance(s.scale, Tensor) or s.divisor == divisor:
-        return None
-    value = regrid.numbers(s.scale)
-    inverse = _inverse(value)
-    if inverse is None or not bool((np.frexp(np.abs(value))[0] == 0.5).all()):
-        return None
-    return replace(q, scale=replace(s, scale=dense(inverse), divisor=divisor))
-
-
-def _inverse(value: NDArray[np.float32]) -> NDArray[np.float32] | None:
-    """1 / value, None where that is beyond fp32."""
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse: NDArray[np.float32] = np.float32(1) / value
-    return inverse if bool(np.isfinite(inverse).all()) else None
-
-
-def reciprocal(q: QTensor) -> QTensor | None:
-    """The global scale in the other convention, rounded to fp32: one unit in its last place."""
+def reciprocal(q: QTensor, *, exact: bool = False) -> QTensor | None:
+    """The global scale in the other convention, rounded to fp32 by one unit in its last place, or only where that is `exact`."""
     s = q.scale
     if not isinstance(s, QTensor) or not isinstance(s.scale, Tensor):
         return None
-    inverse = _inverse(regrid.numbers(s.scale))
-    if inverse is None:
+    turned = regrid.inverse(regrid.numbers(s.scale))
+    if turned is None or (exact and not turned.exact):
         return None
-    return replace(q, scale=replace(s, scale=dense(inverse), divisor=not s.divisor))
+    return replace(q, scale=replace(s, scale=dense(turned.values), divisor=not s.divisor))
 
 
 #: Formats of weights alone: how inputs are quantized is left out, so that they run at the model's precision.
@@ -153,14 +132,14 @@ def describe(held: Held) -> str:
 
 def candidates(q: QTensor, format: str) -> Iterator[QTensor]:
     """Forms of equal value, the most faithful first."""
-    yield q
-    signed = _signed_scales(q)
-    for form in (q, signed):
+    divides = format == "compressed-tensors"
+    for form in (q, _signed_scales(q)):
         if form is None:
             continue
         yield form
-        if (other := _global(form, divisor=format == "compressed-tensors")) is not None:
-            yield other
+        if isinstance(form.scale, QTensor) and form.scale.divisor != divides:
+            if (other := reciprocal(form, exact=True)) is not None:
+                yield other
     if regrid.is_plain(q) and q.grid.kind == "float" and isinstance(q.scale, Tensor) and q.block == (-1, -1):
         yield row_blocks(q)
     if isinstance(q.scale, QTensor) and q.grid == E4M3 and (flat := regrid.plain_scale(q)) is not None:

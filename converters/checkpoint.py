@@ -30,7 +30,7 @@ from lconvert.ir import Model, QTensor, Tensor, Transform, as_f32, concat_quanti
 from lconvert.kernels.qtensor import dequantize, effective
 from lconvert.passes import fused
 from lconvert.passes.rtn_float import power_of_two_above
-from lconvert.plan import SIDE, FilePlan, Item, Plan, Slab, Verdict, sources
+from lconvert.plan import SIDE, FilePlan, Item, Plan, Slab, Verdict, sources, worst
 
 #: Every row of this many is compared with the source to measure the error of a rounding.
 _MEASURE_EVERY = 16
@@ -220,13 +220,6 @@ def _problem(options: Options, shape: tuple[int, ...], held: Held) -> str | None
     return found or serving.problem(options.runtime, options.format, held, shape)
 
 
-_ORDER = ("exact", "widened", "quantized", "rounded", "requantized", "refused")
-
-
-def _worst(verdicts: list[Verdict]) -> Verdict:
-    return max(verdicts, key=lambda v: _ORDER.index(v.kind))
-
-
 def _pieces(bind: Bind) -> Iterator[tuple[str, tuple[int, int]]]:
     """(role, rows of the role) in the order of the source tensor's rows."""
     placed = []
@@ -242,7 +235,7 @@ def _pieces(bind: Bind) -> Iterator[tuple[str, tuple[int, int]]]:
 def _fused(bind: Bind, carried: Mapping[str, Carried]) -> Carried:
     """What the module of a bind holds: the rows of its roles in order."""
     roles = list(dict.fromkeys(role for role, _ in bind.parts))
-    verdict = _worst([carried[r].verdict for r in roles])
+    verdict = worst(carried[r].verdict for r in roles)
     first = carried[roles[0]].held
     if len(roles) == 1 or first.weight is None or verdict.kind == "refused":
         return Carried(first, verdict)
@@ -357,7 +350,7 @@ def _with_input_scale(linear: Linear, dtype: str) -> Linear:
     if q is None or q.grid.kind != "int" or q.grid.bits != 4 or linear.held.transform is not None or fusible:
         return linear
     ones = np.ones(q.shape[1], np.float32)
-    param = dense(nearest(ones, dtype) if dtype != "F32" else ones, dtype)  # type: ignore[arg-type]
+    param = dense(nearest(ones, dtype), dtype)  # type: ignore[arg-type]
     identity = Transform("scale", "input", param, folded=False)
     return replace(linear, held=replace(linear.held, transform=identity))
 

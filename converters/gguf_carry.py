@@ -7,7 +7,7 @@ row order, so rotary permutation and fusion act on packed rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from lconvert.converters import regrid
 from lconvert.converters.gguf_names import Stored, interleave, transposed, transposed_codes
 from lconvert.formats.gguf_blocks import native_type, packer
-from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid, row_blocks
+from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid
 from lconvert.ir import dense as array
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
-from lconvert.plan import Verdict
+from lconvert.plan import Verdict, worst
 
 
 @dataclass(frozen=True)
@@ -35,100 +35,51 @@ class Carried:
     global_scale: float = 1.0
 
 
-def _f16_exact(x: NDArray[np.float32]) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.array_equal(x.astype(np.float16).astype(np.float32), x))
-
-
-def _side(t: Tensor) -> NDArray[np.float32]:
-    x = t.load()
-    return x.astype(np.float32) if t.dtype[0] in "IU" else as_f32(x, t.dtype)
-
-
-Rows = Callable[[int, int], NDArray[np.float32]]
-
-
-def _rows(side: Tensor) -> Rows:
-    """Rows of a side tensor in fp32, read when they are asked for: a plan must not keep them."""
-
-    def read(start: int, stop: int) -> NDArray[np.float32]:
-        x = side.read(start, stop)
-        return x.astype(np.float32) if side.dtype[0] in "IU" else as_f32(x, side.dtype)
-
-    return read
-
-
-def _repeated(rows: Rows, times: int, like: QTensor) -> Tensor:
-    """Values per group, which F16 holds, as one per 32 columns."""
-
-    def read(start: int, stop: int) -> NDArray[Any]:
-        return np.repeat(rows(start, stop).astype(np.float16), times, axis=1)
-
-    return Tensor((like.shape[0], like.shape[1] // 32), "F16", read, like.origin, like.files)
-
-
-def _recoded(q: QTensor) -> Tensor:
-    """The codes minus their zero points; q has blocks of one row."""
-    group = q.block[1] if q.block[1] != -1 else q.shape[1]
-    zero = None if q.zero is None else _rows(q.zero)
-
-    def read(start: int, stop: int) -> NDArray[Any]:
-        codes = q.codes.read(start, stop).astype(np.int16)
-        if zero is not None:
-            codes = codes - np.repeat(zero(start, stop), group, axis=1)[:, : q.shape[1]].astype(np.int16)
-        return codes.astype(np.int8)
-
-    return Tensor(q.shape, "I8", read, q.codes.origin, q.codes.files)
-
-
-#: Symmetric block types of 32, narrowest first: (type, smallest code, largest code, bits).
-_SYMMETRIC = (("Q4_0", -8, 7, 4), ("Q5_0", -16, 15, 5), ("Q8_0", -128, 127, 8))
+#: Block types of 32 with signed codes, narrowest first, and their widths.
+_SYMMETRIC = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
 
 
 def _portable(q: QTensor, wanted: str = "") -> Carried | None:
     """Integer codes with one plain scale per group along the input dimension, in the narrowest type or the one `wanted`."""
-    g = q.grid
-    plain = q.g_idx is None and q.mask is None and not q.outliers and q.low_rank is None and q.offset is None
-    if g.kind != "int" or g.bits > 8 or not plain or len(q.shape) != 2 or not isinstance(q.scale, Tensor):
+    if (
+        q.grid.kind != "int"
+        or q.block[0] not in (1, -1)
+        or q.offset is not None
+        or not isinstance(q.scale, Tensor)
+    ):
         return None
-    cols = q.shape[1]
-    group = cols if q.block[1] == -1 else q.block[1]
-    if q.block[0] not in (1, -1) or group % 32 or cols % group:
+    whole = regrid.integers(q)
+    fine = None if whole is None else regrid.regrouped(whole, 32)
+    if fine is None or not regrid.holds(q.scale, "F16"):
         return None
-    scale = _side(q.scale)
-    if not _f16_exact(scale):
-        return None
-    zero = None if q.zero is None else _side(q.zero)
-    if zero is not None and not np.array_equal(zero, np.rint(zero)):
-        return None
-    low, high = (-(1 << (g.bits - 1)), (1 << (g.bits - 1)) - 1) if g.signed else (0, (1 << g.bits) - 1)
-    least = low - (0 if zero is None else int(zero.max()))
-    most = high - (0 if zero is None else int(zero.min()))
-    times = group // 32
-    flat = row_blocks(q)
-    assert isinstance(flat.scale, Tensor)
-    scales = _rows(flat.scale)
+    group, span = q.shape[1] if q.block[1] == -1 else q.block[1], regrid.span(fine)
 
-    def carried(type_: str, bits: int, codes: Tensor, offset: Tensor | None, signed: bool) -> Carried:
-        same = bits == g.bits and times == 1
-        grid = int_grid(bits, signed)
-        tensor = QTensor(q.shape, codes, grid, (1, 32), _repeated(scales, times, q), offset=offset)
-        return Carried(type_, tensor, Verdict("exact" if same else "widened"))
+    def held(type_: str, form: QTensor) -> Carried:
+        same = form.grid.bits == q.grid.bits and group == 32
+        return Carried(type_, form, Verdict("exact" if same else "widened"))
 
-    if least >= -8 and most <= 7 and wanted in ("", "Q4_0"):
-        return carried("Q4_0", 4, _recoded(flat), None, True)
-    if zero is not None and not g.signed and g.bits <= 4 and wanted in ("", "Q4_1"):
-        minimum = (scale * zero).astype(np.float32)  # a product of two short numbers: exact in fp32
-        if _f16_exact(minimum):
-            assert flat.zero is not None
-            zeros = _rows(flat.zero)
-            return carried(
-                "Q4_1", 4, q.codes, _repeated(lambda a, b: scales(a, b) * zeros(a, b), times, q), False
-            )
-    for type_, lowest, highest, bits in _SYMMETRIC:
-        if least >= lowest and most <= highest and wanted in ("", type_):
-            return carried(type_, bits, _recoded(flat), None, True)
+    for type_, bits in _SYMMETRIC.items():
+        if wanted in ("", type_) and regrid.in_bits(span, bits):
+            return held(type_, regrid.signed(fine, bits))
+        if type_ == "Q4_0" and wanted in ("", "Q4_1") and (shifted := _with_minimum(fine)) is not None:
+            return held("Q4_1", shifted)
     return None
+
+
+def _with_minimum(q: QTensor) -> QTensor | None:
+    """Four bits with zero points as codes and a minimum, zero * scale, where F16 holds them all."""
+    if q.zero is None or q.grid.signed or q.grid.bits > 4 or not isinstance(q.scale, Tensor):
+        return None
+    scale, zero = q.scale, q.zero
+
+    def minimum(start: int, stop: int) -> NDArray[Any]:
+        rows = as_f32(scale.read(start, stop), scale.dtype), as_f32(zero.read(start, stop), zero.dtype)
+        return rows[0] * rows[1]  # a product of two short numbers: exact in fp32
+
+    offset = Tensor(scale.shape, "F32", minimum, scale.origin, scale.files)
+    return (
+        replace(q, grid=int_grid(4, False), zero=None, offset=offset) if regrid.holds(offset, "F16") else None
+    )
 
 
 def carry_as(q: QTensor, type_: str) -> Carried | None:
@@ -156,16 +107,15 @@ def _nvfp4(q: QTensor) -> Carried | None:
     """NVFP4 with a global scale: the scale goes into a tensor of its own beside the blocks, as a multiplier."""
     verdict, s = Verdict("exact"), q.scale
     if isinstance(s, QTensor) and s.divisor and isinstance(s.scale, Tensor):
-        divisor = _side(s.scale)
-        with np.errstate(all="ignore"):
-            inverse = np.float32(1) / divisor
-            error = np.abs(inverse.astype(np.float64) * divisor - 1)
-        if not np.isfinite(inverse).all():
+        divisor = regrid.numbers(s.scale)
+        turned = regrid.inverse(divisor)
+        if turned is None:
             return None
-        if error.any():
+        if not turned.exact:
+            error = np.abs(turned.values.astype(np.float64) * divisor - 1)
             reason = "the reciprocal of a global scale, which fp32 rounds"
             verdict = Verdict("rounded", reason, float(error.max()))
-        q = replace(q, scale=(s := replace(s, scale=array(inverse), divisor=False)))
+        q = replace(q, scale=(s := replace(s, scale=array(turned.values), divisor=False)))
     if not isinstance(s, QTensor) or s.block != (-1, -1) or s.grid not in (E4M3, UE4M3):
         return None
     if not isinstance(s.scale, Tensor) or q.block != (1, 16) or q.zero is not None or q.offset is not None:
@@ -176,7 +126,7 @@ def _nvfp4(q: QTensor) -> Carried | None:
     unsigned = replace(q, scale=replace(s, grid=UE4M3))
     if native_type(unsigned) != "NVFP4":
         return None
-    return Carried("NVFP4", unsigned, verdict, float(_side(s.scale).reshape(-1)[0]))
+    return Carried("NVFP4", unsigned, verdict, float(regrid.numbers(s.scale).reshape(-1)[0]))
 
 
 def carry(q: QTensor) -> Carried | None:
@@ -197,9 +147,9 @@ def _scales_fit(q: QTensor) -> bool:
     def fits(side: Tensor | QTensor | None) -> bool:
         if isinstance(side, QTensor):
             if side.block == (-1, -1):
-                return isinstance(side.scale, Tensor) and bool((_side(side.scale) == 1).all())
+                return isinstance(side.scale, Tensor) and bool((regrid.numbers(side.scale) == 1).all())
             return fits(side.scale)
-        return side is None or side.dtype == "F16" or _f16_exact(_side(side))
+        return side is None or regrid.holds(side, "F16")
 
     return all(fits(s) for s in (q.scale, q.zero, q.offset))
 
@@ -255,5 +205,4 @@ def lower(
         parts.append(interleave(packed, stored.head_dim) if stored.head_dim else packed)
         verdicts.append(found.verdict)
         scales.append(found.global_scale)
-    worst = max(verdicts, key=lambda v: ("exact", "widened", "rounded").index(v.kind))
-    return worst, concat_rows(tuple(parts)), tuple(scales)
+    return worst(verdicts), concat_rows(tuple(parts)), tuple(scales)

@@ -10,7 +10,7 @@ from typing import Any
 from lconvert.converters import targets
 from lconvert.errors import LconvertError
 from lconvert.ir import Model
-from lconvert.plan import SIDE, Item, Kind
+from lconvert.plan import KINDS, SIDE, Item, Kind
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def verdicts(model: Model, target: str, **options: Any) -> list[ClassVerdict]:
     out = []
     for name in dict.fromkeys([c for _, c in _CLASSES if c in found] + list(found)):
         items = found[name]
-        worst = max(items, key=lambda i: targets.KINDS.index(i.verdict.kind))
+        worst = max(items, key=lambda i: KINDS.index(i.verdict.kind))
         main = [i for i in items if not _is_side(i)] or items
         held = ", ".join(dict.fromkeys(i.held or i.type for i in main))
         out.append(
@@ -84,7 +84,7 @@ def cell(model: Model, target: str) -> ClassVerdict:
     """The worst verdict of the matrices inside the layers: what becomes of everything else is the same for all sources."""
     found = verdicts(model, target)
     inside = [v for v in found if v.tensors in _INSIDE] or found
-    return max(inside, key=lambda v: targets.KINDS.index(v.kind))
+    return max(inside, key=lambda v: KINDS.index(v.kind))
 
 
 _INSIDE = ("q, k, v", "o", "gate, up", "down", "experts gate, up", "experts down", "KV cache")
@@ -92,11 +92,11 @@ _INSIDE = ("q, k, v", "o", "gate, up", "down", "experts gate, up", "experts down
 
 def table(names: Iterable[str]) -> dict[str, dict[str, ClassVerdict]]:
     """The general matrix: what each kind of source meets at each target."""
-    from lconvert.converters.kinds import KINDS
+    from lconvert.converters import kinds
 
     listed = list(names)
     out = {}
-    for kind, make in KINDS.items():
+    for kind, make in kinds.KINDS.items():
         model = make()
         out[kind] = {t: cell(model, t) for t in listed}
     return out

@@ -8,13 +8,14 @@ side tensors are looked at; codes change lazily, row by row. Nothing is ever rou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lconvert import kernels
 from lconvert.formats.scheme import view
 from lconvert.ir import Grid, QTensor, Tensor, as_f32, dense, int_grid, row_blocks
 from lconvert.kernels.qtensor import float_values
@@ -31,8 +32,7 @@ def is_plain(q: QTensor) -> bool:
 
 def numbers(side: Tensor) -> NDArray[np.float32]:
     """A side tensor in fp32 (integers and all float types but F64 exactly)."""
-    x = side.load()
-    return x.astype(np.float32) if side.dtype[0] in "IU" else as_f32(x, side.dtype)
+    return as_f32(side.load(), side.dtype)
 
 
 # --- scales ----------------------------------------------------------------------------------------------
@@ -60,12 +60,26 @@ def multiplied(q: QTensor) -> QTensor | None:
         return q if scale is q.scale else replace(q, scale=scale)
     if not isinstance(scale, Tensor):
         return None
-    value = numbers(scale)
-    with np.errstate(all="ignore"):
-        inverse = np.float32(1) / value
-    if not bool((np.isfinite(inverse) & (np.frexp(np.abs(value))[0] == 0.5)).all()):
+    turned = inverse(numbers(scale))
+    if turned is None or not turned.exact:
         return None
-    return replace(q, scale=dense(inverse, origin=scale.origin), divisor=False)
+    return replace(q, scale=dense(turned.values, origin=scale.origin), divisor=False)
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """1 / x in fp32: `exact` where every x is a power of two."""
+
+    values: NDArray[np.float32]
+    exact: bool
+
+
+def inverse(x: NDArray[np.float32]) -> Inverse | None:
+    """1 / x; None where that is beyond fp32."""
+    with np.errstate(divide="ignore", over="ignore"):
+        values = np.float32(1) / x
+    powers = bool((np.frexp(np.abs(x))[0] == 0.5).all())
+    return Inverse(values, powers) if bool(np.isfinite(values).all()) else None
 
 
 def _grid_table(grid: Grid) -> NDArray[np.float32]:
@@ -105,23 +119,12 @@ def fits(scale: NDArray[np.float32], dtype: str) -> bool:
     return True
 
 
-def cast(scale: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Numbers that fit, in the storage type."""
-    if dtype == "F16":
-        return scale.astype(np.float16)
-    if dtype == "BF16":
-        return (np.ascontiguousarray(scale).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    return scale
-
-
 def nearest(scale: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Numbers rounded to F16 or BF16, to nearest, ties to even."""
+    """Numbers in a storage type, F16 and BF16 to nearest, ties to even; infinite where F16 ends."""
     if dtype == "BF16":
-        bits = np.ascontiguousarray(scale).view(np.uint32)
-        return (
-            (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        ).astype(np.uint16)
-    return scale.astype(np.float16)
+        return kernels.quantize("BF16", scale.reshape(1, -1)).view(np.uint16).reshape(scale.shape)
+    with np.errstate(over="ignore"):
+        return scale.astype(np.float16) if dtype == "F16" else scale
 
 
 def holds(scale: Tensor, dtype: str) -> bool:
@@ -133,7 +136,7 @@ def recast(scale: Tensor, dtype: str) -> Tensor:
     """Numbers that `dtype` holds in that storage type, lazily. A negative zero, damage to some consumers, becomes zero."""
 
     def read(start: int, stop: int) -> NDArray[Any]:
-        return cast(as_f32(scale.read(start, stop), scale.dtype) + np.float32(0), dtype)
+        return nearest(as_f32(scale.read(start, stop), scale.dtype) + np.float32(0), dtype)
 
     return replace(view(scale, scale.shape, dtype, read), exact_in=scale.exact_in)
 
@@ -203,7 +206,7 @@ def _as_integer_codes(q: QTensor) -> QTensor | None:
         return None  # subnormal: the division by a power of two lost bits
     bits = max(int(max(-whole.min(), whole.max() + 1) - 1).bit_length() + 1, 2)
     keep = q.scale.dtype if fits(finer, q.scale.dtype) else "F32"
-    side = q.scale if finest == 1 else dense(cast(finer, keep), keep, q.scale.origin)
+    side = q.scale if finest == 1 else dense(nearest(finer, keep), keep, q.scale.origin)
     return replace(q, codes=_mapped(q, whole.astype(np.int8)), grid=int_grid(bits, True), scale=side)
 
 
@@ -254,25 +257,33 @@ def asymmetric(q: QTensor, bits: int) -> QTensor | None:
     return replace(q, grid=int_grid(bits, False), zero=stored)
 
 
+def span(q: QTensor) -> tuple[int, int]:
+    """The least and the greatest code minus zero point that integer codes of this grid can have."""
+    half, zero = 1 << (q.grid.bits - 1), None if q.zero is None else numbers(q.zero)
+    low, high = (-half, half - 1) if q.grid.signed else (0, 2 * half - 1)
+    return (low, high) if zero is None else (int(low - zero.max()), int(high - zero.min()))
+
+
+def in_bits(span: tuple[int, int], bits: int) -> bool:
+    """Whether signed integers of `bits` hold what lies between."""
+    return span[0] >= -(1 << (bits - 1)) and span[1] < 1 << (bits - 1)
+
+
 def symmetric(q: QTensor, bits: int) -> QTensor | None:
     """Integer codes as signed ones of `bits` without a zero point: codes minus zero points must be in range."""
+    return signed(q, bits) if in_bits(span(q), bits) else None
+
+
+def signed(q: QTensor, bits: int) -> QTensor:
+    """`symmetric` for codes that are known to be in range."""
     if q.zero is None:
-        return replace(q, grid=int_grid(bits, True)) if q.grid.bits <= bits else None
-    zero = numbers(q.zero)
-    low, high = (
-        (-(1 << (q.grid.bits - 1)), (1 << (q.grid.bits - 1)) - 1)
-        if q.grid.signed
-        else (0, (1 << q.grid.bits) - 1)
-    )
-    if low - zero.max() < -(1 << (bits - 1)) or high - zero.min() >= 1 << (bits - 1):
-        return None
+        return replace(q, grid=int_grid(bits, True))
     group = q.shape[1] if q.block[1] == -1 else q.block[1]
-    per_row = row_blocks(replace(q, zero=dense(zero.astype(np.int16))))
-    assert per_row.zero is not None
-    side = per_row.zero
+    side = row_blocks(q).zero
+    assert side is not None
 
     def read(start: int, stop: int) -> NDArray[Any]:
-        shift = np.repeat(side.read(start, stop), group, axis=1)[:, : q.shape[1]]
+        shift = np.repeat(side.read(start, stop).astype(np.int16), group, axis=1)[:, : q.shape[1]]
         out: NDArray[Any] = (q.codes.read(start, stop).astype(np.int16) - shift).astype(np.int8)
         return out
 

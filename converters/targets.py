@@ -8,7 +8,7 @@ from typing import Any
 
 from lconvert.errors import OptionError
 from lconvert.ir import Model
-from lconvert.plan import Kind, Plan
+from lconvert.plan import KINDS, Plan
 from lconvert.recipe import Recipe, Step, step
 
 
@@ -85,10 +85,6 @@ def plan(model: Model, target: str, out_name: str, *, original: Model | None = N
         return first
     second = checkpoint.plan(model, replace(chosen, format=t.otherwise), original)
     return second if _faith(second) < _faith(first) else first
-
-
-#: Verdicts, the most faithful first.
-KINDS: tuple[Kind, ...] = ("exact", "widened", "quantized", "rounded", "requantized", "refused")
 
 
 def _faith(plan: Plan) -> int:

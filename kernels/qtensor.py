@@ -57,8 +57,6 @@ def _side(value: Tensor | QTensor, start: int, stop: int) -> NDArray[np.float32]
     """Rows of a scale, zero or offset in fp32."""
     if isinstance(value, QTensor):
         return dequantize(value, start, stop)
-    if value.dtype[0] in "IU":
-        return value.read(start, stop).astype(_F32)
     return as_f32(value.read(start, stop), value.dtype)
 
 

@@ -20,6 +20,7 @@ from lconvert.converters.regrid import holds, numbers
 from lconvert.formats.gguf_blocks import native_type
 from lconvert.ir import ActSpec, Model, QTensor, Tensor, Transform, as_f32
 from lconvert.kernels.qtensor import values
+from lconvert.plan import KINDS
 from lconvert.validators import codes
 from lconvert.validators.slabs import slabs
 from lconvert.validators.tensors import TensorRow
@@ -28,7 +29,6 @@ from lconvert.validators.tensors import TensorRow
 ROUNDED = 2.0**-8 * 1.01
 #: The same where a global scale became its reciprocal in fp32, and values were multiplied in another order.
 _RECIPROCAL = 2.0**-21
-_ROUNDS = ("rounded", "requantized", "quantized")
 
 
 def is_quantized(model: Model) -> bool:
@@ -72,14 +72,13 @@ def _materialized(model: Model, artifact: Model) -> Model:
 
 def promised(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The worst verdict of the tensors that hold a canonical role, by role, as the manifest recorded it."""
-    order = ("exact", "widened", *_ROUNDS[::-1])
     out: dict[str, str] = {}
     for file in manifest.get("plan", {}).get("files", ()):
         for item in file.get("tensors", ()):
             kind = str(item.get("verdict", {}).get("kind"))
             for role in item.get("sources", ()):
-                if kind in order:
-                    out[role] = max(out.get(role, "exact"), kind, key=order.index)
+                if kind in KINDS:
+                    out[role] = max(out.get(role, "exact"), kind, key=KINDS.index)
     return out
 
 

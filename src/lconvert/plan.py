@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,9 @@ from .errors import InputError, OutputError, UnsupportedError
 from .ir import Model
 
 Kind = Literal["exact", "widened", "quantized", "rounded", "requantized", "refused"]
+
+#: Verdicts, the most faithful first.
+KINDS: tuple[Kind, ...] = ("exact", "widened", "quantized", "rounded", "requantized", "refused")
 
 #: Bytes of source data per slab. Large enough to amortise a task, small enough that a few per thread stay cheap.
 SLAB_BYTES = 8 << 20
@@ -50,6 +53,11 @@ class Verdict:
         if self.kind == "refused":
             return f"refused ({self.reason})"
         return f"{self.kind}({'?' if self.error is None else format(self.error, '.2e')})"
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The least faithful of some verdicts, the first where several are."""
+    return max(verdicts, key=lambda v: KINDS.index(v.kind))
 
 
 @dataclass(frozen=True)
