@@ -43,10 +43,11 @@ sys.path.append(str(ROOT))  # for tests.upstream; appended, so that no folder he
 import lconvert
 from lconvert.converters import targets
 from lconvert.converters.gguf_mixture_rules import FTYPES
+from lconvert.executor import execute
 from lconvert.formats import gguf
 from lconvert.ir import Model, QTensor, Tensor, as_f32, dense
 from lconvert.kernels.qtensor import dequantize, effective
-from lconvert.plan import execute, refusals
+from lconvert.plan import refusals
 from lconvert.validators import machine, plots, stored
 from lconvert.validators.logits import LogitStats, compare, paired, windows
 from lconvert.validators.proof import builtin_text

@@ -137,9 +137,9 @@ def candidates(q: QTensor, format: str) -> Iterator[QTensor]:
         if form is None:
             continue
         yield form
-        if isinstance(form.scale, QTensor) and form.scale.divisor != divides:
-            if (other := reciprocal(form, exact=True)) is not None:
-                yield other
+        turns = isinstance(form.scale, QTensor) and form.scale.divisor != divides
+        if turns and (other := reciprocal(form, exact=True)) is not None:
+            yield other
     if regrid.is_plain(q) and q.grid.kind == "float" and isinstance(q.scale, Tensor) and q.block == (-1, -1):
         yield row_blocks(q)
     if isinstance(q.scale, QTensor) and q.grid == E4M3 and (flat := regrid.plain_scale(q)) is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import lconvert
 from lconvert import recipe
 from lconvert.converters import lcir
-from lconvert.plan import execute
+from lconvert.executor import execute
 
 HERE = Path(__file__).parent
 

@@ -16,8 +16,9 @@ from mypy import api as mypy
 import lconvert
 from lconvert import api
 from lconvert.errors import InputError, LconvertError, OptionError, OutputError
+from lconvert.executor import Result
 from lconvert.ir import Model
-from lconvert.plan import Plan, Result
+from lconvert.plan import Plan
 from tests.conftest import DEMO, ROOT
 
 

@@ -19,9 +19,10 @@ import pytest
 import lconvert
 from lconvert.converters import act_order, checkpoint, matrix, targets
 from lconvert.converters.kinds import matrices
+from lconvert.executor import execute
 from lconvert.ir import Model, QTensor
 from lconvert.kernels.qtensor import effective
-from lconvert.plan import Plan, execute, refusals
+from lconvert.plan import Plan, refusals
 from tests.quantized_models import SOURCES
 
 EXACT = ("exact", "widened")

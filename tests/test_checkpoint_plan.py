@@ -19,10 +19,11 @@ from lconvert.cli import hf_to_trtllm, hf_to_vllm
 from lconvert.converters import checkpoint, lcir, matrix, targets
 from lconvert.converters.kinds import matrices, plain, rounded, with_act_order, with_full_scales, with_globals
 from lconvert.errors import OptionError, OutputError, UnsupportedError
+from lconvert.executor import execute
 from lconvert.ir import E4M3, ActSpec, KVSpec, Model, QTensor, Tensor, dense, int_grid
 from lconvert.kernels.qtensor import effective, values
 from lconvert.passes import kv, rtn
-from lconvert.plan import SIDE, Plan, execute, refusals
+from lconvert.plan import SIDE, Plan, refusals
 from tests import case_models
 from tests.conftest import DEMO, ROOT
 from tests.int_checkpoints import FIXTURES

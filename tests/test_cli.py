@@ -238,13 +238,13 @@ def test_a_terminal_gets_progress_and_a_drawn_table(env: dict[str, str], tmp_pat
 
 _SLOW = """
 import sys, time
-from lconvert import plan
-plan.SLAB_BYTES, plan.CHECKPOINT_SECONDS = 20000, CHECKPOINT
-real = plan.os.pwrite
+from lconvert import executor
+executor.SLAB_BYTES, executor.CHECKPOINT_SECONDS = 20000, CHECKPOINT
+real = executor.os.pwrite
 def slow(*args):
     time.sleep(0.005)
     return real(*args)
-plan.os.pwrite = slow
+executor.os.pwrite = slow
 sys.argv = ["lconvert", "hf-to-gguf", SOURCE, "--q8_0", "--no-validate", "--no-card", "--name", "x", "-o", OUT]
 from lconvert.cli import main
 main()

@@ -24,11 +24,11 @@ from lconvert.converters import checkpoint as checkpoint_folder
 from lconvert.converters import hf
 from lconvert.converters.gguf_names import transposed, transposed_codes
 from lconvert.errors import InputError, LconvertError, SpecError, UnsupportedError
+from lconvert.executor import execute
 from lconvert.formats import gguf
 from lconvert.ir import E2M1, E4M3, Entry, Model, QTensor, Tensor, dense, int_grid
 from lconvert.kernels.qtensor import values
 from lconvert.passes import rtn
-from lconvert.plan import execute
 from lconvert.validators.tensors import check_gguf
 from tests import upstream
 from tests.checkpoints import random_tensors, write_tensors

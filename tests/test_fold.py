@@ -12,11 +12,12 @@ import pytest
 import lconvert
 from lconvert.converters import checkpoint, fold, targets
 from lconvert.converters.kinds import matrices, plain, rounded, with_full_scales
+from lconvert.executor import execute
 from lconvert.forward import Forward
 from lconvert.ir import E4M3, ActSpec, KVSpec, Model, QTensor, Transform, dense
 from lconvert.kernels.qtensor import effective, values
 from lconvert.passes import rtn
-from lconvert.plan import execute, refusals
+from lconvert.plan import refusals
 from tests import case_models
 from tests.conftest import DEMO
 

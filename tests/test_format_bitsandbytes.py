@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 import lconvert
 from lconvert.converters import checkpoint
 from lconvert.errors import InputError, LconvertError, UnsupportedError
+from lconvert.executor import execute
 from lconvert.formats import bitsandbytes as bnb
 from lconvert.formats.scheme import Checkpoint, Held
 from lconvert.ir import E4M3, ActSpec, Grid, KVSpec, QTensor, Tensor, Transform, dense, int_grid
 from lconvert.kernels.qtensor import dequantize
 from lconvert.passes import rtn, rtn_float
-from lconvert.plan import execute
 from tests import int_checkpoints as made
 from tests.checkpoints import write_llama
 

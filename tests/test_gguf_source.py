@@ -14,11 +14,11 @@ from lconvert.cli import main
 from lconvert.converters import hf
 from lconvert.converters.gguf_carry import carry
 from lconvert.errors import UnsupportedError
+from lconvert.executor import execute
 from lconvert.formats import gguf
 from lconvert.formats.gguf_blocks import SCHEMES
 from lconvert.ir import E2M1, E4M3, UE4M3, Model, QTensor, Tensor, dense, int_grid
 from lconvert.kernels.qtensor import dequantize, values
-from lconvert.plan import execute
 from tests.checkpoints import write_llama
 from tests.conftest import DEMO
 

@@ -18,10 +18,11 @@ import pytest
 import lconvert
 from lconvert.converters import act_order, targets
 from lconvert.errors import InputError, LconvertError, UnsupportedError
+from lconvert.executor import execute
 from lconvert.formats import safetensors
 from lconvert.ir import Model, QTensor, Tensor
 from lconvert.kernels.qtensor import effective
-from lconvert.plan import execute, refusals
+from lconvert.plan import refusals
 from tests.checkpoints import write_llama
 from tests.int_checkpoints import FIXTURES
 

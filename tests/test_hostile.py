@@ -27,9 +27,9 @@ from lconvert.cli import main, one_line
 from lconvert.cli.inspect import describe
 from lconvert.converters import hf, lcir
 from lconvert.errors import InputError, LconvertError, UnsupportedError
+from lconvert.executor import execute
 from lconvert.formats import gguf
 from lconvert.formats.gguf_values import Value
-from lconvert.plan import execute
 from tests.checkpoints import LLAMA, random_tensors, write_llama, write_tensors
 from tests.conftest import DEMO
 from tests.hostile_inputs import configs, damaged_gguf, damaged_json, write_model

@@ -17,6 +17,7 @@ import lconvert
 from lconvert import recipe
 from lconvert.converters import lcir
 from lconvert.errors import InputError, LconvertError, UnsupportedError
+from lconvert.executor import execute
 from lconvert.formats.gguf_blocks import SCHEMES
 from lconvert.ir import (
     E2M1,
@@ -33,7 +34,6 @@ from lconvert.ir import (
     int_grid,
 )
 from lconvert.kernels.qtensor import dequantize
-from lconvert.plan import execute
 from tests.checkpoints import write_llama
 from tests.conftest import DEMO
 

@@ -18,11 +18,11 @@ from lconvert.archs import find
 from lconvert.archs.common import Name, binds
 from lconvert.converters import hf, hf_experts
 from lconvert.errors import InputError, UnsupportedError
+from lconvert.executor import execute
 from lconvert.formats import mxfp4_blocks, safetensors
 from lconvert.forward import Forward, hf_tensor
 from lconvert.ir import Model, QTensor, Tensor, concat_rows, dense
 from lconvert.kernels.qtensor import dequantize, values
-from lconvert.plan import execute
 from tests import arch_cases, upstream
 from tests.checkpoints import write_tensors
 from tests.conftest import DEMO

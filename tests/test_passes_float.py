@@ -18,10 +18,11 @@ import lconvert
 from lconvert.converters import targets
 from lconvert.converters.kinds import matrices, plain
 from lconvert.errors import InputError, LconvertError, OptionError
+from lconvert.executor import execute
 from lconvert.ir import E2M1, E4M3, ActSpec, Model, QTensor, Tensor, dense
 from lconvert.kernels.qtensor import dequantize, float_values
 from lconvert.passes import activations, fused, kv, observe, rtn, rtn_float
-from lconvert.plan import execute, refusals
+from lconvert.plan import refusals
 from tests import case_models
 from tests.conftest import DEMO
 from tests.exact_values import grid_value

@@ -18,10 +18,11 @@ import pytest
 import lconvert
 from lconvert.converters import targets
 from lconvert.converters.kinds import with_full_scales
+from lconvert.executor import execute
 from lconvert.forward import Forward
 from lconvert.ir import Model
 from lconvert.passes import activations, kv, rtn
-from lconvert.plan import execute, refusals
+from lconvert.plan import refusals
 from lconvert.validators.logits import log_softmax
 from lconvert.validators.runtimes import open_runtime
 from lconvert.validators.runtimes.remote import workers

@@ -20,8 +20,8 @@ import pytest
 import lconvert
 from lconvert.converters import targets
 from lconvert.errors import InputError
+from lconvert.executor import execute
 from lconvert.ir import QTensor
-from lconvert.plan import execute
 from lconvert.validators import carried, codes, logit_tier, proof, quantized_tier, second_reading
 from lconvert.validators.gates import folder_gate, shipped
 from lconvert.validators.proof import quantization_config

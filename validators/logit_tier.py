@@ -20,8 +20,8 @@ from lconvert.archs import find
 from lconvert.archs.common import Loss
 from lconvert.converters import gguf
 from lconvert.errors import InputError, RuntimeFailure
+from lconvert.executor import execute
 from lconvert.ir import Model, QTensor, Tensor
-from lconvert.plan import execute
 from lconvert.validators import gates as gate_file
 from lconvert.validators import greedy, stock, stored
 from lconvert.validators.logits import LEAST, Logits, LogitStats, compare, paired, windows

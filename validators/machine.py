@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lconvert.plan import cpus
+from lconvert.executor import cpus
 
 _PERIOD = 0.05  # seconds between samples of power and memory
 

@@ -15,8 +15,8 @@ from lconvert.archs import find
 from lconvert.converters import gguf, gguf_mixture
 from lconvert.converters.gguf_mixture_rules import FTYPES
 from lconvert.errors import RuntimeFailure
+from lconvert.executor import cpus, execute
 from lconvert.ir import Decoder, Model, QTensor
-from lconvert.plan import cpus, execute
 from lconvert.validators import stored
 from lconvert.validators.runtimes import llamacpp
 

@@ -36,7 +36,8 @@ from typing import TYPE_CHECKING, Any
 from lconvert.converters import read
 
 from .errors import OptionError
-from .plan import Plan, Progress, Result, execute
+from .executor import Progress, Result, execute
+from .plan import Plan
 
 __all__ = ["convert", "plan_gguf", "read", "validate"]
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from lconvert.converters import targets
+from lconvert.executor import execute
 from lconvert.ir import E4M3, ActSpec, Entry, Model, QTensor, Tensor, Transform, dense
 from lconvert.kernels.qtensor import values
 from lconvert.passes import activations, kv, rtn
-from lconvert.plan import execute, refusals
+from lconvert.plan import refusals
 from tests.conftest import ROOT
 
 

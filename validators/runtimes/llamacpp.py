@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
-from lconvert.plan import cpus
+from lconvert.executor import cpus
 from lconvert.validators.runtimes import Generation, Purpose, fits, installed
 
 _F32 = 0  # GGML_TYPE_F32

@@ -54,7 +54,7 @@ def command(
     from lconvert import recipe as recipes
     from lconvert.converters import lcir
     from lconvert.errors import OptionError
-    from lconvert.plan import execute
+    from lconvert.executor import execute
 
     if output.suffix != ".lcir":
         raise OptionError(f"{output}: the output must end in .lcir")

@@ -80,7 +80,7 @@ def run(
     import lconvert
     from lconvert.converters import targets
     from lconvert.errors import LconvertError
-    from lconvert.plan import execute
+    from lconvert.executor import execute
 
     fail_fast_files(read=[text], written=[report])
     folder = targets.TARGETS[target].kind != "gguf"

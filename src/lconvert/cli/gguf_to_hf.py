@@ -51,7 +51,7 @@ def command(
     """
     import lconvert
     from lconvert.converters import hf
-    from lconvert.plan import execute
+    from lconvert.executor import execute
 
     model = lconvert.read(source)
     plan = hf.plan(model, dtype.upper() if dtype else None)

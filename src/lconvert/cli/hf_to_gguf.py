@@ -140,7 +140,7 @@ def command(
     import lconvert
     from lconvert.converters import gguf_mixture
     from lconvert.errors import LconvertError, OptionError
-    from lconvert.plan import execute
+    from lconvert.executor import execute
 
     chosen = {*flags, *([type_.upper()] if type_ else [])}
     if len(chosen) > 1:

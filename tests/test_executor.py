@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import lconvert
-from lconvert import plan as plans
+from lconvert import executor, interrupt
 from lconvert.errors import InputError, OutputError
 from tests.checkpoints import write_llama
 
@@ -40,8 +40,8 @@ def test_bytes_do_not_depend_on_threads_or_slabs(
     checkpoint: Path, tmp_path: Path, ftype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = set()
-    for threads, slab in ((1, plans.SLAB_BYTES), (2, 64 << 10), (7, 3000)):
-        monkeypatch.setattr(plans, "SLAB_BYTES", slab)
+    for threads, slab in ((1, executor.SLAB_BYTES), (2, 64 << 10), (7, 3000)):
+        monkeypatch.setattr(executor, "SLAB_BYTES", slab)
         out = tmp_path / f"{threads}.gguf"
         result = lconvert.convert(checkpoint, out, ftype=ftype, threads=threads, name="x")
         assert result.manifest["files"][out.name]["sha256"] == _sha(out)
@@ -99,7 +99,7 @@ class _FullDisk:
 def test_full_disk_leaves_nothing_and_says_so(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans.os, "pwrite", _FullDisk(1_000_000))
+    monkeypatch.setattr(executor.os, "pwrite", _FullDisk(1_000_000))
     with pytest.raises(OutputError, match="the disk is full"):
         lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0")
     assert _left(tmp_path) == []
@@ -111,7 +111,7 @@ def test_too_small_a_disk_is_noticed_before_writing(
     class Small:
         f_bavail, f_frsize = 10, 4096
 
-    monkeypatch.setattr(plans.os, "statvfs", lambda path: Small())
+    monkeypatch.setattr(executor.os, "statvfs", lambda path: Small())
     with pytest.raises(OutputError, match=r"MB are needed, 0 MB are free"):
         lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0")
     assert _left(tmp_path) == []
@@ -144,7 +144,7 @@ def test_read_only_folder_is_a_clear_error(
             raise OSError(30, "Read-only file system")
         return real(path, flags, *rest, **kw)
 
-    monkeypatch.setattr(plans.os, "open", refuse)
+    monkeypatch.setattr(executor.os, "open", refuse)
     with pytest.raises(OutputError, match="no permission to write there"):
         lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0")
     assert _left(tmp_path) == []
@@ -214,10 +214,10 @@ def test_source_that_changes_during_the_run(tmp_path: Path) -> None:
 
 _RUNNER = """
 import sys, time
-from lconvert import plan
-plan.SLAB_BYTES, plan.CHECKPOINT_SECONDS = 20000, 0.0
-real = plan.os.pwrite
-plan.os.pwrite = lambda *args: (time.sleep(0.001), real(*args))[1]
+from lconvert import executor
+executor.SLAB_BYTES, executor.CHECKPOINT_SECONDS = 20000, 0.0
+real = executor.os.pwrite
+executor.os.pwrite = lambda *args: (time.sleep(0.001), real(*args))[1]
 sys.argv = ["lconvert", "hf-to-gguf", SOURCE, "--q4_k_m", "--no-validate", "--no-card", "-o", OUT, *EXTRA]
 from lconvert.cli import main
 main()
@@ -231,6 +231,71 @@ def _run(source: Path, out: Path, *extra: str) -> subprocess.Popen[bytes]:
         .replace("EXTRA", repr(extra))
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+_INTERRUPTED_INSIDE_SUBMIT = """
+import os, signal, sys, threading
+from lconvert import executor
+executor.SLAB_BYTES = 20000
+enter, calls = threading.Condition.__enter__, []
+def interrupted(self):
+    got = enter(self)
+    if threading.get_ident() == threading.main_thread().ident and self._lock is idle._cond._lock:
+        calls.append(os.kill(os.getpid(), signal.SIGINT) if len(calls) == 7 else None)
+    return got
+class Pool(executor.ThreadPoolExecutor):
+    def __init__(self, *args, **more):
+        global idle
+        super().__init__(*args, **more)
+        if more["thread_name_prefix"] == "slab":
+            idle = self._idle_semaphore
+            threading.Condition.__enter__ = interrupted
+executor.ThreadPoolExecutor = Pool
+sys.argv = ["lconvert", "hf-to-gguf", SOURCE, "--q4_k_m", "--no-validate", "--no-card", "-o", OUT]
+from lconvert.cli import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_pool_holds_a_lock(checkpoint: Path, tmp_path: Path) -> None:
+    """KeyboardInterrupt inside `submit` would leave the pool's lock taken, and the workers would wait for it for ever."""
+    out = tmp_path / "out" / "m.gguf"
+    code = _INTERRUPTED_INSIDE_SUBMIT.replace("SOURCE", repr(str(checkpoint))).replace("OUT", repr(str(out)))
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == 130, process.stderr
+    assert process.stderr == "lconvert: interrupted; nothing was written\n"
+    assert not out.parent.exists()
+
+
+def test_the_second_ctrl_c_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupt.deferred() as check:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        check()  # once
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        raise AssertionError("the second was held back")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_late_ctrl_c_is_not_lost() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupt.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_program_that_handles_ctrl_c_itself_keeps_its_handler() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        with interrupt.deferred() as check:
+            os.kill(os.getpid(), signal.SIGINT)
+            check()
+        assert seen == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_killed_at_random_moments_and_resumed(checkpoint: Path, tmp_path: Path) -> None:
@@ -263,11 +328,11 @@ def test_killed_at_random_moments_and_resumed(checkpoint: Path, tmp_path: Path) 
 
 def test_resume_really_continues(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failure in the middle, the second run does not produce the first rows again."""
-    monkeypatch.setattr(plans, "SLAB_BYTES", 20000)
-    monkeypatch.setattr(plans, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(executor, "SLAB_BYTES", 20000)
+    monkeypatch.setattr(executor, "CHECKPOINT_SECONDS", 0.0)
     full = _FullDisk(1_500_000)
     with monkeypatch.context() as m:
-        m.setattr(plans.os, "pwrite", full)
+        m.setattr(executor.os, "pwrite", full)
         with pytest.raises(OutputError, match="--resume"):
             lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x")
     assert _left(tmp_path) == ["m.gguf.partial", "m.gguf.partial.json"]
@@ -290,10 +355,10 @@ def test_resume_really_continues(checkpoint: Path, tmp_path: Path, monkeypatch: 
 
 def _break_off(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves what a conversion to Q8_0 leaves that a full disk ends in the middle: a partial file and its journal."""
-    monkeypatch.setattr(plans, "SLAB_BYTES", 20000)
-    monkeypatch.setattr(plans, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(executor, "SLAB_BYTES", 20000)
+    monkeypatch.setattr(executor, "CHECKPOINT_SECONDS", 0.0)
     with monkeypatch.context() as m:
-        m.setattr(plans.os, "pwrite", _FullDisk(1_500_000))
+        m.setattr(executor.os, "pwrite", _FullDisk(1_500_000))
         with pytest.raises(OutputError):
             lconvert.convert(checkpoint, out, ftype="Q8_0", name="x")
 
@@ -337,12 +402,12 @@ def test_shards_of_a_quantized_model(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_journal_of_other_importances_is_not_continued(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "SLAB_BYTES", 20000)
-    monkeypatch.setattr(plans, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(executor, "SLAB_BYTES", 20000)
+    monkeypatch.setattr(executor, "CHECKPOINT_SECONDS", 0.0)
     rng = np.random.default_rng(0)
     one, two = ({"blk.2.ffn_up.weight": rng.gamma(1, size=(1, 256)).astype(np.float32)} for _ in range(2))
     with monkeypatch.context() as m:
-        m.setattr(plans.os, "pwrite", _FullDisk(1_500_000))
+        m.setattr(executor.os, "pwrite", _FullDisk(1_500_000))
         with pytest.raises(OutputError):
             lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q6_K", name="x", imatrix=one)
     seen: list[int] = []
