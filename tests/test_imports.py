@@ -21,6 +21,7 @@ ORDER = {
             ("archs", "kernels"),
             ("formats",),
             ("plan", "forward"),
+            ("interrupt", "executor"),
             ("passes", "recipe"),
             ("converters",),
             ("validators",),
