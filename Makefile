@@ -11,7 +11,9 @@ PYTHON ?= python3
 TORCH_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 VLLM ?= yes
-VLLM_ENV := $(if $(filter no,$(VLLM)),,.venv-vllm/.installed)
+VLLM_ENV := $(if $(filter no,$(VLLM)),,.venv-vllm/.installed .venv-vllm/cuda-wheel)
+# The build for GPUs: its Python files import without one, and its config classes judge what we write.
+VLLM_WHEEL := vllm==0.33.0
 OUT := demo-out
 
 .PHONY: demo test install check lint bench clean kernels
@@ -66,6 +68,13 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt $(wildcard ke
 	rm -rf .venv-vllm
 	$(BIN)/lconvert doctor --install vllm --into .venv-vllm --yes
 	touch $@
+
+.venv-vllm/cuda-wheel: .venv-vllm/.installed
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --platform manylinux_2_28_x86_64 \
+	  --dest $@.download $(VLLM_WHEEL)
+	$(BIN)/python -c "import glob, zipfile; z = zipfile.ZipFile(glob.glob('$@.download/*.whl')[0]); \
+	  z.extractall('$@', [n for n in z.namelist() if n.endswith(('.py', '.json', 'METADATA'))])"
+	rm -rf $@.download
 
 clean:
 	rm -rf build $(OUT) .mypy_cache .ruff_cache .pytest_cache .hypothesis

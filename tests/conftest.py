@@ -8,6 +8,7 @@ repository, a browser, and vLLM's environment where LCONVERT_WITHOUT_VLLM says s
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Reference logits are kept for the session, not in the user's cache folder."""
     os.environ["LCONVERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

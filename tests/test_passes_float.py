@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lconvert
+from lconvert import executor
 from lconvert.converters import targets
 from lconvert.converters.kinds import matrices, plain
 from lconvert.errors import InputError, LconvertError, OptionError
@@ -277,9 +278,8 @@ def test_a_plan_computes_no_weights_that_it_does_not_need(preset: str, tmp_path:
 @pytest.mark.parametrize("preset", [n for n, p in targets.VLLM.items() if not p.calibrated and n != "dense"])
 def test_weights_are_computed_in_slabs(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lconvert.ir
-    import lconvert.plan
 
-    monkeypatch.setattr(lconvert.plan, "SLAB_BYTES", 32 << 10)
+    monkeypatch.setattr(executor, "SLAB_BYTES", 32 << 10)
     monkeypatch.setattr(lconvert.ir, "COMPUTED", 32 << 10)
     model, _, sizes = counted(plain())
     changed = targets.recipe(preset, targets.VLLM).apply(model)

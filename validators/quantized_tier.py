@@ -31,7 +31,7 @@ from lconvert.formats.scheme import Held
 from lconvert.forward import hf_tensor
 from lconvert.ir import Model, QTensor, Tensor
 from lconvert.passes import fused
-from lconvert.plan import refusals
+from lconvert.plan import Plan, refusals
 from lconvert.validators import ct_worker, second_reading
 from lconvert.validators.proof import Proof, quantization_config
 from lconvert.validators.runtimes.config import settings
@@ -67,10 +67,14 @@ def structure(proof: Proof) -> None:
         proof.count("structure", "fused modules", list(untied(proof.artifact)), "alike, with tied scales")
         wrong = list(cast_away(proof))
         proof.count("structure", "scales in the model's dtype", wrong, "hold")
-    if proof.kind == "hf":
-        proof.count(
-            "structure", "config and tensors", list(misstated(proof)), "as the format's writer states them"
-        )
+    if proof.kind == "hf" and method(proof):
+        wrong, uncompared = misstated(proof)
+        if uncompared:
+            proof.not_proven.append(
+                f"structure: config and tensors against what a writer would state: {uncompared}"
+            )
+        if wrong or not uncompared:
+            proof.count("structure", "config and tensors", wrong, "as the format's writer states them")
 
 
 #: Keys of a quantization_config that runtimes act on and that the tensors themselves decide.
@@ -88,31 +92,36 @@ _DECIDED = (
 _OPTIONAL = (".g_idx", "_scale_ub")
 
 
-def misstated(proof: Proof) -> Iterator[str]:
+def misstated(proof: Proof) -> tuple[list[str], str]:
     """What the folder says of itself against what our writer would say of the same tensors: a claim that nothing bears out (an
-    act-order, zero points, a quantized head), or a tensor under a name that loaders do not look for."""
+    act-order, zero points, a quantized head), or a tensor under a name that loaders do not look for. Besides, why there was
+    nothing to compare with, "" where there was."""
     assert proof.artifact is not None
     name, stated = _FORMAT_OF.get(method(proof), method(proof)), quantization_config(proof.path)
     if name == "gptq" and stated.get("checkpoint_format") == "gptq_v2":
         name = "gptq_v2"
-    kv = proof.artifact.kv
-    if kv is not None:
-        bare = [
-            side
-            for side, spec in (("keys", kv.k), ("values", kv.v))
-            if not spec.dynamic and spec.scale is None
-        ]
-        if bare:
-            yield f"KV cache: static scales of {' and '.join(bare)} are announced and not stored; a runtime takes 1"
+    wrong = list(_bare_caches(proof.artifact))
     if name not in FORMATS:
-        return
+        return wrong, f"lconvert does not write {name}"
     dtype = _TORCH.get(str(read_object(proof.path / "config.json").get("dtype")).removeprefix("torch."))
     try:
         plan = checkpoint.plan(proof.artifact, checkpoint.Options(format=name, dtype=dtype))
-    except LconvertError:
-        return
-    if refusals(plan):
-        return
+    except LconvertError as e:
+        return wrong, str(e)
+    if refused := refusals(plan):
+        return wrong, refused[0]
+    return wrong + list(_against(proof, plan, name, stated)), ""
+
+
+def _bare_caches(model: Model) -> Iterator[str]:
+    """Static scales of the KV cache that are announced and not stored."""
+    sides = () if model.kv is None else (("keys", model.kv.k), ("values", model.kv.v))
+    if bare := [side for side, spec in sides if not spec.dynamic and spec.scale is None]:
+        yield f"KV cache: static scales of {' and '.join(bare)} are announced and not stored; a runtime takes 1"
+
+
+def _against(proof: Proof, plan: Plan, name: str, stated: Mapping[str, Any]) -> Iterator[str]:
+    assert proof.artifact is not None
     ours = json.loads(next(f.head for f in plan.files if f.name == "config.json")).get(
         "quantization_config", {}
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from lconvert.errors import InputError
 from lconvert.plan import manifest_path
-from lconvert.validators import carried, documents, quantized_tier, structure, tensors, traits
+from lconvert.validators import carried, documents, quantized_tier, structure, tensors, traits, vllm_config
 from lconvert.validators.proof import Proof
 
 #: structure.manifest_hashes
@@ -43,6 +43,7 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
         _structure(proof, found, hashes, plan.get("options", {}))
         if proof.kind == "hf":
             quantized_tier.structure(proof)
+            vllm_config.check(proof, str(plan.get("target", "")))
     if "tensors" in wanted:
         _values(proof, found)
         if proof.kind == "hf":

@@ -4,6 +4,7 @@
     python = ".venv-vllm/bin/python"   # relative to this file
     timeout = 600                      # seconds that one call may take
     options = { kv_cache_gib = 4 }     # what this runtime alone understands
+    wheel = "vllm-cuda"                # vllm only: an unpacked wheel of another build, whose config classes are asked too
 
 Read from the file that LCONVERT_CONFIG names, else from the current folder. Unknown keys are errors: a
 misspelt one would be ignored for ever.
@@ -36,13 +37,14 @@ OPTIONS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
 
 @dataclass(frozen=True)
 class RuntimeSettings:
-    """Where a runtime lives. python: None for this interpreter. The fields are arguments of
-    `open_runtime`.
+    """Where a runtime lives. python: None for this interpreter. The first three are arguments of `open_runtime`;
+    wheel: a folder with another build's packages (`validators.vllm_config`).
     """
 
     python: Path | None = None
     timeout: float = 600.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    wheel: Path | None = None
 
 
 def settings(name: str) -> RuntimeSettings:
@@ -76,8 +78,8 @@ def load(path: Path | None = None) -> dict[str, RuntimeSettings]:
 def _settings(file: Path, name: str, value: Any) -> RuntimeSettings:
     key = f"runtimes.{name}"
     table = _table(file, key, value)
-    _known(file, f"{key}.", table, ("python", "timeout", "options"))
-    python, timeout = table.get("python"), table.get("timeout", 600)
+    _known(file, f"{key}.", table, ("python", "timeout", "options", *(["wheel"] if name == "vllm" else [])))
+    python, timeout, wheel = table.get("python"), table.get("timeout", 600), table.get("wheel")
     if python is not None and (not isinstance(python, str) or not python):
         raise OptionError(f"{file}: {key}.python is {python!r}; expected the path of an interpreter")
     if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < float("inf"):
@@ -89,7 +91,10 @@ def _settings(file: Path, name: str, value: Any) -> RuntimeSettings:
         if not isinstance(given, types) or (isinstance(given, bool) and bool not in types):
             expected = " or ".join(t.__name__ for t in types)
             raise OptionError(f"{file}: {key}.options.{option} is {given!r}; expected {expected}")
-    return RuntimeSettings(_python(file, python) if python else None, float(timeout), options)
+    if wheel is not None and not (isinstance(wheel, str) and _beside(file, wheel).is_dir()):
+        raise OptionError(f"{file}: {key}.wheel is {wheel!r}; expected the folder of an unpacked wheel")
+    where = _python(file, python) if python else None
+    return RuntimeSettings(where, float(timeout), options, _beside(file, wheel) if wheel else None)
 
 
 def _python(file: Path, python: str) -> Path:
@@ -98,7 +103,11 @@ def _python(file: Path, python: str) -> Path:
     """
     if not os.path.dirname(python):
         return Path(python)
-    return Path(os.path.abspath(file.parent / Path(python).expanduser()))
+    return _beside(file, python)
+
+
+def _beside(file: Path, path: str) -> Path:
+    return Path(os.path.abspath(file.parent / Path(path).expanduser()))
 
 
 def _table(file: Path, key: str, value: Any) -> dict[str, Any]:
