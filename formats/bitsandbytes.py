@@ -34,8 +34,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats.config_values import flag, name_list, names_module, refuse_unknown
 from lconvert.formats.files import show
-from lconvert.formats.int_groups import flag, refuse_kv
+from lconvert.formats.int_groups import refuse_kv
 from lconvert.formats.scheme import Checkpoint, Held, Part, Stored, Weight, finite_scales, take, view
 from lconvert.ir import Grid, KVSpec, QTensor, Tensor, as_f32, int_grid
 from lconvert.kernels.packing import pack_nibbles, unpack_nibbles
@@ -71,10 +72,7 @@ _KEYS = {
 def parse(checkpoint: Checkpoint) -> BitsAndBytes:
     """The scheme of a `quant_method: bitsandbytes`; transformers' BitsAndBytesConfig names the keys."""
     config, where = checkpoint.config, checkpoint.where
-    if unknown := sorted(config.keys() - _KEYS):
-        raise InputError(
-            f"{where}: quantization_config has the unknown key {show(unknown[0])}; bitsandbytes' are {', '.join(sorted(_KEYS))}"
-        )
+    refuse_unknown(config, _KEYS, f"{where}: quantization_config", "bitsandbytes' are")
     four, eight = (
         flag(config, f"load_in_{n}bit", where, flag(config, f"_load_in_{n}bit", where, False)) for n in (4, 8)
     )
@@ -84,12 +82,7 @@ def parse(checkpoint: Checkpoint) -> BitsAndBytes:
             "one that the weights were quantized with"
         )
     skipped = config.get("llm_int8_skip_modules")
-    if skipped is not None and (
-        not isinstance(skipped, list) or not all(isinstance(n, str) and n for n in skipped)
-    ):
-        raise InputError(
-            f"{where}: llm_int8_skip_modules is {show(skipped)}, expected a list of module names"
-        )
+    plain = () if skipped is None else name_list(skipped, "llm_int8_skip_modules", where)
     storage = config.get("bnb_4bit_quant_storage")
     if four and storage not in (None, "uint8"):
         raise UnsupportedError(
@@ -107,15 +100,7 @@ def parse(checkpoint: Checkpoint) -> BitsAndBytes:
     kind = config.get("bnb_4bit_quant_type") if four else None
     if kind not in (None, *TABLES):
         raise UnsupportedError(f"{where}: bnb_4bit_quant_type {show(kind)} is unknown; known are nf4 and fp4")
-    return BitsAndBytes(where, 4 if four else 8, kind, float(threshold), tuple(skipped or ()))
-
-
-def names_module(listed: str, module: str) -> bool:
-    """Whether transformers skips `module` for a name in such a list (quantizers_utils.py `should_convert_module`).
-
-    It also takes names as regular expressions, which here only match themselves.
-    """
-    return f"{module}.".startswith(f"{listed}.") or module.endswith(listed)
+    return BitsAndBytes(where, 4 if four else 8, kind, float(threshold), plain)
 
 
 @dataclass(frozen=True)
