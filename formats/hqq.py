@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
-from lconvert.formats.bitsandbytes import flat_blocks
 from lconvert.formats.config_values import name_list, names_module, refuse_unknown
 from lconvert.formats.files import show
+from lconvert.formats.flat_blocks import spread
 from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, take, view
 from lconvert.ir import KVSpec, QTensor, Tensor, as_f32, int_grid
 
@@ -187,7 +187,7 @@ def _raised(
         part = take(module, parts, name, FLOATS, (1, count) if axis == 0 else (count, 1))
         flat = view(part.data, (count,), part.dtype, _flat_read(part.data))
         flat = finite_scales(flat) if name == "scale" else _finite(flat)
-        sides.append(_strided(flat, shape) if axis == 0 else flat_blocks(flat, n, k, group))
+        sides.append(_strided(flat, shape) if axis == 0 else spread(flat, n, k, group))
     block = (1, 1) if axis == 0 else (1, gcd(k, group))
     q = QTensor(shape, codes, int_grid(bits, False), block, sides[0], zero=sides[1])
     return Weight(q, _USED & parts.keys(), inert=frozenset({*_INERT, *_FLAGS} & parts.keys()))
