@@ -8,13 +8,13 @@ stream, which everything shares, and those of o_proj are tied to heads: there it
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lconvert.formats.kept import Kept
 from lconvert.formats.scheme import view
 from lconvert.ir import Entry, Mlp, Model, QTensor, Tensor, row_blocks
 
@@ -28,27 +28,15 @@ def order(q: QTensor) -> NDArray[np.int64] | None:
     return found if np.array_equal(g_idx[found], np.arange(q.shape[1]) // size) else None
 
 
-class _Whole:
-    """The last tensor that was permuted by rows, kept whole: its slabs take rows from everywhere."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._of: Tensor | None = None
-        self._array: Any = None
-
-    def load(self, t: Tensor) -> Any:
-        with self._lock:
-            if self._of is not t:
-                self._array = None
-                self._array, self._of = t.read(0, t.rows), t
-            return self._array
-
-
-_WHOLE = _Whole()
+#: The last tensor that was permuted by rows: its slabs take rows from everywhere.
+_WHOLE = Kept(1)
 
 
 def _rows(t: Tensor, by: NDArray[np.int64]) -> Tensor:
-    return replace(t, read=lambda a, b: _WHOLE.load(t)[by[a:b]])
+    def read(start: int, stop: int) -> NDArray[Any]:
+        return _WHOLE.get((t.read, t.shape), lambda: t.read(0, t.rows))[by[start:stop]]
+
+    return replace(t, read=read)
 
 
 def permuted_rows(data: Tensor | QTensor, by: NDArray[np.int64]) -> Tensor | QTensor:

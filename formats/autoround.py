@@ -16,8 +16,9 @@ from typing import Any
 
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import awq, gptq
+from lconvert.formats.config_values import flag, inert, whole
 from lconvert.formats.files import show
-from lconvert.formats.int_groups import Spec, contradiction, flag, group_size, grouping, whole
+from lconvert.formats.int_groups import Spec, contradiction, group_size, grouping
 from lconvert.formats.module_rules import Rule, compiled
 from lconvert.formats.scheme import Checkpoint, Part, Weight
 from lconvert.ir import KVSpec
@@ -101,9 +102,7 @@ def parse(checkpoint: Checkpoint) -> AutoRound:
         if text not in named:
             at = f"{where}: extra_config {show(text)}"
             rules.append(Rule(compiled(text, at), keys, at))
-    inert = sorted(show(k)[1:-1] for k in config.keys() - _READ)
-    report = (f"inert keys of quantization_config: {', '.join(inert)}",) if inert else ()
-    return AutoRound(base, layout, named, tuple(rules), where, report)
+    return AutoRound(base, layout, named, tuple(rules), where, inert(config, _READ))
 
 
 def _layout(config: Mapping[str, Any], where: str) -> str:

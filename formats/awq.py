@@ -27,19 +27,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats.config_values import flag, inert, name_list, whole
 from lconvert.formats.files import show
 from lconvert.formats.int_groups import (
     HEADS,
     Spec,
     agree,
     contradiction,
-    flag,
     group_size,
     grouping,
     int_problem,
     refuse_kv,
     tiles,
-    whole,
 )
 from lconvert.formats.module_rules import Rule, first, rules
 from lconvert.formats.scheme import Checkpoint, Held, Part, Stored, Weight, finite_scales, groups, take, view
@@ -121,18 +120,15 @@ def parse(checkpoint: Checkpoint) -> Awq:
         raise UnsupportedError(
             f"{where}: AWQ of {width} bits in {config.get('pack_dtype') or 'int32'} words; only 4 bits in int32 can be read"
         )
-    skipped = config.get("modules_to_not_convert") or []
-    if not isinstance(skipped, list) or not all(isinstance(name, str) and name for name in skipped):
-        raise InputError(f"{where}: modules_to_not_convert is {show(skipped)}, expected a list of names")
-    inert = sorted(show(k)[1:-1] for k in config.keys() - _READ)
+    skipped = name_list(config.get("modules_to_not_convert") or [], "modules_to_not_convert", where)
     group = group_size(whole(config, ("group_size", "q_group_size"), where), where)
     return Awq(
         spec=Spec(4, group, sym=not flag(config, "zero_point", where, True)),
         version=version,
-        skipped=tuple(skipped),
+        skipped=skipped,
         rules=rules(config.get("dynamic"), where),
         lm_head=flag(config, "lm_head", where, False),
-        report=(f"inert keys of quantization_config: {', '.join(inert)}",) if inert else (),
+        report=inert(config, _READ),
     )
 
 

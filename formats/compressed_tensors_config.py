@@ -9,11 +9,12 @@ and patterns in alphabetical order (utils/match.py `match_targets`, lifecycle/ap
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats.config_values import name_list, refuse_unknown
 from lconvert.formats.files import show
 from lconvert.formats.module_rules import compiled
 
@@ -147,7 +148,7 @@ class Config:
 
 def read_config(where: str, config: Mapping[str, Any]) -> Config:
     """The config as data; InputError for what contradicts itself, UnsupportedError for what has no meaning here."""
-    _known(where, "quantization_config", config, _TOP)
+    refuse_unknown(config, _TOP, f"{where}: quantization_config", "known are")
     report = []
     status = config.get("quantization_status")
     if status not in ("compressed", "frozen", None):
@@ -190,26 +191,13 @@ def read_config(where: str, config: Mapping[str, Any]) -> Config:
         where,
         rules,
         _matcher(where, list(rules)),
-        _matcher(where, _strings(where, "ignore", config.get("ignore") or [])),
+        _matcher(where, name_list(config.get("ignore") or [], "ignore", where)),
         None if kv is None else read_args(f"{where}: kv_cache_scheme", kv),
         tuple(report),
     )
 
 
-def _known(where: str, what: str, found: Mapping[str, Any], known: set[str]) -> None:
-    if unknown := sorted(map(str, found.keys() - known)):
-        raise InputError(
-            f"{where}: {what} has the unknown key {show(unknown[0])}; known are {', '.join(sorted(known))}"
-        )
-
-
-def _strings(where: str, key: str, found: Any) -> list[str]:
-    if not isinstance(found, list) or not all(isinstance(s, str) and s for s in found):
-        raise InputError(f"{where}: {key} is {show(found)}, expected a list of names")
-    return found
-
-
-def _matcher(where: str, entries: list[str]) -> Matcher:
+def _matcher(where: str, entries: Collection[str]) -> Matcher:
     patterns = [
         (entry, compiled(entry.removeprefix("re:"), f"{where}: {show(entry)}"))
         for entry in sorted(e for e in entries if e.startswith("re:"))
@@ -217,13 +205,13 @@ def _matcher(where: str, entries: list[str]) -> Matcher:
     return Matcher(frozenset(e for e in entries if not e.startswith("re:")), tuple(patterns))
 
 
-def _group(where: str, group: Any, top: Any) -> tuple[list[str], Rule]:
+def _group(where: str, group: Any, top: Any) -> tuple[tuple[str, ...], Rule]:
     if not isinstance(group, dict):
         raise UnsupportedError(
             f"{where}: is {show(group)}, not a scheme; names of presets are not resolved, spell it out"
         )
-    _known(where, "the group", group, _GROUP)
-    targets = _strings(where, "targets", group.get("targets"))
+    refuse_unknown(group, _GROUP, f"{where}: the group", "known are")
+    targets = name_list(group.get("targets"), "targets", where)
     if group.get("output_activations") is not None:
         raise UnsupportedError(
             f"{where}: output_activations cannot be carried; quantize inputs and weights only"
@@ -288,7 +276,7 @@ def read_args(where: str, found: Any) -> Args:
     """QuantizationArgs from JSON; a key that lconvert does not know is an error, since it may change the numbers."""
     if not isinstance(found, dict):
         raise InputError(f"{where}: is {show(found)}, expected an object")
-    _known(where, "the scheme", found, _ARGS)
+    refuse_unknown(found, _ARGS, f"{where}: the scheme", "known are")
 
     def one(key: str, default: Any, *allowed: Any) -> Any:
         value = found.get(key)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats.config_values import name_list, refuse_unknown
 from lconvert.formats.files import show
 from lconvert.formats.gguf_blocks import one
 from lconvert.formats.scheme import Checkpoint, Held, Part, Stored, Weight, finite_scales, take, view
@@ -184,12 +185,9 @@ def parse(checkpoint: Checkpoint) -> Fp8:
     """The scheme of `quantization_config` with quant_method fp8 or fbgemm_fp8."""
     config, where = checkpoint.config, checkpoint.where
     method = str(config["quant_method"])
-    if unknown := sorted(config.keys() - _KEYS[method]):
-        raise InputError(
-            f"{where}: quantization_config has the unknown key {show(unknown[0])}; for {method} known are "
-            f"{', '.join(sorted(_KEYS[method]))}"
-        )
-    plain = _names(where, config, "modules_to_not_convert") or _names(where, config, "ignored_layers")
+    refuse_unknown(config, _KEYS[method], f"{where}: quantization_config", f"for {method} known are")
+    plain = name_list(config.get("modules_to_not_convert") or [], "modules_to_not_convert", where)
+    plain = plain or name_list(config.get("ignored_layers") or [], "ignored_layers", where)
     if method == "fbgemm_fp8":
         bound = config.get("activation_scale_ub")
         if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < float("inf"):
@@ -234,13 +232,6 @@ def _structure(where: str, config: Mapping[str, Any]) -> tuple[tuple[int, int], 
     if scheme == "static":
         raise UnsupportedError(f"{where}: static activations with blocks of weights; no runtime reads that")
     return (size[0], size[1]), ActSpec(E4M3, "group", True, group=size[1])
-
-
-def _names(where: str, config: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    found = config.get(key) or []
-    if not isinstance(found, list) or not all(isinstance(n, str) and n for n in found):
-        raise InputError(f"{where}: {key} is {show(found)}, expected a list of module names")
-    return tuple(found)
 
 
 def _kv(checkpoint: Checkpoint) -> KVSpec | None:

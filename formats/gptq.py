@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats.config_values import flag, inert, whole
 from lconvert.formats.files import show
 from lconvert.formats.int_groups import (
     HEADS,
@@ -33,13 +34,11 @@ from lconvert.formats.int_groups import (
     Spec,
     agree,
     contradiction,
-    flag,
     group_size,
     grouping,
     int_problem,
     refuse_kv,
     tiles,
-    whole,
 )
 from lconvert.formats.module_rules import Rule, first, pattern_of, rules
 from lconvert.formats.scheme import Checkpoint, Held, Part, Stored, Weight, finite_scales, groups, take, view
@@ -135,14 +134,13 @@ def parse(checkpoint: Checkpoint) -> Gptq:
         flag(config, "sym", where, True),
         flag(config, "desc_act", where, False),
     )
-    inert = sorted(show(k)[1:-1] for k in config.keys() - _READ)
     return Gptq(
         base=base,
         version=version,
         rules=rules(config.get("dynamic"), where),
         only=tuple(_names(config.get("modules_in_block_to_quantize"), where)),
         lm_head=flag(config, "lm_head", where, False),
-        report=(f"inert keys of quantization_config: {', '.join(inert)}",) if inert else (),
+        report=inert(config, _READ),
     )
 
 

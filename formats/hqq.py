@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
-from lconvert.formats.bitsandbytes import flat_blocks, names_module
+from lconvert.formats.config_values import name_list, names_module, refuse_unknown
 from lconvert.formats.files import show
+from lconvert.formats.flat_blocks import spread
 from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, take, view
 from lconvert.ir import KVSpec, QTensor, Tensor, as_f32, int_grid
 
@@ -74,19 +75,14 @@ _TEXT_LIMIT = 64
 def parse(checkpoint: Checkpoint) -> Hqq:
     """The scheme of a `quant_method: hqq`; transformers' HqqConfig names the keys."""
     config, where = checkpoint.config, checkpoint.where
-    if unknown := sorted(config.keys() - _KEYS):
-        raise InputError(
-            f"{where}: quantization_config has the unknown key {show(unknown[0])}; HQQ's are {', '.join(sorted(_KEYS))}"
-        )
-    skipped = config.get("skip_modules") or []
-    if not isinstance(skipped, list) or not all(isinstance(n, str) and n for n in skipped):
-        raise InputError(f"{where}: skip_modules is {show(skipped)}, expected a list of module names")
+    refuse_unknown(config, _KEYS, f"{where}: quantization_config", "HQQ's are")
+    skipped = name_list(config.get("skip_modules") or [], "skip_modules", where)
     stated = config.get("quant_config") or {}
     if not isinstance(stated, dict):
         raise InputError(f"{where}: quant_config is {show(stated)}, expected an object")
     listed = {"": stated} if "weight_quant_params" in stated else stated
     rules = {tag: _params(tag, listed[tag], where) for tag in listed}
-    return Hqq(where, rules, tuple(skipped))
+    return Hqq(where, rules, skipped)
 
 
 def _params(tag: str, value: Any, where: str) -> Mapping[str, Any]:
@@ -191,7 +187,7 @@ def _raised(
         part = take(module, parts, name, FLOATS, (1, count) if axis == 0 else (count, 1))
         flat = view(part.data, (count,), part.dtype, _flat_read(part.data))
         flat = finite_scales(flat) if name == "scale" else _finite(flat)
-        sides.append(_strided(flat, shape) if axis == 0 else flat_blocks(flat, n, k, group))
+        sides.append(_strided(flat, shape) if axis == 0 else spread(flat, n, k, group))
     block = (1, 1) if axis == 0 else (1, gcd(k, group))
     q = QTensor(shape, codes, int_grid(bits, False), block, sides[0], zero=sides[1])
     return Weight(q, _USED & parts.keys(), inert=frozenset({*_INERT, *_FLAGS} & parts.keys()))

@@ -5,9 +5,8 @@ All three hold weight-only matrices of integers with one scale, and perhaps a wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
@@ -43,27 +42,6 @@ def grouping(group: int) -> str:
 
 
 # --- values of a config ---
-
-
-def whole(config: Mapping[str, Any], names: tuple[str, ...], where: str) -> int:
-    """The whole number under one of `names`."""
-    for name in names:
-        if name in config:
-            if type(config[name]) is not int:
-                raise InputError(
-                    f"{where}: {name} of quantization_config is {show(config[name])}, expected a whole number"
-                )
-            return int(config[name])
-    raise InputError(
-        f"{where}: quantization_config lacks {names[0]}; the file is incomplete, download it again"
-    )
-
-
-def flag(config: Mapping[str, Any], name: str, where: str, default: bool) -> bool:
-    value = config.get(name)
-    if value is not None and type(value) is not bool:
-        raise InputError(f"{where}: {name} of quantization_config is {show(value)}, expected true or false")
-    return default if value is None else value
 
 
 def agree(checkpoint: Checkpoint, keys: Iterable[tuple[str, ...]]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats.config_values import inert
 from lconvert.formats.files import show
 from lconvert.formats.gguf_blocks import native_type, one
 from lconvert.formats.scheme import Checkpoint, Part, Weight
@@ -50,8 +51,7 @@ def parse(checkpoint: Checkpoint) -> Mxfp4:
             f"{checkpoint.where}: quantization_config has the unknown key {show(unknown[0])}; it may change what the tensors "
             "mean, so lconvert does not guess"
         )
-    inert = sorted(checkpoint.config.keys() - {"quant_method"})
-    return Mxfp4((f"inert keys of quantization_config: {', '.join(inert)}",) if inert else ())
+    return Mxfp4(inert(checkpoint.config, {"quant_method"}))
 
 
 def shapes(experts: int, rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -14,8 +14,7 @@ writes the very bytes that the safetensors package would.
 from __future__ import annotations
 
 import json
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from lconvert.errors import InputError, OutputError, UnsupportedError
 from lconvert.formats.files import Stamp, fill, foreign, read_at, reading, short_read, show, unchanged
+from lconvert.formats.kept import Kept
 from lconvert.ir import NUMPY_DTYPE, Dtype, Tensor
 
 HEADER_LIMIT = 100_000_000
@@ -354,23 +354,15 @@ def _column_block(
 
 #: A matrix that is packed along its columns is kept whole up to this size, the last one or two of them.
 _KEPT_BYTES = 256 << 20
-_KEPT: OrderedDict[tuple[str, Stamp, str], NDArray[Any]] = OrderedDict()
-_KEPT_LOCK = threading.Lock()
+_KEPT = Kept(2)
 
 
 def _kept_columns(
     path: Path, stamp: Stamp, info: TensorInfo, dtype: Dtype, origin: str, start: int, stop: int
 ) -> NDArray[Any]:
     _check_range(origin, start, stop, info.shape[1])
-    key = (str(path), stamp, info.name)
-    with _KEPT_LOCK:
-        whole = _KEPT.get(key)
-        if whole is None:
-            whole = _read_rows(path, stamp, info, dtype, origin, 0, info.shape[0])
-            _KEPT[key] = whole
-            while len(_KEPT) > 2:
-                _KEPT.popitem(last=False)
-    return whole[:, start:stop]
+    read = partial(_read_rows, path, stamp, info, dtype, origin, 0, info.shape[0])
+    return _KEPT.get((str(path), stamp, info.name), read)[:, start:stop]
 
 
 def _check_range(origin: str, start: int, stop: int, rows: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
-from lconvert.formats.bitsandbytes import names_module
+from lconvert.formats.config_values import name_list, names_module, refuse_unknown
 from lconvert.formats.files import show
 from lconvert.formats.fp8 import float_codes
 from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, take, view
@@ -46,16 +46,9 @@ _ROWS = 4096  # of zero points that are looked at together
 def parse(checkpoint: Checkpoint) -> TorchAo:
     """The scheme of a `quant_method: torchao`; transformers' TorchAoConfig names the keys."""
     config, where = checkpoint.config, checkpoint.where
-    if unknown := sorted(config.keys() - _KEYS):
-        raise InputError(
-            f"{where}: quantization_config has the unknown key {show(unknown[0])}; torchao's are {', '.join(sorted(_KEYS))}"
-        )
-    skipped = config.get("modules_to_not_convert") or []
-    if not isinstance(skipped, list) or not all(isinstance(n, str) and n for n in skipped):
-        raise InputError(
-            f"{where}: modules_to_not_convert is {show(skipped)}, expected a list of module names"
-        )
-    return TorchAo(where, checkpoint.metadata, tuple(skipped))
+    refuse_unknown(config, _KEYS, f"{where}: quantization_config", "torchao's are")
+    skipped = name_list(config.get("modules_to_not_convert") or [], "modules_to_not_convert", where)
+    return TorchAo(where, checkpoint.metadata, skipped)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
-"""Small GPTQ and AWQ checkpoints written without lconvert's packing: bit streams as Python integers."""
+"""Small GPTQ and AWQ checkpoints written without lconvert's packing: bit streams as Python integers.
+
+And what tests of other quantized formats need as well: arrays as stored tensors, noise, any config, peers' fixtures.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import lconvert
+from lconvert.errors import LconvertError
 from lconvert.formats import safetensors
-from lconvert.formats.scheme import Part, Stored
+from lconvert.formats.scheme import Part, Scheme, Stored
 from lconvert.ir import Model, QTensor, Tensor, dense, int_grid
-from lconvert.kernels.qtensor import dequantize
+from lconvert.kernels.qtensor import dequantize, values
 from tests.checkpoints import LLAMA, random_tensors, write_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -106,19 +112,35 @@ def quantized(
     )
 
 
-def parts(arrays: Mapping[str, NDArray[Any]], seen: list[tuple[int, int]] | None = None) -> dict[str, Part]:
-    """Arrays as the stored tensors of a module; `seen` records which columns were read."""
+def parts(
+    arrays: Mapping[str, NDArray[Any] | tuple[str, NDArray[Any]]], seen: list[tuple[int, int]] | None = None
+) -> dict[str, Part]:
+    """Arrays as the stored tensors of a module: of the type they are given with, else uint16 as BF16 and others as they are.
 
-    def part(name: str, array: NDArray[Any]) -> Part:
+    seen: takes down which columns were read.
+    """
+
+    def part(name: str, dtype: str | None, array: NDArray[Any]) -> Part:
         def columns(start: int, stop: int) -> NDArray[Any]:
             if seen is not None:
                 seen.append((start, stop))
-            return np.ascontiguousarray(array[:, start:stop])
+            return array[:, start:stop]
 
-        data = dense(array, origin=name)
-        return Part(data.dtype, data, columns, f"file: tensor {name}")
+        held: Any = "U8" if dtype and dtype.startswith("F8") else dtype
+        data = dense(array.copy(), held or ("BF16" if array.dtype == np.uint16 else None), origin=name)
+        return Part(dtype or data.dtype, data, columns, f"file: tensor {name}")
 
-    return {name: part(name, array) for name, array in arrays.items()}
+    return {name: part(name, *(x if isinstance(x, tuple) else (None, x))) for name, x in arrays.items()}
+
+
+def noise(count: int, seed: int) -> NDArray[np.uint8]:
+    """Bytes that a peer's script makes again without NumPy's generators."""
+    x = (np.arange(count, dtype=np.uint64) + np.uint64(seed * 1000003)) * np.uint64(0x9E3779B97F4A7C15)
+    return ((x >> np.uint64(33)) & np.uint64(0xFF)).astype(np.uint8)
+
+
+def fingerprint(x: NDArray[Any], length: int = 16) -> str:
+    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()[:length]
 
 
 def stored_bytes(stored: Stored) -> tuple[str, tuple[int, ...], bytes]:
@@ -194,6 +216,37 @@ JSON = st.recursive(
 def configs(keys: Sequence[str]) -> st.SearchStrategy[dict[str, Any]]:
     """Changes of a config: any JSON under a few of `keys`."""
     return st.dictionaries(st.sampled_from(keys), JSON, max_size=3)
+
+
+def read_or_refused(
+    scheme: Callable[[], Scheme], arrays: Mapping[str, NDArray[Any]], shape: tuple[int, ...]
+) -> None:
+    """Whatever a config says, the module is read, with all its numbers, or refused by an error of lconvert's."""
+    try:
+        weight = scheme().weight("model.layers.0.mlp.up_proj", parts(arrays), shape)
+        assert weight is not None
+        values_of(weight.data)
+    except LconvertError as e:
+        assert str(e)
+
+
+def trained(shared: Path, name: str) -> Iterator[tuple[str, QTensor, dict[str, Tensor]]]:
+    """The quantized modules of a shared checkpoint that GPTQModel made of wiki-mistral: names, numbers, stored tensors.
+
+    Their values are near the original's.
+    """
+    folder = shared / "checkpoints" / name
+    if not folder.is_dir():
+        pytest.skip(f"shared checkpoint {name} is missing")
+    model, original = lconvert.read(folder), lconvert.read(shared / "models" / "wiki-mistral")
+    file = safetensors.read_header(folder / "model.safetensors")
+    for role, entry in model.entries.items():
+        if isinstance(q := entry.data, QTensor):
+            w, reference = dequantize(q), values(original.entries[role].data)
+            assert 0.08 < np.linalg.norm(w - reference) / np.linalg.norm(reference) < 0.13
+            module = entry.provenance[0].split()[0]
+            found = [n for n in file.tensors if n.rpartition(".")[0] == module]
+            yield module, q, {n.rpartition(".")[2]: safetensors.tensor(file, n) for n in found}
 
 
 def peer_folders(method: str) -> list[Path]:

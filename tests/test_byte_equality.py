@@ -33,6 +33,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 _ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 _SMALL = dict(LLAMA, vocab_size=512, hidden_size=256, head_dim=32, num_hidden_layers=3)
+_DEEPSEEK = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "first_k_dense_replace": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 640, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+_YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
 #: Shapes that exercise the rules: tied and untied output, GQA >= 4, experts (8 of them have rules of their own),
 #: 80 layers (llama.cpp files that under 70B), rows that are no multiple of 256.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -67,28 +75,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 128, "rope_parameters": _ROPE,
     },
     # Heads of 256 + 32 and 64: keys (transposed) and values out of the latent have blocks of their own widths.
-    "deepseek_v3": {
-        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 512, "hidden_size": 256,
-        "intermediate_size": 512, "moe_intermediate_size": 128, "num_hidden_layers": 4, "first_k_dense_replace": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 96, "kv_lora_rank": 256,
-        "qk_nope_head_dim": 256, "qk_rope_head_dim": 32, "v_head_dim": 64, "n_routed_experts": 8, "n_group": 4,
-        "topk_group": 2, "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 2.5,
-        "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "max_position_embeddings": 640,
-        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 16, "beta_fast": 32,
-                         "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
-    },
-    "deepseek_v2": {
-        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "vocab_size": 512, "hidden_size": 256,
-        "intermediate_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 3, "first_k_dense_replace": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 64,
-        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4, "n_group": 1,
-        "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.0,
-        "norm_topk_prob": False, "scoring_func": "softmax", "topk_method": "greedy", "max_position_embeddings": 640,
-        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 16, "beta_fast": 32,
-                         "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
-    },
+    "deepseek_v3": _DEEPSEEK
+    | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "moe_intermediate_size": 128,
+       "num_hidden_layers": 4, "q_lora_rank": 96, "kv_lora_rank": 256, "qk_nope_head_dim": 256, "qk_rope_head_dim": 32,
+       "v_head_dim": 64, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+       "n_shared_experts": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "scoring_func": "sigmoid",
+       "topk_method": "noaux_tc", "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    "deepseek_v2": _DEEPSEEK
+    | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "moe_intermediate_size": 256,
+       "num_hidden_layers": 3, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+       "v_head_dim": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+       "n_shared_experts": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "scoring_func": "softmax",
+       "topk_method": "greedy", "rope_scaling": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
 }  # fmt: skip
 
 

@@ -273,7 +273,7 @@ def test_plain_modules_stay_plain() -> None:
         ({"bnb_4bit_quant_type": "af4"}, r"bnb_4bit_quant_type 'af4' is unknown; known are nf4 and fp4"),
         (
             {"llm_int8_skip_modules": "lm_head"},
-            r"llm_int8_skip_modules is 'lm_head', expected a list of module names",
+            r"llm_int8_skip_modules is 'lm_head', expected a list of names",
         ),
         ({"llm_int8_threshold": "6"}, r"llm_int8_threshold is '6', expected a number"),
         (

@@ -261,7 +261,7 @@ def test_plain_modules(tmp_path: Path) -> None:
         (BLOCK | {"weight_block_size": [128]}, InputError, "expected two positive numbers"),
         (BLOCK | {"weight_block_size": [128, 0]}, InputError, "expected two positive numbers"),
         (BLOCK | {"weight_block_size": [128, 128.0]}, InputError, "expected two positive numbers"),
-        (BLOCK | {"modules_to_not_convert": "lm_head"}, InputError, "expected a list of module names"),
+        (BLOCK | {"modules_to_not_convert": "lm_head"}, InputError, "expected a list of names"),
         (BLOCK | {"kv_cache_scheme": {"num_bits": 8}}, UnsupportedError, "only 'static' can be read"),
         (FBGEMM | {"activation_scale_ub": 0}, InputError, "expected a positive number"),
         (FBGEMM | {"activation_scale_ub": float("inf")}, InputError, "expected a positive number"),

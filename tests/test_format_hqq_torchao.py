@@ -18,7 +18,7 @@ import lconvert
 from lconvert.errors import InputError, LconvertError, UnsupportedError
 from lconvert.formats import hqq, torchao
 from lconvert.formats.scheme import Checkpoint, Part, Weight
-from lconvert.ir import E4M3, ActSpec, QTensor, as_f32, dense, int_grid
+from lconvert.ir import E4M3, ActSpec, QTensor, as_f32, int_grid
 from lconvert.kernels.qtensor import dequantize
 from tests import int_checkpoints as made
 from tests.checkpoints import bf16
@@ -41,16 +41,6 @@ def refused(message: str) -> Any:
 
 def wide(array: NDArray[Any]) -> NDArray[np.float32]:
     return as_f32(array, "BF16" if array.dtype == np.uint16 else "F32")
-
-
-def parts(arrays: Arrays) -> dict[str, Part]:
-    """uint16 arrays are BF16, the others what they are."""
-
-    def part(name: str, array: NDArray[Any]) -> Part:
-        data = dense(array, "BF16" if array.dtype == np.uint16 else None, origin=name)
-        return Part(data.dtype, data, lambda a, b: array[:, a:b], f"file: tensor {name}")
-
-    return {name: part(name, array) for name, array in arrays.items()}
 
 
 # --- the peers' checkpoints ------------------------------------------------------------------------------
@@ -129,7 +119,7 @@ def hqq_scheme(**changes: Any) -> hqq.Hqq:
 
 
 def read_hqq(arrays: Arrays, shape: tuple[int, ...], **config: Any) -> QTensor:
-    found = hqq_scheme(**config).weight(MODULE, parts(arrays), shape)
+    found = hqq_scheme(**config).weight(MODULE, made.parts(arrays), shape)
     assert found is not None and isinstance(found.data, QTensor)
     assert found.used | found.inert == arrays.keys()
     return found.data
@@ -271,7 +261,7 @@ def test_hqq_configs_that_agree() -> None:
     assert hqq_scheme(quant_config=one).report == ()
     assert hqq_scheme(quant_config=one).method == "hqq 5 bit, group 32"
     weight: Arrays = {"weight": np.zeros((8, 64), np.float32)}
-    assert hqq_scheme().weight(MODULE, parts(weight), (8, 64)) is None
+    assert hqq_scheme().weight(MODULE, made.parts(weight), (8, 64)) is None
     with refused(r"of shape \(2, 4, 64\) are not a matrix"):
         read_hqq(arrays, (2, 4, 64))
 
@@ -323,7 +313,7 @@ def weigh(arrays: Arrays, description: Any, shape: tuple[int, ...] = (8, 64), **
     """The module read; a float8 qdata is stored as such."""
     metadata = {} if description is None else {f"{MODULE}.weight": description}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    stored = parts(arrays)
+    stored = made.parts(arrays)
     if "_weight_qdata" in stored and stored["_weight_qdata"].dtype == "U8":
         found = stored["_weight_qdata"]
         stored["_weight_qdata"] = Part("F8_E4M3", found.data, found.columns, found.where)
@@ -478,7 +468,7 @@ def test_tensors_beside_the_known_ones() -> None:
     with refused(r"_weight_act_pre_scale: static or scaled inputs of an Int8Tensor are not read"):
         read_ao(arrays, description)
     arrays, description, _ = subclass("float8", (1, 64))
-    stored = parts(arrays)
+    stored = made.parts(arrays)
     stored["_weight_qdata"] = Part(
         "F8_E5M2", stored["_weight_qdata"].data, stored["_weight_qdata"].columns, "here"
     )

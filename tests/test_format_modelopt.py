@@ -7,7 +7,6 @@ table has one zero, so negative zeros are compared as zeros.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,17 +42,14 @@ from lconvert.ir import (
 )
 from lconvert.kernels.qtensor import dequantize, effective
 from tests.conftest import ROOT, SHARED
+from tests.int_checkpoints import fingerprint, noise
+from tests.int_checkpoints import parts as parts_of
 
 PEERS = sorted(p.parent for p in (ROOT / "tests" / "fixtures" / "peers").glob("modelopt-*/oracle.json"))
 MODULE = "model.layers.0.mlp.down_proj"
 ROWS, COLS = 32, 128
 WRITER = Writer()
 Tensors = dict[str, tuple[str, NDArray[Any]]]
-
-
-def noise(count: int, seed: int) -> NDArray[np.uint8]:
-    x = (np.arange(count, dtype=np.uint64) + np.uint64(seed * 1000003)) * np.uint64(0x9E3779B97F4A7C15)
-    return ((x >> np.uint64(33)) & np.uint64(0xFF)).astype(np.uint8)
 
 
 def sound(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -123,20 +119,6 @@ GOLDEN = {
     "MXFP8": "c4f03f3d3e97314d",
 }
 GOLDEN_INT4 = "887f18db639d1d76"
-
-
-def fingerprint(x: NDArray[Any], length: int = 16) -> str:
-    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()[:length]
-
-
-def parts_of(tensors: Tensors) -> dict[str, Part]:
-    out = {}
-    for suffix, (dtype, array) in tensors.items():
-        data = dense(array.copy(), "U8" if dtype.startswith("F8") else dtype, f"x.safetensors: {suffix}")  # type: ignore[arg-type]
-        out[suffix] = Part(
-            dtype, data, lambda a, b, found=array: found[:, a:b], f"x.safetensors: tensor {suffix}"
-        )
-    return out
 
 
 def scheme(folder: Path = Path("nowhere"), **config: Any) -> ModelOpt:

@@ -6,7 +6,6 @@ and `Pack_fp4`, for the same `noise`. What int8 and FP8 mean is self-checked: co
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,15 @@ from transformers.integrations import bitnet as reference
 
 from lconvert.errors import InputError, LconvertError, UnsupportedError
 from lconvert.formats.quark import Quark
-from lconvert.formats.scheme import Checkpoint, Part, Weight, find
-from lconvert.ir import E2M1, E4M3, ActSpec, KVSpec, QTensor, as_f32, dense, int_grid
+from lconvert.formats.scheme import Checkpoint, Weight, find
+from lconvert.ir import E2M1, E4M3, ActSpec, KVSpec, QTensor, as_f32, int_grid
 from lconvert.kernels.qtensor import dequantize
+from tests.int_checkpoints import fingerprint, noise
+from tests.int_checkpoints import parts as parts_of
 
 MODULE = "model.layers.0.self_attn.o_proj"
 ROWS, COLS = 32, 128
 Tensors = dict[str, tuple[str, NDArray[Any]]]
-
-
-def noise(count: int, seed: int) -> NDArray[np.uint8]:
-    x = (np.arange(count, dtype=np.uint64) + np.uint64(seed * 1000003)) * np.uint64(0x9E3779B97F4A7C15)
-    return ((x >> np.uint64(33)) & np.uint64(0xFF)).astype(np.uint8)
-
-
-def fingerprint(x: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()[:16]
-
-
-def parts_of(tensors: Tensors) -> dict[str, Part]:
-    out = {}
-    for suffix, (dtype, array) in tensors.items():
-        data = dense(array.copy(), "U8" if dtype.startswith("F8") else dtype, f"x.safetensors: {suffix}")  # type: ignore[arg-type]
-        out[suffix] = Part(
-            dtype, data, lambda a, b, found=array: found[:, a:b], f"x.safetensors: tensor {suffix}"
-        )
-    return out
 
 
 def scheme(**config: Any) -> Any:
