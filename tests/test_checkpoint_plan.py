@@ -15,8 +15,6 @@ import pytest
 
 import lconvert
 from lconvert import executor
-from lconvert.cli import convert as convert_verb
-from lconvert.cli import hf_to_trtllm, hf_to_vllm
 from lconvert.converters import checkpoint, lcir, matrix, targets
 from lconvert.converters.kinds import matrices, plain, rounded, with_act_order, with_full_scales, with_globals
 from lconvert.errors import InputError, OptionError, OutputError, UnsupportedError
@@ -495,13 +493,6 @@ def test_convert_and_its_launch_line(tmp_path: Path) -> None:
         assert {"config.json", "model.safetensors", "manifest.json"} <= files or any(
             "manifest" in f for f in files
         )
-
-
-def test_tables_of_the_verbs_are_those_of_the_targets() -> None:
-    """Help texts are made without importing converters; the two lists must stay one."""
-    assert {n: p.about for n, p in targets.VLLM.items()} == hf_to_vllm.PRESETS
-    assert {n: p.about for n, p in targets.TENSORRT_LLM.items()} == hf_to_trtllm.PRESETS
-    assert set(convert_verb.TARGETS) <= set(targets.TARGETS)
 
 
 @pytest.mark.parametrize(
