@@ -16,6 +16,7 @@ from lconvert.converters import regrid
 from lconvert.formats.scheme import Held
 from lconvert.ir import E4M3, E8M0, UE4M3, ActSpec, Entry, QTensor, Tensor, dense, row_blocks
 from lconvert.kernels.qtensor import effective
+from lconvert.passes import rtn
 from lconvert.plan import Kind, Verdict
 
 #: Why a format or the runtime behind it cannot have a module in this form, in words; None if it can.
@@ -223,8 +224,6 @@ def _kind(q: QTensor, form: QTensor) -> Kind:
 
 def requantized(entry: Entry, problem: Problem, format: str) -> Carried:
     """The entry's values rounded again to what `format` falls back to."""
-    from lconvert.passes import rtn
-
     q = entry.data
     assert isinstance(q, QTensor)
     read: Callable[[int, int], object] = partial(effective, entry)

@@ -1,367 +1,47 @@
 """Quantized Hugging Face folders as a target: compressed-tensors, GPTQ, AWQ, FP8, ModelOpt, bitsandbytes, or plain.
 
-`plan` asks for every linear module how the format holds its numbers exactly (`carry`), sees that modules which runtimes fuse
-agree (`fusion`), chooses the model's dtype so that scales survive in it, and lays the tensors out through the format's
-Writer. Side tensors are looked at, weights are not.
+`plan` takes what every linear module holds (`checkpoint_modules`), chooses the model's dtype (`checkpoint_dtype`), and lays the
+tensors out through the format's Writer. Side tensors are looked at, weights are not.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lconvert.archs import find
-from lconvert.archs.common import Bind, binds
-from lconvert.converters import act_order, fold, fusion, hf, serving
-from lconvert.converters.carry import WEIGHT_ONLY, Carried, carry, describe, requantized
-from lconvert.converters.regrid import holds, nearest, numbers, recast
-from lconvert.errors import OptionError
+from lconvert.converters import hf, serving
+from lconvert.converters.carry import WEIGHT_ONLY, describe
+from lconvert.converters.checkpoint_dtype import model_dtype, stored_scale, with_input_scale
+from lconvert.converters.checkpoint_modules import Linear, Options, linears, lowered, pieces, writer
+from lconvert.converters.regrid import numbers
 from lconvert.formats import bitsandbytes, modelopt, safetensors
 from lconvert.formats.scheme import Held, Stored, Writer
-from lconvert.ir import Model, QTensor, Tensor, Transform, as_f32, concat_quantized, dense, take_quantized
+from lconvert.ir import Model, QTensor, Tensor, as_f32
 from lconvert.kernels.qtensor import dequantize, effective
 from lconvert.passes import fused
 from lconvert.passes.rtn_float import power_of_two_above
-from lconvert.plan import SIDE, FilePlan, Item, Plan, Slab, Verdict, sources, worst
+from lconvert.plan import SIDE, Item, Plan, Slab, Verdict, known, sources
+
+__all__ = ["Options", "plan"]
 
 #: Every row of this many is compared with the source to measure the error of a rounding.
 _MEASURE_EVERY = 16
 
 
-@dataclass(frozen=True)
-class Format:
-    """A container: the module and the keywords of its Writer; `cast_scales`: a runtime holds plain scales in the model's
-    dtype (vLLM's WNA16, GPTQ and AWQ kernels allocate them with params_dtype); `transforms`: it stores pre_quant_scale."""
-
-    module: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    cast_scales: bool = False
-    transforms: bool = False
-
-
-FORMATS: Mapping[str, Format] = {
-    "compressed-tensors": Format("compressed_tensors"),
-    "gptq": Format("gptq", {"version": 1}, cast_scales=True),
-    "gptq_v2": Format("gptq", {"version": 2}, cast_scales=True),
-    "awq": Format("awq", cast_scales=True),
-    "fp8": Format("fp8"),
-    "modelopt": Format("modelopt", transforms=True),
-    "bitsandbytes": Format("bitsandbytes"),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """format: one of FORMATS, or "dense". dtype: of the model (BF16, F16, F32), None to choose. runtime: "vllm" or
-    "tensorrt-llm" to apply what its loader refuses. allow_requantize: round again what the format cannot hold."""
-
-    format: str = "compressed-tensors"
-    dtype: str | None = None
-    runtime: str = ""
-    allow_requantize: bool = False
-
-    def __post_init__(self) -> None:
-        if self.format not in (*FORMATS, "dense"):
-            raise OptionError(f"format {self.format!r}; choose {', '.join(FORMATS)} or dense")
-        if self.dtype not in (None, "BF16", "F16", "F32"):
-            raise OptionError(f"dtype {self.dtype!r}; choose BF16, F16 or F32")
-
-
-def writer(format: str) -> Writer:
-    f = FORMATS[format]
-    made: Writer = importlib.import_module(f"lconvert.formats.{f.module}").Writer(**f.options)
-    return made
-
-
-# --- linear modules --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear module of the artifact: its name, the source tensor it replaces, what it holds and with which verdict."""
-
-    module: str
-    bind: Bind
-    held: Held
-    verdict: Verdict
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(role for role, _ in self.bind.parts))
-
-
-def _is_linear(bind: Bind) -> bool:
-    roles = [role for role, _ in bind.parts]
-    plain = len(bind.shape) == 2 and bind.row is None and not bind.experts
-    return plain and not any("embed" in r or "norm" in r for r in roles)
-
-
-@dataclass(frozen=True)
-class Lowered:
-    """A model ready for a format, and what the way there did to entries (role -> verdict, where it was not exact)."""
-
-    model: Model
-    original: Model
-    notes: tuple[str, ...] = ()
-    done: Mapping[str, Verdict] = field(default_factory=dict)
-
-
-def lowered(model: Model, options: Options, original: Model | None = None) -> Lowered:
-    """Unfolded scales and act-order moved to where the format has a place for them."""
-    original = original or model
-    notes: tuple[str, ...] = ()
-    done: dict[str, Verdict] = {}
-    for role, entry in model.entries.items():
-        before = original.entries[role].data
-        if before is not entry.data:
-            note = entry.provenance[-1] if entry.provenance else ""
-            done[role] = Verdict("requantized" if isinstance(before, QTensor) else "quantized", note)
-    for_this = options.format != "dense" and FORMATS[options.format].transforms
-    stored = (for_this and not _int4(model)) or options.format == "dense"
-    if options.runtime == "tensorrt-llm" or not stored:
-        # A plain checkpoint multiplies the values themselves; TensorRT-LLM reads the scales of o_proj and down_proj alone.
-        folded = fold.transforms(model, norms_only=for_this)
-        model, notes = folded.model, folded.notes
-        original = fold.transforms(original, norms_only=for_this).model
-        done |= {
-            r: Verdict("rounded", "the product with a scale of inputs")
-            for r in folded.rounded
-            if r not in done
-        }
-    if options.format != "dense" and (options.runtime or not options.format.startswith("gptq")):
-        model, said = act_order.absorb(model)
-        original = act_order.absorb(original)[0]
-        notes = (*notes, *said)
-    return Lowered(model, original, notes, done)
-
-
-def _int4(model: Model) -> bool:
-    """Whether inputs of int4 matrices are scaled: TensorRT-LLM's layout for them, which is ModelOpt's, has norms folded."""
-    scaled = (e.data for e in model.entries.values() if e.transform is not None and not e.transform.folded)
-    return any(isinstance(q, QTensor) and (q.grid.kind, q.grid.bits) == ("int", 4) for q in scaled)
-
-
-def _carried(ready: Lowered, options: Options) -> dict[str, Carried]:
-    """Every entry as the format holds it."""
-    model = ready.model
-    out: dict[str, Carried] = {}
-    for role, entry in model.entries.items():
-        if len(entry.data.shape) != 2:
-            continue
-        plain = options.format == "dense"
-        found = carry(
-            entry,
-            None if plain else partial(_problem, options, entry.shape),
-            options.format,
-            allow_requantize=options.allow_requantize,
-            transforms=not plain and FORMATS[options.format].transforms,
-        )
-        if role in ready.done and found.verdict.kind in ("exact", "widened"):
-            found = replace(found, verdict=ready.done[role])
-        out[role] = found
-    for group in fused.groups(model.arch):
-        members = {r: out[r].held for r in group if r in out}
-        if len(members) < 2 or any(out[r].verdict.kind == "refused" for r in members):
-            continue
-        unified = fusion.unify(members)
-        if isinstance(unified, str) and options.allow_requantize:
-            for r in members:
-                entry = model.entries[r]
-                if isinstance(entry.data, QTensor):
-                    out[r] = requantized(entry, partial(_problem, options, entry.shape), options.format)
-            unified = fusion.unify({r: out[r].held for r in members})
-        if not isinstance(unified, str) and _spoiled(members, unified, model, options):
-            if options.allow_requantize and (largest := fusion.to_largest(members)) is not None:
-                verdict = Verdict("requantized", "rounded to the largest scale of its fused module")
-                out |= {
-                    r: Carried(h, verdict) for r, h in largest.items() if h.weight is not out[r].held.weight
-                }
-                continue
-            unified = (
-                "its parts have different scales per tensor, of which runtimes take the largest, and a scale per row has no "
-                "place beside how their input is quantized; --allow-requantize rounds them to the largest"
-            )
-        for role in members:
-            if isinstance(unified, str):
-                reason = f"{', '.join(r.split('.', 2)[-1] for r in members)}: {unified}"
-                out[role] = replace(out[role], verdict=Verdict("refused", reason))
-            elif unified[role].weight is not out[role].held.weight:
-                verdict = out[role].verdict
-                wider = (
-                    Verdict("widened", "restated for its fused module")
-                    if verdict.kind == "exact"
-                    else verdict
-                )
-                out[role] = Carried(unified[role], wider)
-    return out
-
-
-def _spoiled(
-    members: Mapping[str, Held], unified: Mapping[str, Held], model: Model, options: Options
-) -> bool:
-    """Whether a form that is alike in all members is none that the format holds."""
-    return any(
-        held.weight is not members[r].weight and _problem(options, model.entries[r].shape, held) is not None
-        for r, held in unified.items()
-    )
-
-
-def _problem(options: Options, shape: tuple[int, ...], held: Held) -> str | None:
-    """Why the format, or the runtime that is to load it, cannot have a module in this form."""
-    found = writer(options.format).problem(held)
-    return found or serving.problem(options.runtime, options.format, held, shape)
-
-
-def _pieces(bind: Bind) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(role, rows of the role) in the order of the source tensor's rows."""
-    placed = []
-    for role, ranges in bind.parts:
-        at = 0
-        for start, stop in ranges:
-            placed.append((start, role, (at, at + stop - start)))
-            at += stop - start
-    for _, role, rows in sorted(placed):
-        yield role, rows
-
-
-def _fused(bind: Bind, carried: Mapping[str, Carried]) -> Carried:
-    """What the module of a bind holds: the rows of its roles in order."""
-    roles = list(dict.fromkeys(role for role, _ in bind.parts))
-    verdict = worst(carried[r].verdict for r in roles)
-    first = carried[roles[0]].held
-    if len(roles) == 1 or first.weight is None or verdict.kind == "refused":
-        return Carried(first, verdict)
-    rows = []
-    for role, span in _pieces(bind):
-        part = carried[role].held.weight
-        assert part is not None  # fusion.unify has seen to it
-        rows.append(take_quantized(part, (span,)))
-    try:
-        whole = concat_quantized(tuple(rows))
-    except ValueError as e:
-        return Carried(Held(None), Verdict("refused", str(e)))
-    return Carried(replace(first, weight=whole), verdict)
-
-
-def linears(ready: Lowered, options: Options) -> list[Linear]:
-    """Every linear module of the artifact and what it holds."""
-    arch = find(ready.model.arch.family)
-    carried = _carried(ready, options)
-    out = []
-    for bind in binds(arch.names, ready.model.arch):
-        if not _is_linear(bind):
-            continue
-        found = _fused(bind, carried)
-        module = bind.hf.removesuffix(".weight")
-        if options.format != "dense" and found.held.weight is not None and found.verdict.kind != "refused":
-            shape = bind.shape[::-1] if bind.transpose else bind.shape
-            problem = _problem(options, shape, found.held)
-            if problem is None and bind.transpose and "weight" in writer(options.format).store(found.held):
-                problem = (
-                    "the model stores this matrix transposed, which runtimes would apply to its codes as well"
-                )
-            if problem is not None:
-                found = replace(found, verdict=Verdict("refused", problem))
-        out.append(Linear(module, bind, found.held, found.verdict))
-    return out
-
-
-# --- dtype -----------------------------------------------------------------------------------------------
-
-_TORCH = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_NAMES = {v: k for k, v in _TORCH.items()}
-
-
-def model_dtype(model: Model, held: list[Linear], options: Options) -> str:
-    """The dtype that the config will name: the source's own if every scale survives in it, else another 16-bit one."""
-    if options.dtype:
-        return options.dtype
-    own = str(model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16").removeprefix(
-        "torch."
-    )
-    first = _TORCH.get(own, "BF16")
-    if not any(h.held.weight for h in held):
-        return first
-    choices = list(dict.fromkeys([first if first != "F32" else "BF16", "BF16", "F16"]))
-    return next((d for d in choices if all(_survives(h, d, options) for h in held)), choices[0])
-
-
-def casts(held: Held, format: str, runtime: str = "") -> bool:
-    """Whether a runtime turns the plain scales of this module into the model's dtype when it loads it.
-
-    vLLM: weight-only integers (params_dtype). TensorRT-LLM: W4A16_AWQ_LinearMethod.create_weights, tensorrt_llm/_torch/
-    modules/linear.py.
-    """
-    q = held.weight
-    if q is None or not isinstance(q.scale, Tensor):
-        return False
-    weight_only = q.grid.kind == "int" and held.activation is None
-    by_format = FORMATS[format].cast_scales or (format == "compressed-tensors" and weight_only)
-    return by_format or (runtime == "tensorrt-llm" and weight_only)
-
-
-def _survives(linear: Linear, dtype: str, options: Options) -> bool:
-    q = linear.held.weight
-    if (
-        q is None
-        or not casts(linear.held, options.format, options.runtime)
-        or not isinstance(q.scale, Tensor)
-    ):
-        return True
-    return holds(q.scale, dtype)
-
-
-def _stored_scale(linear: Linear, dtype: str, options: Options) -> Linear:
-    """Scales in the dtype in which the runtime holds them: exactly, or with the verdict that says otherwise."""
-    q = linear.held.weight
-    if q is None or not isinstance(q.scale, Tensor) or dtype in (q.scale.dtype, "F32"):
-        return linear
-    if not casts(linear.held, options.format, options.runtime):
-        return linear
-    verdict = linear.verdict
-    if holds(q.scale, dtype):
-        scale = recast(q.scale, dtype)
-    else:
-        value = numbers(q.scale)
-        if dtype == "F16" and float(np.abs(value).max()) > 65504:
-            reason = f"a scale of {float(np.abs(value).max()):.3g} is beyond F16; serve the model in bfloat16"
-            return replace(linear, verdict=Verdict("refused", reason))
-        if verdict.kind in ("exact", "widened"):
-            verdict = Verdict("rounded", f"scales from {q.scale.dtype} to the model's {dtype}")
-        scale = dense(nearest(value, dtype), dtype, q.scale.origin)  # type: ignore[arg-type]
-    return replace(linear, held=replace(linear.held, weight=replace(q, scale=scale)), verdict=verdict)
-
-
-def _with_input_scale(linear: Linear, dtype: str) -> Linear:
-    """An int4 matrix that TensorRT-LLM does not fuse gets a scale of its input, of ones: its loader demands one.
-
-    W4A16_AWQ_LinearMethod.load_weights_vanilla, tensorrt_llm/_torch/modules/linear.py.
-    """
-    q = linear.held.weight
-    fusible = any(r.rpartition(".")[2] in ("q", "k", "v", "gate", "up") for r in linear.roles)
-    if q is None or q.grid.kind != "int" or q.grid.bits != 4 or linear.held.transform is not None or fusible:
-        return linear
-    ones = np.ones(q.shape[1], np.float32)
-    param = dense(nearest(ones, dtype), dtype)  # type: ignore[arg-type]
-    identity = Transform("scale", "input", param, folded=False)
-    return replace(linear, held=replace(linear.held, transform=identity))
-
-
-# --- items -----------------------------------------------------------------------------------------------
+# --- items ----------------------------------------------------------------------------------------------
 
 
 def _errors(held: QTensor, linear: Linear, original: Model) -> Callable[[int, int], tuple[float, float]]:
     """Squared error and squared norm of a sample of rows of one module against the source."""
     spans, at = [], 0
-    for role, (a, b) in _pieces(linear.bind):
+    for role, (a, b) in pieces(linear.bind):
         spans.append((at, at + b - a, role, a))
         at += b - a
 
@@ -424,23 +104,23 @@ def _items(linear: Linear, fmt: Writer, original: Model) -> Iterator[Item]:
         main = False
 
 
-def _refused(name: str, shape: tuple[int, ...], roles: tuple[str, ...], verdict: Verdict) -> Item:
+def _refused(item: Item, roles: tuple[str, ...], verdict: Verdict) -> Item:
     def produce(start: int, stop: int) -> Slab:
         raise AssertionError("a refused tensor is never produced")
 
-    return Item(name, "-", shape, 0, 0, 0, 0, roles, verdict, produce)
+    return Item(item.name, "-", item.shape, 0, 0, 0, 0, roles, verdict, produce)
 
 
-def _unquantized(t: hf.HfTensor, model: Model, options: Options) -> Item:
+def _unquantized(item: Item, model: Model, options: Options) -> Item:
     """A tensor in the model's dtype; not a stack of quantized experts, whose bits would be lost to the reader unasked."""
-    stacked = len(t.shape) > 2 and any(isinstance(model.entries[r].data, QTensor) for r in t.sources)
+    stacked = len(item.shape) > 2 and any(isinstance(model.entries[r].data, QTensor) for r in item.sources)
     if not stacked or options.allow_requantize:
-        return hf.item(t)
+        return item
     reason = (
         f"its experts are stored in one tensor, for which {options.format} has no quantized layout; leave experts plain, or "
-        f"store their values in {t.dtype} (--allow-requantize, or --to dense)"
+        f"store their values in {item.type} (--allow-requantize, or --to dense)"
     )
-    return _refused(t.name, t.shape, t.sources, Verdict("refused", reason))
+    return _refused(item, item.sources, Verdict("refused", reason))
 
 
 def _fp8_ranges(model: Model, held: list[Linear]) -> dict[str, float]:
@@ -477,13 +157,6 @@ def _tied_head(model: Model) -> dict[str, Held]:
     return dict.fromkeys(heads, Held(None)) if model.arch.tied else {}
 
 
-def _small(name: str, array: NDArray[Any], dtype: str, roles: tuple[str, ...]) -> Item:
-    data = np.ascontiguousarray(array).tobytes()
-    return Item(
-        name, dtype, array.shape, 0, 1, len(data), len(data), roles, Verdict("exact"), lambda a, b: Slab(data)
-    )
-
-
 def _kv_items(model: Model, fmt: Writer, attention: Mapping[int, str]) -> Iterator[Item]:
     """The static scales of the KV cache, one tensor per layer and side."""
     if model.kv is None:
@@ -493,7 +166,7 @@ def _kv_items(model: Model, fmt: Writer, attention: Mapping[int, str]) -> Iterat
             continue
         scale = side.scale.load()
         for i, attn in attention.items():
-            yield _small(template.format(attn=attn), scale[i : i + 1], side.scale.dtype, (f"kv.{i}",))
+            yield known(template.format(attn=attn), side.scale.dtype, scale[i : i + 1], (f"kv.{i}",))
 
 
 # --- the plan --------------------------------------------------------------------------------------------
@@ -511,21 +184,21 @@ def plan(model: Model, options: Options, original: Model | None = None) -> Plan:
     dtype = model_dtype(model, held, options)
     if options.format == "dense":
         return _plan_dense(model, dtype, options, notes)
-    held = [_stored_scale(h, dtype, options) for h in held]
+    held = [stored_scale(h, dtype, options) for h in held]
     if options.runtime == "tensorrt-llm":
-        held = [_with_input_scale(h, dtype) for h in held]
+        held = [with_input_scale(h, dtype) for h in held]
     fmt = writer(options.format)
     if isinstance(fmt, bitsandbytes.Writer):
-        fmt = replace(fmt, dtype=_NAMES[dtype])
+        fmt = replace(fmt, dtype=hf.TORCH_NAMES[dtype])
     ranges = _fp8_ranges(model, held) if options.format == "modelopt" else {}
     quantized = {h.bind.hf: h for h in held if h.held.weight is not None or h.verdict.kind == "refused"}
     items: list[Item] = []
-    for t in hf.to_hf(model, dtype):
-        linear = quantized.get(t.name)
+    for item in hf.to_hf(model, dtype):
+        linear = quantized.get(item.name)
         if linear is None:
-            items.append(_unquantized(t, model, options))
+            items.append(_unquantized(item, model, options))
         elif linear.verdict.kind == "refused":
-            items.append(_refused(t.name, t.shape, linear.roles, linear.verdict))
+            items.append(_refused(item, linear.roles, linear.verdict))
         else:
             items += _items(linear, _for_module(fmt, linear, ranges), ready.original)
     attention = {
@@ -543,7 +216,7 @@ def plan(model: Model, options: Options, original: Model | None = None) -> Plan:
             *notes,
             "how inputs are quantized is left out: the format holds weights, which run at the model's precision",
         )
-    config = hf.config(model, _NAMES[dtype])
+    config = hf.config(model, dtype)
     extra: dict[str, Any] = {}
     if not any(i.verdict.kind == "refused" for i in items) and (
         kv is not None or any(h.weight for h in modules.values())
@@ -556,8 +229,8 @@ def plan(model: Model, options: Options, original: Model | None = None) -> Plan:
 def _plan_dense(model: Model, dtype: str, options: Options, notes: tuple[str, ...]) -> Plan:
     if model.kv is not None:
         notes = (*notes, "the quantization of the KV cache is not part of a plain checkpoint")
-    items = [hf.item(t) for t in hf.to_hf(model, dtype)]
-    return _folder(model, options, hf.config(model, _NAMES[dtype]), items, {}, notes)
+    items = list(hf.to_hf(model, dtype))
+    return _folder(model, options, hf.config(model, dtype), items, {}, notes)
 
 
 def _folder(
@@ -568,16 +241,8 @@ def _folder(
     extra: dict[str, Any],
     notes: tuple[str, ...],
 ) -> Plan:
-    real = [i for i in items if i.type != "-"]
-    head, offsets = safetensors.header_bytes([(i.name, i.type, i.shape) for i in real], {"format": "pt"})
-    placed = sorted(
-        (replace(i, offset=at) for i, at in zip(real, offsets, strict=True)), key=lambda i: i.offset
-    )
-    end = max((i.offset + i.nbytes for i in placed), default=len(head))
-    listed = tuple(placed) + tuple(i for i in items if i.type == "-")
-    files = hf.text_files(model, config)
+    files = list(hf.files(model, config, items))
     files += [hf.text_file(name, json.dumps(data, indent=1) + "\n") for name, data in extra.items()]
-    files.insert(1, FilePlan("model.safetensors", head, listed, end))
     said = {k: v for k, v in vars(options).items() if v}
     return Plan(
         options.runtime or options.format, tuple(files), sources(model), said, notes=(*model.report, *notes)

@@ -29,7 +29,7 @@ from lconvert.formats import gguf
 from lconvert.formats.imatrix import Imatrix, quantize_keys
 from lconvert.ir import Decoder, Model, QTensor, Tensor, as_f32, concat_rows
 from lconvert.kernels.blocks import BLOCKS
-from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
+from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, known, sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,22 +179,13 @@ def _scale_item(stored: Stored, scales: tuple[float, ...]) -> Item:
         raise UnsupportedError(f"{stored.name}: its fused parts have different global scales {scales}")
     values = scales if len(stored.shape) == 3 else scales[:1]
     name = stored.name.removesuffix(".weight") + ".scale"
-    return _small(name, np.array(values, np.float32), stored.roles)
+    return known(name, "F32", np.array(values, np.float32), stored.roles)
 
 
 def _generated(d: Decoder) -> list[Item]:
     """Rope factors: computed from the traits, stored as F32."""
     made = gguf_keys.rope_tensors(d).items()
-    return [_small(name, array, ("traits",), "generated") for name, array in made]
-
-
-def _small(name: str, array: NDArray[np.float32], origin: tuple[str, ...], rule: str = "") -> Item:
-    """An F32 tensor that is known already."""
-    data = array.tobytes()
-    exact = Verdict("exact")
-    return Item(
-        name, "F32", array.shape, 0, 1, len(data), len(data), origin, exact, lambda a, b: Slab(data), rule
-    )
+    return [known(name, "F32", array, ("traits",), "generated") for name, array in made]
 
 
 def hyper(arch: Arch, model: Model) -> gguf_mixture.Hyper:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -302,28 +302,25 @@ def _same_as_embedding(
 
 # --- the other direction ---------------------------------------------------------------------------------
 
+#: What config.json calls a dtype of ours.
+TORCH_NAMES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-@dataclass(frozen=True)
-class HfTensor:
-    """One tensor of a Hugging Face folder: `slab()` gives the whole array in the storage type of `dtype`."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    slab: Callable[[], Slab]
-    verdict: Verdict
-    sources: tuple[str, ...]
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype of ours that a config.json names; None where it names none, or another."""
+    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return next((d for d, torch in TORCH_NAMES.items() if torch == name), None)
 
 
 #: Roles that transformers and vLLM hold in F32 whatever the model's dtype: they decide which experts are chosen.
 _WIDE = ".moe.correction.bias"
 
 
-def to_hf(model: Model, dtype: str | None = None) -> Iterator[HfTensor]:
-    """Every Hugging Face tensor of a model: the inverse of reading.
+def to_hf(model: Model, dtype: str | None = None) -> Iterator[Item]:
+    """Every Hugging Face tensor of a model, without its offset: the inverse of reading.
 
     dtype: storage type of all tensors; None keeps a dense tensor's own and stores dequantized ones as F32. What every
-    class keeps in F32 (_WIDE) is stored as it is.
+    class keeps in F32 (_WIDE) is stored as it is. Rows of a plain matrix are copied; everything else is made in one piece.
     """
     arch = find(model.arch.family)
     for bind in binds(arch.names, model.arch):
@@ -338,11 +335,36 @@ def to_hf(model: Model, dtype: str | None = None) -> Iterator[HfTensor]:
         else:
             verdict = Verdict("rounded", f"to {stored}")
         roles = tuple(role for role, _ in bind.parts)
-        yield HfTensor(bind.hf, stored, bind.shape, partial(_stored, model, bind, stored), verdict, roles)
+        copied = _copied(model, bind, stored)
+        rows = 1 if copied is None else copied.rows
+        produce = partial(_made, model, bind, stored) if copied is None else partial(_rows, copied)
+        size = prod(bind.shape) * DTYPE_SIZE[stored] // rows
+        yield Item(bind.hf, stored, bind.shape, 0, rows, size, size, roles, verdict, produce)
 
 
-def _stored(model: Model, bind: Bind, dtype: str) -> Slab:
-    """A Hugging Face tensor in its storage type, with the error of every 16th value where it was rounded."""
+def _copied(model: Model, bind: Bind, dtype: str) -> Tensor | None:
+    """The matrix whose rows are those of a Hugging Face tensor bit for bit; None where something is done to them."""
+    (role, ranges), *others = bind.parts
+    entry, t = model.entries[role], model.entries[role].data
+    if not isinstance(t, Tensor) or (t.dtype, t.shape) != (dtype, bind.shape) or ranges != ((0, t.rows),):
+        return None
+    changed = others or bind.transpose or bind.experts or "norm" in role or entry.transform is not None
+    return None if changed or len(t.shape) != 2 or not t.rows else t
+
+
+def _rows(t: Tensor, start: int, stop: int) -> Slab:
+    """Some rows as they are; damaged ones of 16 bits are refused, as where they are rounded."""
+    x = t.read(start, stop)
+    if t.dtype == "F32":
+        return Slab(x)
+    try:
+        return Slab(kernels.quantize(t.dtype, x, t.dtype))
+    except InputError as e:
+        raise InputError(f"{t.origin}: {e} (rows counted from {start})") from None
+
+
+def _made(model: Model, bind: Bind, dtype: str, start: int, stop: int) -> Slab:
+    """A whole Hugging Face tensor in its storage type, with the error of every 16th value where it was rounded."""
     x = hf_tensor(model, bind)
     if dtype == "F32":
         return Slab(x)
@@ -353,20 +375,14 @@ def _stored(model: Model, bind: Bind, dtype: str) -> Slab:
     return Slab(out, float(np.square(error).sum()), float(np.square(exact).sum()))
 
 
-def item(t: HfTensor) -> Item:
-    """The plan item of a tensor, without its offset; made in one piece."""
-    size = prod(t.shape) * DTYPE_SIZE[t.dtype]
-    return Item(t.name, t.dtype, t.shape, 0, 1, size, size, t.sources, t.verdict, lambda a, b: t.slab())
-
-
 def config(model: Model, dtype: str) -> dict[str, Any]:
-    """config.json of the model in a torch dtype ("bfloat16" ...)."""
-    out = dict(model.config) | {"dtype": dtype}
+    """config.json of the model in a dtype of ours ("BF16" ...)."""
+    out = dict(model.config) | {"dtype": TORCH_NAMES[dtype]}
     out.pop("torch_dtype", None)
     return out
 
 
-def text_files(model: Model, config: dict[str, Any]) -> list[FilePlan]:
+def _text_files(model: Model, config: dict[str, Any]) -> list[FilePlan]:
     """config.json and what else a folder holds besides its weights: generation config, tokenizer, chat template."""
     files = [("config.json", config)]
     if model.generation:
@@ -382,16 +398,22 @@ def text_files(model: Model, config: dict[str, Any]) -> list[FilePlan]:
 
 def plan(model: Model, dtype: str | None = None) -> Plan:
     """A Hugging Face folder (config, weights, tokenizer) that transformers loads. Execute it into the folder."""
-    tensors = list(to_hf(model, dtype))
-    head, offsets = safetensors.header_bytes([(t.name, t.dtype, t.shape) for t in tensors], {"format": "pt"})
-    items = [replace(item(t), offset=at) for t, at in zip(tensors, offsets, strict=True)]
-    items.sort(key=lambda i: i.offset)
-    end = items[-1].offset + items[-1].nbytes
-    kinds = {t.dtype for t in tensors if not t.sources[0].endswith(_WIDE)}
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    plans = text_files(model, config(model, names[kinds.pop()] if len(kinds) == 1 else "float32"))
-    plans.insert(1, FilePlan("model.safetensors", head, tuple(items), end))
-    return Plan("hf", tuple(plans), sources(model), {"dtype": dtype}, notes=model.report)
+    items = list(to_hf(model, dtype))
+    kinds = {i.type for i in items if not i.sources[0].endswith(_WIDE)}
+    stated = config(model, kinds.pop() if len(kinds) == 1 else "F32")
+    return Plan("hf", files(model, stated, items), sources(model), {"dtype": dtype}, notes=model.report)
+
+
+def files(model: Model, config: dict[str, Any], items: Sequence[Item]) -> tuple[FilePlan, ...]:
+    """The files of a Hugging Face folder. items: its tensors without offsets; refused ones (type "-") are listed last."""
+    real = [i for i in items if i.type != "-"]
+    head, offsets = safetensors.header_bytes([(i.name, i.type, i.shape) for i in real], {"format": "pt"})
+    placed = [replace(i, offset=at) for i, at in zip(real, offsets, strict=True)]
+    placed.sort(key=lambda i: i.offset)
+    end = max((i.offset + i.nbytes for i in placed), default=len(head))
+    weights = FilePlan("model.safetensors", head, (*placed, *(i for i in items if i.type == "-")), end)
+    first, *rest = _text_files(model, config)
+    return (first, weights, *rest)
 
 
 def text_file(name: str, text: str) -> FilePlan:

@@ -1,4 +1,7 @@
-"""Every target by name, what `lconvert convert --to` and the carry matrix offer, and the schemes that flags stand for."""
+"""Every target by name, what `lconvert convert --to` and the carry matrix offer, and the schemes that flags stand for.
+
+Imports without NumPy: the help of verbs is made of these tables.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,9 @@ TARGETS: Mapping[str, Target] = {
     "ir": Target("lconvert's own format, .lcir", "ir"),
     "dense": Target("a plain Hugging Face folder, dequantized", format="dense"),
 }
+
+#: What `--to` offers; the other two are what flags of hf-to-vllm stand for.
+OFFERED = tuple(name for name in TARGETS if name not in ("vllm-gptq", "vllm-awq"))
 
 
 def plan(model: Model, target: str, out_name: str, *, original: Model | None = None, **options: Any) -> Plan:
@@ -194,7 +200,7 @@ def for_vllm(format: str) -> str:
 # --- launching ---------------------------------------------------------------------------------------------
 
 
-def launch(target: str, folder: str, dtype: str = "") -> str:
+def launch(target: str, folder: str) -> str:
     """The command that serves an artifact."""
     t = TARGETS[target]
     if t.kind == "gguf":
@@ -202,5 +208,5 @@ def launch(target: str, folder: str, dtype: str = "") -> str:
     if t.runtime == "tensorrt-llm":
         return f"trtllm-serve {folder}"
     if t.kind == "checkpoint" and t.format != "bitsandbytes":
-        return f"vllm serve {folder}" + (f" --dtype {dtype}" if dtype else "")
+        return f"vllm serve {folder}"
     return ""

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 import lconvert
-from lconvert.converters import act_order, checkpoint, matrix, targets
+from lconvert.converters import act_order, matrix, targets
+from lconvert.converters.checkpoint_dtype import model_dtype
+from lconvert.converters.checkpoint_modules import Options, linears, lowered
 from lconvert.converters.kinds import matrices
 from lconvert.executor import execute
 from lconvert.ir import Model, QTensor
@@ -247,9 +249,9 @@ def test_model_dtype_follows_the_scales() -> None:
         ("int4 g128, short scales", "BF16"),
         ("NVFP4, power-of-2 global", "BF16"),
     ):
-        options = checkpoint.Options()
-        ready = checkpoint.lowered(SOURCES[source](), options)
-        assert checkpoint.model_dtype(ready.model, checkpoint.linears(ready, options), options) == dtype
+        options = Options()
+        ready = lowered(SOURCES[source](), options)
+        assert model_dtype(ready.model, linears(ready, options), options) == dtype
 
 
 def test_readme_shows_the_computed_matrix() -> None:

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 import lconvert
-from lconvert.cli import convert as convert_verb
-from lconvert.cli import hf_to_trtllm, hf_to_vllm
+from lconvert import executor
 from lconvert.converters import checkpoint, lcir, matrix, targets
 from lconvert.converters.kinds import matrices, plain, rounded, with_act_order, with_full_scales, with_globals
-from lconvert.errors import OptionError, OutputError, UnsupportedError
+from lconvert.errors import InputError, OptionError, OutputError, UnsupportedError
 from lconvert.executor import execute
-from lconvert.ir import E4M3, ActSpec, KVSpec, Model, QTensor, Tensor, dense, int_grid
+from lconvert.ir import E4M3, ActSpec, Entry, KVSpec, Model, QTensor, Tensor, dense, int_grid
 from lconvert.kernels.qtensor import effective, values
 from lconvert.passes import kv, rtn
 from lconvert.plan import SIDE, Plan, refusals
@@ -496,13 +495,6 @@ def test_convert_and_its_launch_line(tmp_path: Path) -> None:
         )
 
 
-def test_tables_of_the_verbs_are_those_of_the_targets() -> None:
-    """Help texts are made without importing converters; the two lists must stay one."""
-    assert {n: p.about for n, p in targets.VLLM.items()} == hf_to_vllm.PRESETS
-    assert {n: p.about for n, p in targets.TENSORRT_LLM.items()} == hf_to_trtllm.PRESETS
-    assert set(convert_verb.TARGETS) <= set(targets.TARGETS)
-
-
 @pytest.mark.parametrize(
     ("preset", "given", "message"),
     [
@@ -528,3 +520,36 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     written(plain(), "dense", tmp_path)
     with pytest.raises(OutputError):
         execute(targets.plan(rounded("int4", 128), "vllm", "m"), tmp_path / "m")
+
+
+def test_plain_matrices_are_copied_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slab at a time, with the bits of the source and never more of them in memory; norms and the like in one piece."""
+    model = plain()
+    data = model.entries["embed"].data
+    assert isinstance(data, Tensor)
+    asked: list[int] = []
+
+    def read(start: int, stop: int) -> Any:
+        asked.append(stop - start)
+        return data.read(start, stop)
+
+    counted = model.with_entries({"embed": Entry("embed", replace(data, read=read))})
+    monkeypatch.setattr(executor, "SLAB_BYTES", 10 * 2 * data.shape[1])
+    for target in ("dense", "vllm"):
+        asked.clear()
+        _, back = written(counted, target, tmp_path / target)
+        assert asked == [10, 10, 10, 10, 10, 10, 4]
+        same = back.entries["embed"].data
+        assert isinstance(same, Tensor) and np.array_equal(same.load(), data.load())
+    asked.clear()
+    written(counted, "dense", tmp_path / "f16", dtype="F16")
+    assert asked == [64], "what is rounded is made in one piece"
+
+
+def test_a_damaged_row_is_named(tmp_path: Path) -> None:
+    bits = np.zeros((64, 256), np.uint16)
+    bits[37, 5] = 0x7FC0
+    model = plain().with_entries({"embed": Entry("embed", dense(bits, "BF16", "here: tensor embed"))})
+    message = r"here: tensor embed: value nan at row 37, column 5 is not finite; it cannot be stored as BF16 \(rows counted from 0\)"
+    with pytest.raises(InputError, match=message):
+        written(model, "dense", tmp_path)

@@ -138,7 +138,14 @@ def _loaded(code: str) -> set[str]:
     return set(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-@pytest.mark.parametrize("args", [["--help"], ["hf-to-gguf", "--help"], ["validate", "--help"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"]]
+    + [
+        [verb, "--help"]
+        for verb in ("hf-to-gguf", "hf-to-vllm", "hf-to-trtllm", "convert", "carry", "validate")
+    ],
+)
 def test_help_is_light(args: list[str]) -> None:
     code = f"""
 import sys

@@ -14,31 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lconvert.archs import find
-from lconvert.archs.common import Loss
 from lconvert.converters import gguf
 from lconvert.errors import InputError, RuntimeFailure
 from lconvert.executor import execute
-from lconvert.ir import Model, QTensor, Tensor
+from lconvert.ir import Model, QTensor
 from lconvert.validators import gates as gate_file
-from lconvert.validators import greedy, stock, stored
-from lconvert.validators.logits import LEAST, Logits, LogitStats, compare, paired, windows
+from lconvert.validators import greedy, logit_gates, stock, stored
+from lconvert.validators.evaluation_text import shown, window
+from lconvert.validators.logits import Logits, LogitStats, compare, paired
 from lconvert.validators.proof import Proof
 from lconvert.validators.reference import Reference
 from lconvert.validators.runtimes import Purpose, Runtime, llamacpp, open_runtime
 from lconvert.validators.runtimes.config import settings
-from lconvert.validators.runtimes.hf import encode
-from lconvert.validators.tensors import typical_bits
 
 #: Largest temporary file for the check of the graph with F32 weights, and largest model given to the stock encoder.
 _GRAPH_LIMIT = 8 << 30
 _STOCK_LIMIT = 2 << 30
 
 
-#: Tokens below which neighbours are too few for intervals (8 blocks of the bootstrap).
-_FEW = 256
 #: Runtimes whose speed costs accuracy, and by which setting: they are measured at both.
 _SERVED = {"onnxruntime": "accuracy level 4"}
 
@@ -46,20 +39,7 @@ _SERVED = {"onnxruntime": "accuracy level 4"}
 def run(proof: Proof) -> None:
     """All of the tier, for every runtime that was asked for."""
     context = window(proof)
-    _limits(proof, context)
-    texts = windows(token_ids(proof), context, _bos(proof), proof.options.max_windows)
-    if (n := sum(map(len, texts))) < LEAST:
-        raise InputError(
-            f"{n} tokens to compare prove nothing; give a longer text (--text), more windows or longer ones"
-        )
-    if n < _FEW:
-        proof.notes.append(
-            f"logits: {n} tokens are few; intervals and the gate against the stock encoder need {_FEW}"
-        )
-    if len(texts) == 1 and len(texts[0]) < context:
-        proof.notes.append(
-            f"logits: the text is shorter than one window: {len(texts[0])} of {context} tokens"
-        )
+    texts = shown(proof, context)
     reference = Reference(proof)
     try:
         for name in proof.runtimes:
@@ -104,41 +84,6 @@ def _instead(proof: Proof, reference: Reference, name: str, texts: list[list[int
 
 class _NoKernel(Exception):
     """The runtime has no code for the artifact's scheme on this machine."""
-
-
-def window(proof: Proof) -> int:
-    """Tokens per window: as asked for, as the model has, and as far as the artifact is exact."""
-    limits = (loss.limit for loss in _losses(proof) if loss.limit)
-    return min(proof.options.context, proof.source.arch.context, *limits)
-
-
-def _losses(proof: Proof) -> tuple[Loss, ...]:
-    """What the artifact's format lacks of the source's traits."""
-    d = proof.source.arch
-    return find(d.family).gguf.losses(d) if proof.kind == "gguf" else ()
-
-
-def _limits(proof: Proof, context: int) -> None:
-    """What the artifact lacks, and why windows are shorter than asked for."""
-    if context < proof.options.context:
-        proof.notes.append(f"logits: windows of {context} tokens, as far as the model and the artifact go")
-    for loss in _losses(proof):
-        limit = f"exact up to {loss.limit} tokens and validated within that" if loss.limit else "accepted"
-        proof.notes.append(f"{loss.name}: {loss.reason}; {limit}")
-
-
-def token_ids(proof: Proof) -> list[int]:
-    """Ids of the evaluation text."""
-    if proof.tokenizer is None:
-        proof.notes.append("no tokenizer: logits are compared on random token ids")
-        return [int(i) for i in np.random.default_rng(0).integers(0, proof.source.arch.vocab, 4096)]
-    return encode(proof.tokenizer, proof.corpus, special=True)
-
-
-def _bos(proof: Proof) -> int | None:
-    tokenizer = proof.source.tokenizer
-    found = tokenizer.special.get("bos", ()) if tokenizer is not None else ()
-    return found[0] if found else None
 
 
 def opened(
@@ -251,7 +196,7 @@ class _Comparison:
         p = self.proof
         if p.artifact is None or self.name == "dequantized":
             return None
-        if not (p.quantized or p.rounded or self._halves()):
+        if not (p.quantized or p.rounded or logit_gates.halves(p, self.name)):
             return None
         from lconvert.forward import Forward
 
@@ -291,7 +236,7 @@ class _Comparison:
         p = self.proof
         self._record("cost", stats, p.source.name or "original")
         if p.quantized:
-            bits = self._typical_bits()
+            bits = logit_gates.typical_bits(p)
             gate, usual = gate_file.cost_gate(p.gates, bits), gate_file.usual(p.gates, bits)
             if stats.kld_mean > usual:
                 p.notes.append(
@@ -299,36 +244,17 @@ class _Comparison:
                     f"this width ({usual:g}); it is this model's, not the conversion's, if the tensors are as they should be"
                 )
             if p.exactly_carried:
-                gate = self._noise()
+                gate = logit_gates.noise(p, self.name, self.dtype)
             elif p.kind == "hf":  # both what the grid loses and what the runtime does
-                gate += self._noise()
+                gate += logit_gates.noise(p, self.name, self.dtype)
             if rival is not None and p.gates["cost_follows_stock"]:
                 gate = max(gate, rival.kld_mean * float(p.gates["relative"]["factor"]))
             self._rows("cost", stats, gate)
         elif p.rounded:
             self._rows("cost", stats, float(p.gates["cost"][0]["kld_mean"]))
         else:
-            self._rows("cost", stats, self._floor())
+            self._rows("cost", stats, logit_gates.floor(p, self.name))
             self._logprob(stats)
-
-    def _typical_bits(self) -> float:
-        """Bits per weight of the layers; by the file's size, where tensors are not read."""
-        if self.proof.artifact is not None:
-            return typical_bits(self.proof.artifact)
-        weights = sum(e.data.size for e in self.proof.source.entries.values())
-        return 8 * stored.size(self.proof.files) / max(1, weights)
-
-    def _floor(self) -> float:
-        p = self.proof
-        floor = gate_file.float_gate(p.gates, p.source.arch.default.mlp.activation, self.name)
-        return max([floor, *(float(p.gates["float_halves"][d]) for d in self._halves())])
-
-    def _halves(self) -> set[str]:
-        """Types of 16 bits among the matrices of a GGUF file: llama.cpp rounds activations to the type of the matrix."""
-        if self.name != "llama.cpp" or self.proof.artifact is None:
-            return set()
-        matrices = (e.data for e in self.proof.artifact.entries.values() if len(e.shape) > 1)
-        return {d.dtype for d in matrices if isinstance(d, Tensor) and d.dtype in ("F16", "BF16")}
 
     def _logprob(self, stats: LogitStats) -> None:
         """The largest difference of a log-probability, for runtimes whose floor was measured in it."""
@@ -339,14 +265,7 @@ class _Comparison:
 
     def _fidelity(self, stats: LogitStats) -> None:
         self._record("fidelity", stats, "the artifact's numbers in fp32")
-        self._rows("fidelity", stats, self._noise())
-
-    def _noise(self) -> float:
-        """Mean KLD that the runtime's own rounding may cost on the artifact's numbers."""
-        p = self.proof
-        if p.kind == "hf" and self.name in ("vllm", "transformers") and p.artifact is not None:
-            return gate_file.folder_gate(p.gates, self.dtype, _features(p.artifact), self._floor())
-        return gate_file.fidelity_gate(p.gates, self.name, self._typical_bits())
+        self._rows("fidelity", stats, logit_gates.noise(self.proof, self.name, self.dtype))
 
     def _rows(self, what: str, s: LogitStats, gate: float) -> None:
         k = s.data["kld"]
@@ -496,17 +415,6 @@ class _Comparison:
         gate = gate_file.float_gate(p.gates, p.source.arch.default.mlp.activation, "llama.cpp")
         value = f"mean {stats.kld_mean:.2e}  max {stats.kld_max:.2e}"
         self._add("graph with F32 weights", value, f"mean <= {gate:.1e}", stats.kld_mean, gate)
-
-
-def _features(artifact: Model) -> set[str]:
-    """What a runtime rounds of a quantized folder besides its dtype: names of gates in `fidelity_folder`."""
-    out = set()
-    for e in artifact.entries.values():
-        if isinstance(e.data, QTensor) and e.activation is None and e.data.grid.kind == "int":
-            out.add("int_weights")
-        if e.activation is not None:
-            out.add(f"{'int' if e.activation.grid.kind == 'int' else 'fp'}{e.activation.grid.bits}_inputs")
-    return out | ({"fp8_cache"} if artifact.kv is not None else set())
 
 
 def dequantized(source: Model, artifact: Model) -> Model:

@@ -17,8 +17,8 @@ from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import Model
 from lconvert.validators import baseline as earlier
+from lconvert.validators import evaluation_text, layers, logit_tier, stored, token_tier, weight_tiers
 from lconvert.validators import gates as gate_file
-from lconvert.validators import layers, logit_tier, stored, token_tier, weight_tiers
 from lconvert.validators.logit_cache import default_folder, model_hash
 from lconvert.validators.proof import Options, Proof
 from lconvert.validators.report import OPTIONAL_TIERS, TIERS, Check, Report
@@ -183,7 +183,7 @@ def _describe(proof: Proof, reference: str | Path, manifest: Mapping[str, Any] |
                 "sha256": hashlib.sha256(text).hexdigest(),
                 "bytes": len(text),
             },
-            "context": logit_tier.window(proof),
+            "context": evaluation_text.window(proof),
             "windows": options.max_windows,
             "threads": options.threads,
             "tiers": list(options.tiers),
@@ -203,7 +203,7 @@ def _layers(proof: Proof) -> None:
         proof.not_proven.append("layers: ONNX graphs are not read into the IR")
         return
     proof.progress("layers")
-    ids = logit_tier.token_ids(proof)[: min(proof.options.context, 256)]
+    ids = evaluation_text.token_ids(proof)[: min(proof.options.context, 256)]
     found = layers.compare(proof.expected, proof.artifact, ids, lambda: proof.progress("layers"))
     proof.details["layers"] = found.to_json()
     worst = max(found.layers, key=lambda x: x.own_error)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from lconvert.archs import find
 from lconvert.archs.common import Bind, binds
-from lconvert.converters import checkpoint, fusion
-from lconvert.converters.checkpoint import FORMATS, casts
+from lconvert.converters import checkpoint, fusion, hf
+from lconvert.converters.checkpoint_dtype import casts
+from lconvert.converters.checkpoint_modules import FORMATS
 from lconvert.converters.regrid import holds
 from lconvert.errors import InputError, LconvertError
 from lconvert.formats import safetensors
@@ -37,7 +38,6 @@ from lconvert.validators.proof import Proof, quantization_config
 from lconvert.validators.runtimes.config import settings
 from lconvert.validators.runtimes.remote import interpreter
 
-_TORCH = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 #: Seconds that the other interpreter may take.
 _TIMEOUT = 600.0
 #: Names of converters.checkpoint.FORMATS by quant_method, where they are another.
@@ -103,7 +103,7 @@ def misstated(proof: Proof) -> tuple[list[str], str]:
     wrong = list(_bare_caches(proof.artifact))
     if name not in FORMATS:
         return wrong, f"lconvert does not write {name}"
-    dtype = _TORCH.get(str(read_object(proof.path / "config.json").get("dtype")).removeprefix("torch."))
+    dtype = hf.stated_dtype(read_object(proof.path / "config.json"))
     try:
         plan = checkpoint.plan(proof.artifact, checkpoint.Options(format=name, dtype=dtype))
     except LconvertError as e:
@@ -170,7 +170,7 @@ def cast_away(proof: Proof) -> Iterator[str]:
     assert proof.artifact is not None
     name = _FORMAT_OF.get(method(proof), method(proof))
     stated = read_object(proof.path / "config.json")
-    dtype = _TORCH.get(str(stated.get("dtype") or stated.get("torch_dtype")).removeprefix("torch."))
+    dtype = hf.stated_dtype(stated)
     if name not in FORMATS or dtype is None:
         return
     for role, entry in proof.artifact.entries.items():

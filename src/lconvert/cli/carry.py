@@ -7,12 +7,12 @@ import json
 import click
 
 from lconvert.cli.common import table
-from lconvert.cli.convert import TARGETS
+from lconvert.converters.targets import OFFERED
 
 
 @click.command("carry")
 @click.argument("source")
-@click.option("--to", "target", type=click.Choice(TARGETS), help="Only this target, with every reason.")
+@click.option("--to", "target", type=click.Choice(OFFERED), help="Only this target, with every reason.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 def command(source: str, target: str | None, as_json: bool) -> int:
     """Show, per class of tensors, which targets hold the numbers of SOURCE exactly, and why others do not.
@@ -29,7 +29,7 @@ def command(source: str, target: str | None, as_json: bool) -> int:
     from lconvert.converters import matrix
 
     model = lconvert.read(source)
-    verdicts = {t: matrix.verdicts(model, t) for t in ([target] if target else TARGETS)}
+    verdicts = {t: matrix.verdicts(model, t) for t in ([target] if target else OFFERED)}
     if as_json:
         out = {t: [v.to_json() for v in found] for t, found in verdicts.items()}
         click.echo(json.dumps({"source": source, "targets": out}, indent=1))

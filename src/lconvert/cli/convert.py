@@ -8,26 +8,12 @@ from typing import Any
 import click
 
 from lconvert.cli.exporting import options, run
-
-TARGETS = (
-    "gguf",
-    "vllm",
-    "tensorrt-llm",
-    "compressed-tensors",
-    "gptq",
-    "gptq_v2",
-    "awq",
-    "fp8",
-    "modelopt",
-    "bitsandbytes",
-    "ir",
-    "dense",
-)
+from lconvert.converters.targets import OFFERED
 
 
 @click.command("convert")
 @click.argument("source")
-@click.option("--to", "target", type=click.Choice(TARGETS), required=True, help="What to write.")
+@click.option("--to", "target", type=click.Choice(OFFERED), required=True, help="What to write.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output file or folder [default: NAME-TARGET]."
 )

@@ -12,6 +12,7 @@ import click
 from lconvert.cli.common import (
     fail_fast_files,
     fail_fast_output,
+    file_stem,
     no_card_option,
     print_plan,
     print_result,
@@ -21,6 +22,7 @@ from lconvert.cli.common import (
     threads_option,
     write_card,
 )
+from lconvert.converters import targets
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,17 +46,57 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def preset_flags(table: Mapping[str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """One flag per preset, collected under `presets`."""
+def flags(
+    table: Mapping[str, targets.Preset], *, group: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The arguments of a verb that may quantize on the way: one flag per preset of `table`, and `options`.
+
+    group: the help of --group.
+    """
+    presets = [
+        click.option(f"--{name}", "preset", flag_value=name, type=str, help=f"{p.about}.", multiple=False)
+        for name, p in table.items()
+    ]
+    arguments: tuple[Callable[..., Any], ...] = (
+        click.argument("source"),
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder [default: NAME-FLAG]."),
+        *presets,
+        click.option("--group", type=int, help=group),
+        click.option("--kv-fp8", is_flag=True, help="Store scales for an FP8 KV cache."),
+        click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations."),
+        options,
+    )  # fmt: skip
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for name, about in reversed(list(table.items())):
-            command = click.option(
-                f"--{name}", "presets", flag_value=name, type=str, help=f"{about}.", multiple=False
-            )(command)
+        for argument in reversed(arguments):
+            command = argument(command)
         return command
 
     return decorate
+
+
+def run_preset(
+    source: str,
+    output: Path | None,
+    target: str,
+    table: Mapping[str, targets.Preset],
+    *,
+    preset: str | None,
+    group: int | None,
+    kv_fp8: bool,
+    calibration: Path | None,
+    ending: str,
+    served: str = "",
+    **rest: Any,
+) -> int:
+    """`run` with the passes of a flag. ending: of the default output without one."""
+    fail_fast_files(read=[calibration])
+    recipe = None
+    if preset or kv_fp8:
+        text = str(calibration or "")
+        recipe = targets.recipe(preset or "dense", table, calibration=text, group=group, kv=kv_fp8)
+    out = output or Path(f"{file_stem(Path(source).name)}-{preset or ending}")
+    return run(source, out, target, recipe, served=served, **rest)
 
 
 def run(
@@ -63,7 +105,7 @@ def run(
     target: str,
     recipe: Any,
     *,
-    command: str = "",
+    served: str = "",
     dtype: str | None,
     allow_requantize: bool,
     dry_run: bool,
@@ -76,9 +118,8 @@ def run(
     no_card: bool,
     threads: int | None,
 ) -> int:
-    """Read, pass, plan, write, prove, print. `recipe` is a Recipe or None; `command` the verb, where it decides who serves."""
+    """Read, pass, plan, write, prove, print. `recipe` is a Recipe or None; `served` the target whose runtime serves it, if another."""
     import lconvert
-    from lconvert.converters import targets
     from lconvert.errors import LconvertError
     from lconvert.executor import execute
 
@@ -120,7 +161,7 @@ def run(
         save(report, documents.dumps(data))
     if not no_card:
         write_card(source, result, data, folder=output if folder else None)
-    line = targets.launch("tensorrt-llm" if command == "hf-to-trtllm" else target, str(output))
+    line = targets.launch(served or target, str(output))
     if as_json:
         out: dict[str, Any] = {"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}
         click.echo(json.dumps(out | {"validation": data, "launch": line}, indent=1))

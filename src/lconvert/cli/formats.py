@@ -28,11 +28,11 @@ TARGETS = (
 
 
 def _matrix(as_json: bool) -> int:
-    from lconvert.cli.convert import TARGETS as NAMES
     from lconvert.converters import matrix
+    from lconvert.converters.targets import OFFERED
 
     with status("planning"):
-        found = matrix.table(n for n in NAMES if n not in ("ir", "dense"))
+        found = matrix.table(n for n in OFFERED if n not in ("ir", "dense"))
     if as_json:
         out = {kind: {t: v.to_json() for t, v in row.items()} for kind, row in found.items()}
         click.echo(json.dumps(out, indent=1))
