@@ -23,7 +23,7 @@ from lconvert.converters import (
     tokenizer_gguf,
 )
 from lconvert.converters.gguf_mixture import Options as MixtureOptions
-from lconvert.converters.gguf_names import Stored
+from lconvert.converters.gguf_names import GgufTensor
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import gguf
 from lconvert.formats.imatrix import Imatrix, quantize_keys
@@ -68,7 +68,7 @@ class Options:
 
 
 def _dense_producer(
-    stored: Stored, parts: Sequence[Tensor], type_: str, weights: NDArray[np.float32] | None
+    stored: GgufTensor, parts: Sequence[Tensor], type_: str, weights: NDArray[np.float32] | None
 ) -> Callable[[int, int], Slab]:
     """Rows start..stop of a stored tensor: read, shift or permute, quantize, measure a sample of rows."""
     turned = [gguf_names.interleave(p, stored.head_dim) if stored.head_dim else p for p in parts]
@@ -138,7 +138,7 @@ def _verdict(data: Sequence[Tensor | QTensor], target: str, shifted: bool, requa
     return Verdict("quantized")
 
 
-def _item(stored: Stored, model: Model, choice: gguf_mixture.Choice, options: Options) -> list[Item]:
+def _item(stored: GgufTensor, model: Model, choice: gguf_mixture.Choice, options: Options) -> list[Item]:
     """The plan item of one stored tensor with its verdict, and its global scale as a tensor where it has one."""
     data = [model.entries[r].data for r in stored.roles]
     type_ = choice.type
@@ -171,7 +171,7 @@ def _item(stored: Stored, model: Model, choice: gguf_mixture.Choice, options: Op
     return [replace(item, verdict=verdict, produce=produce)]
 
 
-def _scale_item(stored: Stored, scales: tuple[float, ...]) -> Item:
+def _scale_item(stored: GgufTensor, scales: tuple[float, ...]) -> Item:
     """NVFP4's per-tensor scale, one per expert (llama.cpp multiplies the product by it)."""
     import numpy as np
 
@@ -292,7 +292,7 @@ def without_extras(model: Model) -> tuple[Model, list[str]]:
     return model, said
 
 
-def _storage(s: Stored, model: Model) -> str:
+def _storage(s: GgufTensor, model: Model) -> str:
     """Type of the tensor in an unquantized GGUF: vectors and what upstream's converter keeps in F32."""
     kept = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
     if len(s.shape) == 1 or not s.name.endswith(".weight") or s.name.endswith(kept):

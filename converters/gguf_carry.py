@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.converters import regrid
-from lconvert.converters.gguf_names import Stored, interleave, transposed, transposed_codes
+from lconvert.converters.gguf_names import GgufTensor, interleave, transposed, transposed_codes
 from lconvert.formats.gguf_blocks import native_type, packer
 from lconvert.ir import E4M3, UE4M3, QTensor, Tensor, as_f32, concat_rows, int_grid
 from lconvert.ir import dense as array
@@ -159,7 +159,7 @@ def exact_type(q: QTensor) -> str | None:
     return found.type if found else None
 
 
-def oriented(stored: Stored, data: Sequence[Tensor | QTensor]) -> list[Tensor | QTensor]:
+def oriented(stored: GgufTensor, data: Sequence[Tensor | QTensor]) -> list[Tensor | QTensor]:
     """The parts of a stored tensor, transposed where the file has them so; none where blocks forbid it.
 
     Groups along the input dimension lie across the rows of the transposed matrix, where no block type has them.
@@ -186,7 +186,7 @@ def dense(parts: Sequence[Tensor | QTensor]) -> tuple[Tensor, ...]:
 
 
 def lower(
-    stored: Stored, data: Sequence[Tensor | QTensor], type_: str
+    stored: GgufTensor, data: Sequence[Tensor | QTensor], type_: str
 ) -> tuple[Verdict, Tensor, tuple[float, ...]] | None:
     """Packed rows of a stored tensor whose parts' codes `type_` holds (`carry_as`), or None.
 

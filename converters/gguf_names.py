@@ -65,7 +65,7 @@ NORM_ROLES = (
 
 
 @dataclass(frozen=True)
-class Stored:
+class GgufTensor:
     """One GGUF tensor: the rows of `roles`, one after another. `shape` is (out, in), or (experts or heads, out, in).
 
     head_dim > 0: rows of each head are in interleaved rotary order. shift: added to the values (norms).
@@ -105,7 +105,7 @@ def _local(role: str) -> tuple[str, str, str]:
     return prefix, role, suffix
 
 
-def layout(arch: Arch, d: Decoder) -> Iterator[Stored]:
+def layout(arch: Arch, d: Decoder) -> Iterator[GgufTensor]:
     """Every tensor of the file except the ones generated from traits (rope factors), grouped by GGUF name."""
     g = arch.gguf
     table = {**DEFAULT, **g.names}
@@ -134,7 +134,7 @@ def layout(arch: Arch, d: Decoder) -> Iterator[Stored]:
         else:
             shape = (sum(shapes[m][0] for m in members), *first[1:])
         shift = d.norm_offset if local in NORM_ROLES and name.endswith(".weight") else 0.0
-        yield Stored(name, shape, tuple(members), layer.attention.head_dim if turn else 0, shift, turned)
+        yield GgufTensor(name, shape, tuple(members), layer.attention.head_dim if turn else 0, shift, turned)
 
 
 def interleave(t: Tensor, head_dim: int, *, inverse: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lconvert.formats import ir, safetensors
+from lconvert.formats.scheme import Stored
 from lconvert.ir import Model
 from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, sources
 
@@ -18,16 +19,14 @@ def plan(model: Model, options: dict[str, Any]) -> Plan:
     head, offsets = safetensors.header_bytes(list(ir.names(stored)), {"format": ir.SCHEMA})
     items = []
     end = len(head)
-    for s, at in zip(stored, offsets, strict=True):
+    for (name, s), at in zip(stored.items(), offsets, strict=True):
         rows, row_bytes = ir.stored_rows(s)
 
-        def produce(start: int, stop: int, s: ir.Stored = s) -> Slab:
+        def produce(start: int, stop: int, s: Stored = s) -> Slab:
             return Slab(np.ascontiguousarray(s.read(start, stop)))
 
         items.append(
-            Item(
-                s.name, s.dtype, s.shape, at, rows, row_bytes, row_bytes, (s.name,), Verdict("exact"), produce
-            )
+            Item(name, s.dtype, s.shape, at, rows, row_bytes, row_bytes, (name,), Verdict("exact"), produce)
         )
         end = max(end, at + rows * row_bytes)
     items.sort(key=lambda i: i.offset)

@@ -33,6 +33,7 @@ from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import safetensors
 from lconvert.formats.files import show
 from lconvert.formats.json_object import read_object
+from lconvert.formats.scheme import Stored
 from lconvert.ir import (
     ActSpec,
     Attention,
@@ -59,16 +60,6 @@ _LIMIT = 512 << 20  # bytes of lcir.json, which holds the tokenizer
 _CODE_DTYPES = ("I8", "U8", "I16", "U16", "I32", "U32")
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """One array of tensors.safetensors: `read(start, stop)` gives rows of what is stored."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[int, int], NDArray[Any]]
-
-
 # --- writing ---------------------------------------------------------------------------------------------
 
 
@@ -86,9 +77,9 @@ def _packed(codes: Tensor) -> Callable[[int, int], NDArray[Any]]:
     return read
 
 
-def _node(name: str, data: Tensor | QTensor, out: list[Stored]) -> dict[str, Any]:
+def _node(name: str, data: Tensor | QTensor, out: dict[str, Stored]) -> dict[str, Any]:
     if isinstance(data, Tensor):
-        out.append(Stored(name, data.dtype, data.shape, data.read))
+        out[name] = Stored(data.dtype, data.shape, data.read)
         return {"tensor": name}
     if data.mask is not None or data.outliers or data.low_rank is not None:
         raise UnsupportedError(f"{name}: masks, outliers and low-rank parts cannot be stored in {SCHEMA}")
@@ -101,9 +92,9 @@ def _node(name: str, data: Tensor | QTensor, out: list[Stored]) -> dict[str, Any
     if _packs(data.codes, data.grid):
         node["packed"] = 4
         shape = (*data.shape[:-1], data.shape[-1] // 2)
-        out.append(Stored(node["codes"], "U8", shape, _packed(data.codes)))
+        out[node["codes"]] = Stored("U8", shape, _packed(data.codes))
     else:
-        out.append(Stored(node["codes"], data.codes.dtype, data.shape, data.codes.read))
+        out[node["codes"]] = Stored(data.codes.dtype, data.shape, data.codes.read)
     for side in ("scale", "zero", "offset", "g_idx"):
         value = getattr(data, side)
         if value is not None:
@@ -111,7 +102,7 @@ def _node(name: str, data: Tensor | QTensor, out: list[Stored]) -> dict[str, Any
     return node | ({"divisor": True} if data.divisor else {})
 
 
-def _spec(name: str, spec: ActSpec, out: list[Stored]) -> dict[str, Any]:
+def _spec(name: str, spec: ActSpec, out: dict[str, Stored]) -> dict[str, Any]:
     node: dict[str, Any] = {
         "grid": dataclasses.asdict(spec.grid),
         "per": spec.per,
@@ -125,7 +116,7 @@ def _spec(name: str, spec: ActSpec, out: list[Stored]) -> dict[str, Any]:
     return node
 
 
-def _extras(entry: Entry, out: list[Stored]) -> dict[str, Any]:
+def _extras(entry: Entry, out: dict[str, Stored]) -> dict[str, Any]:
     """What an entry has besides its numbers: how its input is quantized, and what is done to it first."""
     node: dict[str, Any] = {}
     if entry.activation is not None:
@@ -136,11 +127,11 @@ def _extras(entry: Entry, out: list[Stored]) -> dict[str, Any]:
     return node
 
 
-def describe(model: Model) -> tuple[dict[str, Any], list[Stored]]:
-    """lcir.json's content and the arrays to store, in order."""
+def describe(model: Model) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """lcir.json's content and the arrays to store by name, in order."""
     if any(not t.folded for t in model.transforms):
         raise UnsupportedError(f"unfolded transforms of the whole model cannot be stored in {SCHEMA}")
-    stored: list[Stored] = []
+    stored: dict[str, Stored] = {}
     entries: dict[str, Any] = {}
     for name, entry in model.entries.items():
         entries[name] = _node(name, entry.data, stored) | _extras(entry, stored)
@@ -447,5 +438,5 @@ def stored_rows(s: Stored) -> tuple[int, int]:
     return rows, size
 
 
-def names(stored: list[Stored]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    return ((s.name, s.dtype, s.shape) for s in stored)
+def names(stored: Mapping[str, Stored]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    return ((name, s.dtype, s.shape) for name, s in stored.items())
