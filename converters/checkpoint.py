@@ -1,4 +1,4 @@
-"""Quantized Hugging Face folders as a target: compressed-tensors, GPTQ, AWQ, FP8, ModelOpt, bitsandbytes, or plain.
+"""Quantized Hugging Face folders as a target: compressed-tensors, GPTQ, AWQ, FP8, ModelOpt, bitsandbytes, gpt-oss's own, or plain.
 
 `plan` asks for every linear module how the format holds its numbers exactly (`carry`), sees that modules which runtimes fuse
 agree (`fusion`), chooses the model's dtype so that scales survive in it, and lays the tensors out through the format's
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lconvert.archs import find
 from lconvert.archs.common import Bind, binds
-from lconvert.converters import act_order, fold, fusion, hf, serving
+from lconvert.converters import act_order, fold, fusion, hf, mxfp4_experts, serving
 from lconvert.converters.carry import WEIGHT_ONLY, Carried, carry, describe, requantized
 from lconvert.converters.regrid import holds, nearest, numbers, recast
 from lconvert.errors import OptionError
@@ -55,6 +55,7 @@ FORMATS: Mapping[str, Format] = {
     "fp8": Format("fp8"),
     "modelopt": Format("modelopt", transforms=True),
     "bitsandbytes": Format("bitsandbytes"),
+    "mxfp4": Format("mxfp4_blocks"),
 }
 
 
@@ -507,6 +508,8 @@ def plan(model: Model, options: Options, original: Model | None = None) -> Plan:
     """
     ready = lowered(model, options, original)
     model, notes = ready.model, ready.notes
+    if options.format == "mxfp4":
+        return _plan_mxfp4(ready, options)
     held = linears(ready, options)
     dtype = model_dtype(model, held, options)
     if options.format == "dense":
@@ -558,6 +561,19 @@ def _plan_dense(model: Model, dtype: str, options: Options, notes: tuple[str, ..
         notes = (*notes, "the quantization of the KV cache is not part of a plain checkpoint")
     items = [hf.item(t) for t in hf.to_hf(model, dtype)]
     return _folder(model, options, hf.config(model, _NAMES[dtype]), items, {}, notes)
+
+
+def _plan_mxfp4(ready: Lowered, options: Options) -> Plan:
+    model, notes = ready.model, ready.notes
+    dtype = mxfp4_experts.dtype(model_dtype(model, [], options), options.dtype, options.runtime)
+    items = mxfp4_experts.items(
+        model, ready.original, dtype, ready.done, allow_requantize=options.allow_requantize
+    )
+    if any(e.activation is not None for e in model.entries.values()):
+        notes = (*notes, "how inputs are quantized is left out: the folder holds weights alone")
+    config = hf.config(model, _NAMES[dtype])
+    config["quantization_config"] = writer("mxfp4").config({}, model.kv)
+    return _folder(model, options, config, items, {}, notes)
 
 
 def _folder(

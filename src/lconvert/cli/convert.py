@@ -20,6 +20,7 @@ TARGETS = (
     "fp8",
     "modelopt",
     "bitsandbytes",
+    "mxfp4",
     "ir",
     "dense",
 )

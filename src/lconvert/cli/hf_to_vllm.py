@@ -20,7 +20,7 @@ PRESETS = {
     "fp8-block": "FP8 weights in blocks of 128 x 128",
     "nvfp4": "NVFP4 weights and activations",
     "nvfp4a16": "NVFP4 weights",
-    "mxfp4": "MXFP4 weights",
+    "mxfp4": "MXFP4 weights (of gpt-oss the experts alone)",
     "gptq": "int4 weights, symmetric, groups of 128, in a GPTQ folder",
     "awq": "int4 weights with zero points, groups of 128, in an AWQ folder",
     "dense": "plain weights",
@@ -50,7 +50,7 @@ def command(
 
     Without a flag everything keeps the numbers it has: what is quantized is carried exactly or refused with a reason, what
     is plain stays plain. A flag quantizes what is plain yet, rounding to nearest. The format is compressed-tensors but for
-    --gptq, --awq and --dense.
+    --gptq, --awq and --dense, and for gpt-oss with experts in MXFP4, which has a layout of its own.
 
     \b
     Examples:
