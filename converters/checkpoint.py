@@ -572,7 +572,8 @@ def _plan_mxfp4(ready: Lowered, options: Options) -> Plan:
     if any(e.activation is not None for e in model.entries.values()):
         notes = (*notes, "how inputs are quantized is left out: the folder holds weights alone")
     config = hf.config(model, _NAMES[dtype])
-    config["quantization_config"] = writer("mxfp4").config({}, model.kv)
+    if not any(i.verdict.kind == "refused" for i in items):
+        config["quantization_config"] = writer("mxfp4").config({}, model.kv)
     return _folder(model, options, config, items, {}, notes)
 
 

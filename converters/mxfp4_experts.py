@@ -18,7 +18,7 @@ from lconvert.archs import find
 from lconvert.archs.common import Bind, binds
 from lconvert.converters import hf, hf_experts
 from lconvert.converters.carry import describe
-from lconvert.errors import OptionError, UnsupportedError
+from lconvert.errors import OptionError
 from lconvert.formats import mxfp4_blocks
 from lconvert.formats.gguf_blocks import native_type
 from lconvert.formats.scheme import Held, Stored
@@ -34,6 +34,8 @@ EXPERTS = r".*\.moe\.experts\.\d+\.(gate|up|down)"
 SERVED = "BF16"
 #: Every row of this many is compared with the source to measure the error of a rounding.
 _MEASURE_EVERY = 16
+
+_OTHERS = "only gpt-oss has this layout, for its experts; --to vllm writes compressed-tensors"
 
 Measure = Callable[[int, int], tuple[float, float]]
 
@@ -69,20 +71,16 @@ def items(
 ) -> list[Item]:
     """The tensors of the folder, offsets to come: stacks packed, the rest in `dtype`.
 
-    original: the model before passes, against which roundings are measured; done: what they did to entries. Raises
-    UnsupportedError for other families.
+    original: the model before passes, against which roundings are measured; done: what they did to entries.
     """
     packed = stacks(model)
-    if not packed:
-        raise UnsupportedError(
-            f"{model.arch.family} has no folder layout with MXFP4 experts, only gpt-oss does; --to vllm writes "
-            "compressed-tensors"
-        )
     out: list[Item] = []
     for t in hf.to_hf(model, dtype):
         bind = packed.get(t.name)
         if bind is not None:
             out += _stack(model, original, bind, done, allow_requantize)
+        elif not packed and len(t.shape) > 1 and t.sources[0].startswith("layers."):
+            out.append(_refused(t.name, t.shape, t.sources, _OTHERS))
         elif allow_requantize or not any(isinstance(model.entries[r].data, QTensor) for r in t.sources):
             out.append(hf.item(t))
         else:

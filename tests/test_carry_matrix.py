@@ -38,6 +38,7 @@ WRITTEN = (
     "fp8",
     "modelopt",
     "bitsandbytes",
+    "mxfp4",
 )
 
 
