@@ -56,7 +56,7 @@ def parse(checkpoint: Checkpoint) -> Mxfp4:
         )
     for name in sorted(checkpoint.names):
         module, _, rest = name.rpartition(".")
-        if rest.endswith(SUFFIXES[0]) and (pattern := _left_plain(module, checkpoint)):
+        if rest.endswith(SUFFIXES[0]) and (pattern := _left_plain(module, checkpoint)) is not None:
             raise InputError(
                 f"{checkpoint.where}: modules_to_not_convert says {show(pattern)}, which leaves {module} plain, but "
                 f"{show(name)} is packed; transformers would not find its weights. Take it off the list"
@@ -76,11 +76,8 @@ def _left_plain(module: str, checkpoint: Checkpoint) -> str | None:
         )
     for pattern in patterns:
         where = f"{checkpoint.where}: modules_to_not_convert: {show(pattern)}"
-        found = compiled(pattern, where).match(module)
-        ends = found is not None and (
-            module[: found.end()].endswith(".") or module[found.end() :][:1] in ("", ".")
-        )
-        if ends or module.endswith(pattern):
+        found = compiled(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", where).match(module)
+        if found is not None or module.endswith(pattern):
             return str(pattern)
     return None
 
