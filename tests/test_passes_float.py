@@ -276,10 +276,10 @@ def test_a_plan_computes_no_weights_that_it_does_not_need(preset: str, tmp_path:
 
 @pytest.mark.parametrize("preset", [n for n, p in targets.VLLM.items() if not p.calibrated and n != "dense"])
 def test_weights_are_computed_in_slabs(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lconvert.executor
     import lconvert.ir
-    import lconvert.plan
 
-    monkeypatch.setattr(lconvert.plan, "SLAB_BYTES", 32 << 10)
+    monkeypatch.setattr(lconvert.executor, "SLAB_BYTES", 32 << 10)
     monkeypatch.setattr(lconvert.ir, "COMPUTED", 32 << 10)
     model, _, sizes = counted(plain())
     changed = targets.recipe(preset, targets.VLLM).apply(model)
