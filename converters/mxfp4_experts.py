@@ -79,16 +79,17 @@ def items(
         bind = packed.get(t.name)
         if bind is not None:
             out += _stack(model, original, bind, done, allow_requantize)
-        elif not packed and len(t.shape) > 1 and t.sources[0].startswith("layers."):
+            continue
+        if not packed and len(t.shape) > 1 and t.sources[0].startswith("layers."):
             out.append(_refused(t.name, t.shape, t.sources, _OTHERS))
-        elif allow_requantize or not any(isinstance(model.entries[r].data, QTensor) for r in t.sources):
+            continue
+        quantized = [q for r in t.sources if isinstance(q := model.entries[r].data, QTensor)]
+        if allow_requantize or not quantized:
             out.append(hf.item(t))
         else:
-            q = model.entries[t.sources[0]].data
-            held = describe(Held(q)) if isinstance(q, QTensor) else "quantized"
             reason = (
-                f"it is {held}, and beside MXFP4 experts everything is plain in gpt-oss's folders; --allow-requantize "
-                f"stores its values in {dtype}"
+                f"it is {describe(Held(quantized[0]))}, and beside MXFP4 experts everything is plain in gpt-oss's folders; "
+                f"--allow-requantize stores its values in {dtype}"
             )
             out.append(_refused(t.name, t.shape, t.sources, reason))
     return out
