@@ -1,4 +1,4 @@
-"""Quantized Hugging Face folders as a target: compressed-tensors, GPTQ, AWQ, FP8, ModelOpt, bitsandbytes, or plain.
+"""Quantized Hugging Face folders as a target: compressed-tensors, GPTQ, AWQ, FP8, ModelOpt, bitsandbytes, gpt-oss's own, or plain.
 
 `plan` takes what every linear module holds (`checkpoint_modules`), chooses the model's dtype (`checkpoint_dtype`), and lays the
 tensors out through the format's Writer. Side tensors are looked at, weights are not.
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from lconvert.archs import find
-from lconvert.converters import hf, serving
+from lconvert.converters import hf, mxfp4_experts, serving
 from lconvert.converters.carry import WEIGHT_ONLY, describe
 from lconvert.converters.checkpoint_dtype import model_dtype, stored_scale, with_input_scale
-from lconvert.converters.checkpoint_modules import Linear, Options, linears, lowered, pieces, writer
+from lconvert.converters.checkpoint_modules import Linear, Lowered, Options, linears, lowered, pieces, writer
 from lconvert.converters.regrid import numbers
 from lconvert.formats import bitsandbytes, modelopt, safetensors
 from lconvert.formats.scheme import Held, Stored, Writer
@@ -27,7 +27,7 @@ from lconvert.ir import Model, QTensor, Tensor, as_f32
 from lconvert.kernels.qtensor import dequantize, effective
 from lconvert.passes import fused
 from lconvert.passes.rtn_float import power_of_two_above
-from lconvert.plan import SIDE, Item, Plan, Slab, Verdict, known, sources
+from lconvert.plan import SIDE, Item, Plan, Slab, Verdict, known, refused, sources
 
 __all__ = ["Options", "plan"]
 
@@ -104,13 +104,6 @@ def _items(linear: Linear, fmt: Writer, original: Model) -> Iterator[Item]:
         main = False
 
 
-def _refused(item: Item, roles: tuple[str, ...], verdict: Verdict) -> Item:
-    def produce(start: int, stop: int) -> Slab:
-        raise AssertionError("a refused tensor is never produced")
-
-    return Item(item.name, "-", item.shape, 0, 0, 0, 0, roles, verdict, produce)
-
-
 def _unquantized(item: Item, model: Model, options: Options) -> Item:
     """A tensor in the model's dtype; not a stack of quantized experts, whose bits would be lost to the reader unasked."""
     stacked = len(item.shape) > 2 and any(isinstance(model.entries[r].data, QTensor) for r in item.sources)
@@ -120,7 +113,7 @@ def _unquantized(item: Item, model: Model, options: Options) -> Item:
         f"its experts are stored in one tensor, for which {options.format} has no quantized layout; leave experts plain, or "
         f"store their values in {item.type} (--allow-requantize, or --to dense)"
     )
-    return _refused(item, item.sources, Verdict("refused", reason))
+    return refused(item.name, item.shape, item.sources, Verdict("refused", reason))
 
 
 def _fp8_ranges(model: Model, held: list[Linear]) -> dict[str, float]:
@@ -180,6 +173,8 @@ def plan(model: Model, options: Options, original: Model | None = None) -> Plan:
     """
     ready = lowered(model, options, original)
     model, notes = ready.model, ready.notes
+    if options.format == "mxfp4":
+        return _plan_mxfp4(ready, options)
     held = linears(ready, options)
     dtype = model_dtype(model, held, options)
     if options.format == "dense":
@@ -198,7 +193,7 @@ def plan(model: Model, options: Options, original: Model | None = None) -> Plan:
         if linear is None:
             items.append(_unquantized(item, model, options))
         elif linear.verdict.kind == "refused":
-            items.append(_refused(item, linear.roles, linear.verdict))
+            items.append(refused(item.name, item.shape, linear.roles, linear.verdict))
         else:
             items += _items(linear, _for_module(fmt, linear, ranges), ready.original)
     attention = {
@@ -231,6 +226,20 @@ def _plan_dense(model: Model, dtype: str, options: Options, notes: tuple[str, ..
         notes = (*notes, "the quantization of the KV cache is not part of a plain checkpoint")
     items = list(hf.to_hf(model, dtype))
     return _folder(model, options, hf.config(model, dtype), items, {}, notes)
+
+
+def _plan_mxfp4(ready: Lowered, options: Options) -> Plan:
+    model, notes = ready.model, ready.notes
+    dtype = mxfp4_experts.dtype(model_dtype(model, [], options), options.dtype, options.runtime)
+    items = mxfp4_experts.items(
+        model, ready.original, dtype, ready.done, allow_requantize=options.allow_requantize
+    )
+    if any(e.activation is not None for e in model.entries.values()):
+        notes = (*notes, "how inputs are quantized is left out: the folder holds weights alone")
+    config = hf.config(model, dtype)
+    if not any(i.verdict.kind == "refused" for i in items):
+        config["quantization_config"] = writer("mxfp4").config({}, model.kv)
+    return _folder(model, options, config, items, {}, notes)
 
 
 def _folder(

@@ -41,6 +41,7 @@ FORMATS: Mapping[str, Format] = {
     "fp8": Format("fp8"),
     "modelopt": Format("modelopt", transforms=True),
     "bitsandbytes": Format("bitsandbytes"),
+    "mxfp4": Format("mxfp4_blocks"),
 }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lconvert.archs import find
 from lconvert.archs.common import Keys
+from lconvert.converters.mxfp4_experts import EXPERTS
 from lconvert.ir import Entry, Model, QTensor, Tensor, dense
 from lconvert.kernels import quantize
 from lconvert.passes import activations, kv, rtn
@@ -35,12 +36,23 @@ _CONFIG = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
+#: What makes a gpt-oss of it: the experts of a layer are one tensor, for which formats have a layout or none.
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "head_dim": 32,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "rope_theta": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 
 
 @cache
-def plain() -> Model:
-    """A Llama of one layer with random weights in BF16; every input width is a multiple of 256."""
-    arch = find("llama").traits(Keys(_CONFIG))
+def plain(family: str = "llama") -> Model:
+    """A model of one layer with random weights in BF16; every input width is a multiple of 256. family: llama or gpt_oss."""
+    config = _CONFIG if family == "llama" else _CONFIG | _GPT_OSS
+    arch = find(family).traits(Keys(config))
     rng = np.random.default_rng(3)
 
     def entry(name: str, shape: tuple[int, ...]) -> Entry:
@@ -50,7 +62,7 @@ def plain() -> Model:
         return Entry(name, dense(bits.reshape(shape), "BF16"))
 
     entries = {name: entry(name, shape) for name, shape in roles(arch).items()}
-    return Model(arch, _CONFIG, entries, name="kind", source="kind")
+    return Model(arch, config, entries, name="kind", source="kind")
 
 
 def matrices(model: Model) -> dict[str, Entry]:
@@ -113,6 +125,11 @@ def _fp8(model: Model) -> Model:
     return activations.run(model, activations.Options("fp8"))
 
 
+def released_gpt_oss() -> Model:
+    """gpt-oss with its experts in MXFP4 and all else plain."""
+    return rtn.run(plain("gpt_oss"), rtn.Options(grid="MXFP4", targets=EXPERTS))
+
+
 #: What a checkpoint holds -> a model that holds it.
 KINDS: Mapping[str, Callable[[], Model]] = {
     "plain bf16": plain,
@@ -138,6 +155,7 @@ KINDS: Mapping[str, Callable[[], Model]] = {
     "NVFP4 (ModelOpt)": lambda: with_globals(rounded("fp4"), tied=True),
     "NVFP4, untied globals": lambda: with_globals(rounded("fp4"), tied=False),
     "MXFP4": lambda: rounded("MXFP4", 32),
+    "MXFP4 experts (gpt-oss)": released_gpt_oss,
     "nf4 (bitsandbytes)": lambda: rounded("nf4", 64),
     "Q4_0": lambda: rounded("Q4_0", 32),
     "Q4_1": lambda: rounded("Q4_1", 32),

@@ -18,25 +18,30 @@ from lconvert.recipe import Recipe, Step, step
 @dataclass(frozen=True)
 class Target:
     """kind: which planner. format, runtime: of a Hugging Face folder (checkpoint.Options); `otherwise` is taken where `format`
-    cannot hold everything as faithfully and it can."""
+    cannot hold everything as faithfully and it can, `experts` for a gpt-oss whose experts are MXFP4."""
 
     about: str
     kind: str = "checkpoint"
     format: str = ""
     runtime: str = ""
     otherwise: str = ""
+    experts: str = ""
 
 
 TARGETS: Mapping[str, Target] = {
     "gguf": Target("a GGUF file for llama.cpp", "gguf"),
     "vllm": Target(
-        "a folder that vLLM serves: compressed-tensors, or ModelOpt where only that is exact",
+        "a folder that vLLM serves: compressed-tensors, ModelOpt where only that is exact, gpt-oss's own",
         format="compressed-tensors",
         runtime="vllm",
         otherwise="modelopt",
+        experts="mxfp4",
     ),
     "tensorrt-llm": Target(
-        "a ModelOpt folder within TensorRT-LLM's rules", format="modelopt", runtime="tensorrt-llm"
+        "a ModelOpt folder within TensorRT-LLM's rules, or gpt-oss's own",
+        format="modelopt",
+        runtime="tensorrt-llm",
+        experts="mxfp4",
     ),
     "vllm-gptq": Target("a GPTQ folder within vLLM's rules", format="gptq", runtime="vllm"),
     "vllm-awq": Target("an AWQ folder within vLLM's rules", format="awq", runtime="vllm"),
@@ -47,6 +52,7 @@ TARGETS: Mapping[str, Target] = {
     "fp8": Target("a block-FP8 folder as DeepSeek's", format="fp8"),
     "modelopt": Target("a ModelOpt folder (hf_quant_config.json)", format="modelopt"),
     "bitsandbytes": Target("a bitsandbytes folder for QLoRA", format="bitsandbytes"),
+    "mxfp4": Target("a folder as gpt-oss is released: experts in MXFP4, all else plain", format="mxfp4"),
     "ir": Target("lconvert's own format, .lcir", "ir"),
     "dense": Target("a plain Hugging Face folder, dequantized", format="dense"),
 }
@@ -78,16 +84,17 @@ def plan(model: Model, target: str, out_name: str, *, original: Model | None = N
         from lconvert.converters import lcir
 
         return lcir.plan(model, {})
-    from lconvert.converters import checkpoint
+    from lconvert.converters import checkpoint, mxfp4_experts
 
+    packed = bool(t.experts) and mxfp4_experts.wanted(model)
     chosen = checkpoint.Options(
-        format=t.format,
+        format=t.experts if packed else t.format,
         runtime=t.runtime,
         dtype=options.get("dtype"),
         allow_requantize=bool(options.get("allow_requantize")),
     )
     first = checkpoint.plan(model, chosen, original)
-    if not t.otherwise or _faith(first) <= KINDS.index("quantized"):
+    if packed or not t.otherwise or _faith(first) <= KINDS.index("quantized"):
         return first
     second = checkpoint.plan(model, replace(chosen, format=t.otherwise), original)
     return second if _faith(second) < _faith(first) else first
@@ -140,7 +147,7 @@ VLLM: Mapping[str, Preset] = {
     ),
     "nvfp4": Preset("NVFP4 weights and activations", steps=(_rtn("fp4"), _FP4), calibrated=True),
     "nvfp4a16": Preset("NVFP4 weights", steps=(_rtn("fp4"),)),
-    "mxfp4": Preset("MXFP4 weights", steps=(_rtn("MXFP4"),)),
+    "mxfp4": Preset("MXFP4 weights (of gpt-oss the experts alone)", steps=(_rtn("MXFP4"),)),
     "gptq": Preset("int4 weights, symmetric, groups of 128, in a GPTQ folder", "gptq", (_rtn("int4"),)),
     "awq": Preset("int4 weights with zero points, groups of 128, in an AWQ folder", "awq", (_rtn("uint4"),)),
     "dense": Preset("plain weights", "dense"),
@@ -158,6 +165,24 @@ TENSORRT_LLM: Mapping[str, Preset] = {
     ),
     "dense": Preset("plain weights", "dense"),
 }  # fmt: skip
+
+
+class ForLayout(Recipe):
+    """The passes of a preset: MXFP4 is for the experts alone where the model's own folder layout has a place for no others."""
+
+    def apply(self, model: Model) -> Model:
+        from lconvert.converters import mxfp4_experts
+
+        if not mxfp4_experts.stacks(model):
+            return super().apply(model)
+        narrow = {"targets": mxfp4_experts.EXPERTS}
+        steps = (
+            replace(s, options=replace(s.options, **narrow))
+            if getattr(s.options, "grid", "") == "MXFP4"
+            else s
+            for s in self.steps
+        )
+        return Recipe(self.name, tuple(steps)).apply(model)
 
 
 def recipe(
@@ -187,7 +212,7 @@ def recipe(
         steps.append(step(name, options))
     if kv:
         steps.append(step("kv", {"text": calibration}))
-    return Recipe(preset, tuple(steps))
+    return ForLayout(preset, tuple(steps))
 
 
 def for_vllm(format: str) -> str:

@@ -3,7 +3,7 @@
 A stack of matrices (E, N, K) is `<name>_blocks`, U8 (E, N, K/32, 16), and `<name>_scales`, U8 (E, N, K/32). Column 2i of a
 block is the low half of byte i, column 2i + 1 the high half; a value is its E2M1 number times 2^(scale - 127)
 (transformers integrations/mxfp4.py `_convert_moe_packed_tensors`). GGUF's MXFP4 holds the same numbers in another order.
-Other tensors of such a folder are plain.
+Other tensors of such a folder are plain, and its config names the modules that are, as patterns.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.config_values import inert
 from lconvert.formats.files import show
 from lconvert.formats.gguf_blocks import native_type, one
-from lconvert.formats.scheme import Checkpoint, Part, Weight
-from lconvert.ir import E2M1, E8M0, QTensor, Tensor
+from lconvert.formats.int_groups import refuse_kv
+from lconvert.formats.module_rules import compiled
+from lconvert.formats.scheme import Checkpoint, Held, Part, Stored, Weight
+from lconvert.ir import E2M1, E8M0, KVSpec, QTensor, Tensor
 from lconvert.kernels.packing import pack_nibbles, unpack_nibbles
 
 #: What the name of a stack ends in, in the order of the arguments below.
@@ -29,6 +31,8 @@ BLOCK = 32
 #: The E8M0 code of NaN.
 _NAN = 255
 _KNOWN = {"quant_method", "modules_to_not_convert", "dequantize"}
+#: modules_to_not_convert of the released folders: everything but the experts.
+PLAIN = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,31 @@ def parse(checkpoint: Checkpoint) -> Mxfp4:
             f"{checkpoint.where}: quantization_config has the unknown key {show(unknown[0])}; it may change what the tensors "
             "mean, so lconvert does not guess"
         )
+    for name in sorted(checkpoint.names):
+        module, _, rest = name.rpartition(".")
+        if rest.endswith(SUFFIXES[0]) and (pattern := _left_plain(module, checkpoint)) is not None:
+            raise InputError(
+                f"{checkpoint.where}: modules_to_not_convert says {show(pattern)}, which leaves {module} plain, but "
+                f"{show(name)} is packed; transformers would not find its weights. Take it off the list"
+            )
     return Mxfp4(inert(checkpoint.config, {"quant_method"}))
+
+
+def _left_plain(module: str, checkpoint: Checkpoint) -> str | None:
+    """The pattern that keeps `module` plain: a regular expression on its beginning, up to the end of a name between dots, or
+    the end of its name (transformers quantizers/quantizers_utils.py should_convert_module).
+    """
+    patterns = checkpoint.config.get("modules_to_not_convert") or ()
+    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+        raise InputError(
+            f"{checkpoint.where}: modules_to_not_convert is {show(patterns)}, expected a list of names"
+        )
+    for pattern in patterns:
+        where = f"{checkpoint.where}: modules_to_not_convert: {show(pattern)}"
+        found = compiled(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", where).match(module)
+        if found is not None or module.endswith(pattern):
+            return str(pattern)
+    return None
 
 
 def shapes(experts: int, rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -76,7 +104,16 @@ def raised(blocks: Tensor, scales: Tensor) -> QTensor:
         found = blocks.read(start, stop)
         return unpack_nibbles(found.reshape(stop - start, count * BLOCK // 2))
 
-    def exponents(start: int, stop: int) -> NDArray[Any]:
+    side = _numbers((rows, count), scales)
+    scale = QTensor((rows, count), side, E8M0, (-1, -1), one(scales))
+    data = Tensor((rows, count * BLOCK), "U8", codes, blocks.origin, blocks.files)
+    return QTensor(data.shape, data, E2M1, (1, BLOCK), scale)
+
+
+def _numbers(shape: tuple[int, int], scales: Tensor) -> Tensor:
+    """Exponents, every read of which is checked for NaN."""
+
+    def read(start: int, stop: int) -> NDArray[Any]:
         found = scales.read(start, stop)
         if (found == _NAN).any():
             row, column = (int(i) for i in np.argwhere(found == _NAN)[0])
@@ -85,10 +122,7 @@ def raised(blocks: Tensor, scales: Tensor) -> QTensor:
             )
         return found
 
-    side = Tensor((rows, count), "U8", exponents, scales.origin, scales.files)
-    scale = QTensor((rows, count), side, E8M0, (-1, -1), one(scales))
-    data = Tensor((rows, count * BLOCK), "U8", codes, blocks.origin, blocks.files)
-    return QTensor(data.shape, data, E2M1, (1, BLOCK), scale)
+    return Tensor(shape, "U8", read, scales.origin, scales.files)
 
 
 def fits(q: QTensor) -> bool:
@@ -100,7 +134,10 @@ def fits(q: QTensor) -> bool:
 
 
 def packed(q: QTensor) -> tuple[Tensor, Tensor]:
-    """Blocks (N, K/32, 16) and scales (N, K/32) of a QTensor that `fits`: the inverse of `raised`, lazily."""
+    """Blocks (N, K/32, 16) and scales (N, K/32) of a QTensor that `fits`: the inverse of `raised`, lazily.
+
+    Reading a scale of NaN, which blocks of GGUF may have, raises InputError as in `raised`.
+    """
     assert isinstance(q.scale, QTensor)
     rows, cols = q.shape
 
@@ -108,5 +145,28 @@ def packed(q: QTensor) -> tuple[Tensor, Tensor]:
         return pack_nibbles(q.codes.read(start, stop)).reshape(stop - start, cols // BLOCK, BLOCK // 2)
 
     shape = (rows, cols // BLOCK, BLOCK // 2)
-    scales = q.scale.codes
+    scales = _numbers((rows, cols // BLOCK), q.scale.codes)
     return Tensor(shape, "U8", read, q.codes.origin, q.codes.files), scales
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The config of such a folder. Linear modules have no place in it; stacks of experts are `packed`."""
+
+    kv_names: tuple[str, str] = ("", "")
+
+    def problem(self, held: Held) -> str | None:
+        return "gpt-oss's MXFP4 folders hold quantized experts and nothing else"
+
+    def store(self, held: Held) -> dict[str, Stored]:
+        raise AssertionError("no linear module is stored")
+
+    def config(self, modules: Mapping[str, Held], kv: KVSpec | None) -> dict[str, Any]:
+        refuse_kv("gpt-oss's MXFP4", kv)
+        return {"quant_method": "mxfp4", "modules_to_not_convert": list(PLAIN)}
+
+    def side_files(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {}

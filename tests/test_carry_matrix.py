@@ -40,6 +40,7 @@ WRITTEN = (
     "fp8",
     "modelopt",
     "bitsandbytes",
+    "mxfp4",
 )
 
 
@@ -153,6 +154,8 @@ def test_what_is_refused_could_not_have_been_exact(source: str, target: str) -> 
         assert isinstance(q, QTensor)
         if q.g_idx is not None:
             continue  # test_act_order_* judge these
+        if ".experts." in name:
+            continue  # numbers may fit, but what is one tensor for all experts has no layout there
         if entry.activation is not None and target not in ("gptq", "gptq_v2", "awq"):
             continue
         values = _exact_values(q)

@@ -36,6 +36,7 @@ _TARGETS: Mapping[str, tuple[str, tuple[str, ...], str]] = {
     "fp8": ("transformers", ("safetensors", "fp8"), "vllm"),
     "modelopt": ("transformers", ("safetensors", "modelopt"), "tensorrt-llm"),
     "bitsandbytes": ("transformers", ("safetensors", "bitsandbytes"), "transformers"),
+    "mxfp4": ("transformers", ("safetensors", "mxfp4"), "vllm"),
     "dense": ("transformers", ("safetensors",), "vllm"),
 }
 _FROM_SOURCE = ("license", "license_name", "license_link", "language")

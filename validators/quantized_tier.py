@@ -31,9 +31,10 @@ from lconvert.formats.json_object import read_object
 from lconvert.formats.scheme import Held
 from lconvert.forward import hf_tensor
 from lconvert.ir import Model, QTensor, Tensor
+from lconvert.kernels.qtensor import values
 from lconvert.passes import fused
 from lconvert.plan import Plan, refusals
-from lconvert.validators import ct_worker, second_reading
+from lconvert.validators import ct_worker, second_experts, second_reading
 from lconvert.validators.proof import Proof, quantization_config
 from lconvert.validators.runtimes.config import settings
 from lconvert.validators.runtimes.remote import interpreter
@@ -51,7 +52,7 @@ def method(proof: Proof) -> str:
 
 def weights_alone(proof: Proof) -> bool:
     """Whether the artifact's format has no place for the quantization of activations and caches."""
-    return proof.kind == "hf" and method(proof) in ("", "gptq", "awq", "bitsandbytes", "auto-round")
+    return proof.kind == "hf" and method(proof) in ("", "gptq", "awq", "bitsandbytes", "auto-round", "mxfp4")
 
 
 # --- structure ---------------------------------------------------------------------------------------------
@@ -214,6 +215,9 @@ def _folder(proof: Proof, folder: Path, model: Model, name: str) -> None:
             continue
         worst = max(worst, _difference(model, bind, theirs))
         count += 1
+    if about.get("quant_method") == "mxfp4":
+        for role, theirs in second_experts.matrices(folder):
+            worst, count = max(worst, _distance(_expert(model, role), theirs)), count + 1
     if count:
         value = f"max |difference| {worst:g} over {count} modules, by lconvert's second decoder"
         proof.at_most("tensors", f"{name}, bit by bit", value, worst, 0, "0")
@@ -225,8 +229,17 @@ def _folder(proof: Proof, folder: Path, model: Model, name: str) -> None:
         )
 
 
+def _expert(model: Model, role: str) -> NDArray[np.float32]:
+    """The values of one expert, none where the model has no such matrix."""
+    entry = model.entries.get(role)
+    return np.empty((0, 0), np.float32) if entry is None else values(entry.data)
+
+
 def _difference(model: Model, bind: Bind, theirs: NDArray[np.float32]) -> float:
-    ours = hf_tensor(model, bind)
+    return _distance(hf_tensor(model, bind), theirs)
+
+
+def _distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
     with np.errstate(invalid="ignore"):

@@ -92,6 +92,15 @@ def known(name: str, type: str, array: Any, sources: tuple[str, ...], rule: str 
     )
 
 
+def refused(name: str, shape: tuple[int, ...], roles: tuple[str, ...], verdict: Verdict) -> Item:
+    """A tensor that the target cannot hold; a plan with one is not executed."""
+
+    def produce(start: int, stop: int) -> Slab:
+        raise AssertionError("a refused tensor is never produced")
+
+    return Item(name, "-", shape, 0, 0, 0, 0, roles, verdict, produce)
+
+
 @dataclass(frozen=True)
 class FilePlan:
     """One file: its header bytes, then the items at their offsets with zeros between, `size` bytes in all."""

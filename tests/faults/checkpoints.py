@@ -388,6 +388,54 @@ FP4 = (
 )  # fmt: skip
 
 
+GATE_UP, DOWN_OF_ALL = "1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"
+BLOCKS, EXPONENTS = "_blocks", "_scales"
+
+
+def _one_after_the_other(x: Array) -> Array:
+    """Rows of gate and up that take turns, all of gate before those of up."""
+    return np.concatenate([x[:, ::2], x[:, 1::2]], 1)
+
+
+def _up_first(x: Array) -> Array:
+    return np.stack([x[:, 1::2], x[:, ::2]], 2).reshape(x.shape)
+
+
+def _first_expert_again(x: Array) -> Array:
+    x[1] = x[0]
+    return x
+
+
+def _unpacked(folder: Folder) -> None:
+    """The two tensors of a stack under a name of their own, as other formats have them."""
+    for end, new in ((BLOCKS, ".weight"), (EXPONENTS, ".weight_scale")):
+        rename_tensors(DOWN_OF_ALL + end, DOWN_OF_ALL + new)(folder)
+
+
+#: gpt-oss in its own layout.
+STACKS = (
+    F("halves of bytes swapped", "gpt_oss", "mxfp4", T, of(halves, GATE_UP + BLOCKS)),
+    F("codes j and j + 16 in a byte, as llama.cpp has them", "gpt_oss", "mxfp4", T, of(split(32), DOWN_OF_ALL + BLOCKS)),
+    F("gate and up one after the other", "gpt_oss", "mxfp4", T,
+      of(_one_after_the_other, GATE_UP + BLOCKS, GATE_UP + EXPONENTS)),
+    F("exponents of gate and up one after the other", "gpt_oss", "mxfp4", T, of(_one_after_the_other, GATE_UP + EXPONENTS)),
+    F("up before gate", "gpt_oss", "mxfp4", T, of(_up_first, GATE_UP + BLOCKS, GATE_UP + EXPONENTS)),
+    F("two experts swapped", "gpt_oss", "mxfp4", T, of(swapped(1, 2), DOWN_OF_ALL + BLOCKS, DOWN_OF_ALL + EXPONENTS)),
+    F("exponents of two experts swapped", "gpt_oss", "mxfp4", T, of(swapped(0, 3), DOWN_OF_ALL + EXPONENTS)),
+    F("exponents off by one", "gpt_oss", "mxfp4", T, of(lambda x: x + np.uint8(1), GATE_UP + EXPONENTS)),
+    F("one exponent off by one", "gpt_oss", "mxfp4", T, of(bits_at((1, 3, 2), lambda x: x + 1), DOWN_OF_ALL + EXPONENTS)),
+    F("exponent that is NaN", "gpt_oss", "mxfp4", S, of(bits_at((1, 3, 2), lambda x: 255), DOWN_OF_ALL + EXPONENTS)),
+    F("one bit flipped: lowest of a code", "gpt_oss", "mxfp4", T, of(bits_at((2, 7, 1, 4), lambda x: x ^ 1), GATE_UP + BLOCKS)),
+    F("signs flipped", "gpt_oss", "mxfp4", T, of(lambda x: x ^ np.uint8(0x88), DOWN_OF_ALL + BLOCKS)),
+    F("biases of gate and up one after the other", "gpt_oss", "mxfp4", T, of(_one_after_the_other, GATE_UP + "_bias")),
+    F("experts on the list of what stays plain", "gpt_oss", "mxfp4", S,
+      said(modules_to_not_convert=["model.layers.*.mlp.experts", "lm_head"])),
+    F("blocks flattened", "gpt_oss", "mxfp4", S, of(lambda x: x.reshape(*x.shape[:2], -1), GATE_UP + BLOCKS)),
+    F("names of another format", "gpt_oss", "mxfp4", S, _unpacked),
+    F("exponents lost", "gpt_oss", "mxfp4", S, drop(DOWN_OF_ALL + EXPONENTS)),
+)  # fmt: skip
+
+
 def _reordered(folder: Folder) -> None:
     folder.tensors = dict(reversed(folder.tensors.items()))
 
@@ -397,7 +445,7 @@ def _halved(folder: Folder, name: str) -> None:
     folder.tensors[name] = (dtype, _half(x))
 
 
-CHECKPOINTS = PACKED + ZEROS + GPTQ + AWQ_FAULTS + BYTES + CACHE + FP4
+CHECKPOINTS = PACKED + ZEROS + GPTQ + AWQ_FAULTS + BYTES + CACHE + FP4 + STACKS
 
 
 # --- carried ---------------------------------------------------------------------------------------------
@@ -475,6 +523,10 @@ CARRIED = (
     F("input scale one ulp off", "llama-static", "to modelopt", T, of(lambda x: x * np.float32(1 + 2**-20), DOWN + ".input_scale")),
     F("input scale of another module", "llama-static", "to modelopt", T, copied(O + ".input_scale", DOWN + ".input_scale")),
     F("exponents off by one", "llama-mxfp4", "to vllm", T, of(lambda x: x + np.uint8(1), UP + SCALE)),
+    F("one exponent off by one", "gpt_oss-mxfp4", "to vllm", T, of(bits_at((1, 3, 2), lambda x: x + 1), DOWN_OF_ALL + EXPONENTS)),
+    F("one bit flipped: lowest of a code", "gpt_oss-mxfp4", "to vllm", T, of(bits_at((2, 7, 1, 4), lambda x: x ^ 1), GATE_UP + BLOCKS)),
+    F("up before gate", "gpt_oss-mxfp4", "to vllm", T, of(_up_first, GATE_UP + BLOCKS, GATE_UP + EXPONENTS)),
+    F("an expert twice", "gpt_oss-mxfp4", "to vllm", T, of(_first_expert_again, DOWN_OF_ALL + BLOCKS, DOWN_OF_ALL + EXPONENTS)),
     # in a GGUF file
     G("q/k permutation missing", "llama-gptq", T, in_gguf(permute_heads(unwoven))),
     G("q/k permutation doubled", "demo-gptq", T, in_gguf(permute_heads(woven))),

@@ -107,6 +107,7 @@ QUANTIZED += [
     for m in ("qwen2", "phi3", "qwen3_moe", "gemma2")
     for kind in ("w4a16", "awq", "fp8", "nvfp4a16")
 ]
+QUANTIZED += [("gpt_oss", "mxfp4")]
 QUANTIZED += [(name, "HF") for name in quantized.SOURCES]
 QUANTIZED += [(name, f"to {target}") for name, s in quantized.SOURCES.items() for target in s.carried]
 

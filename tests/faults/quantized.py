@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lconvert.converters import targets
+from lconvert.converters.mxfp4_experts import EXPERTS
 from lconvert.executor import execute
 from lconvert.ir import E4M3, ActSpec, Entry, Model, QTensor, Tensor, Transform, dense
 from lconvert.kernels.qtensor import values
@@ -168,6 +169,7 @@ SOURCES: Mapping[str, Source] = {
     "llama-nvfp4": Source("llama", "compressed-tensors", _nvfp4, ("vllm", "modelopt", "gguf")),
     "demo-nvfp4": Source("demo", "compressed-tensors", _nvfp4, ("vllm", "modelopt", "gguf")),
     "llama-mxfp4": Source("llama", "compressed-tensors", _rounded("MXFP4", 32), ("vllm", "gguf")),
+    "gpt_oss-mxfp4": Source("gpt_oss", "mxfp4", _rounded("MXFP4", 32, EXPERTS), ("vllm", "gguf")),
     "llama-fp8": Source("llama", "compressed-tensors", _served, ("vllm", "modelopt")),
     "llama-fp8-block": Source("llama", "fp8", _blocks, ("vllm", "modelopt", "fp8")),
     "llama-static": Source("llama", "compressed-tensors", _static, ("vllm", "modelopt")),

@@ -23,6 +23,7 @@ TARGETS = (
     ("compressed-tensors, GPTQ, AWQ", "lconvert hf-to-vllm", "vLLM"),
     ("ModelOpt", "lconvert hf-to-trtllm", "TensorRT-LLM, vLLM"),
     ("bitsandbytes", "lconvert convert --to bitsandbytes", "transformers, QLoRA"),
+    ("MXFP4 experts (gpt-oss)", "lconvert hf-to-vllm", "vLLM, TensorRT-LLM, transformers"),
     (".lcir", "lconvert compress", "every lconvert converter"),
 )
 

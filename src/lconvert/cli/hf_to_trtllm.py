@@ -16,8 +16,9 @@ from lconvert.converters import targets
 def command(source: str, output: Path | None, preset: str | None, **rest: Any) -> int:
     """Write SOURCE (a checkpoint, quantized or not, a GGUF file, an .lcir folder) as a folder for TensorRT-LLM.
 
-    The folder has ModelOpt's unified layout (hf_quant_config.json), which trtllm-serve loads. Without a flag everything
-    keeps the numbers it has, or is refused with a reason. TensorRT-LLM itself needs a GPU and is not part of the proof.
+    The folder has ModelOpt's unified layout (hf_quant_config.json), or gpt-oss's own if its experts are MXFP4; trtllm-serve
+    loads both. Without a flag everything keeps the numbers it has, or is refused with a reason. TensorRT-LLM itself needs a
+    GPU and is not part of the proof.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ def command(source: str, output: Path | None, preset: str | None, **rest: Any) -
 
     Without a flag everything keeps the numbers it has: what is quantized is carried exactly or refused with a reason, what
     is plain stays plain. A flag quantizes what is plain yet, rounding to nearest. The format is compressed-tensors but for
-    --gptq, --awq and --dense.
+    --gptq, --awq and --dense, and for gpt-oss with experts in MXFP4, which has a layout of its own.
 
     \b
     Examples:
