@@ -96,11 +96,8 @@ def parse(checkpoint: Checkpoint) -> AutoRound:
     if not isinstance(extra, dict) or not all(isinstance(keys, dict) for keys in extra.values()):
         raise InputError(f"{where}: extra_config is {show(extra)}, expected an object of objects by module")
     named = {name: keys for name, keys in extra.items() if not _SPECIAL & set(name)}
-    rules = []
-    for text, keys in extra.items():
-        if text not in named:
-            at = f"{where}: extra_config {show(text)}"
-            rules.append(Rule(compiled(text, at), keys, at))
+    rest = [(text, f"{where}: extra_config {show(text)}") for text in extra if text not in named]
+    rules = [Rule(pattern, extra[text], at) for pattern, (text, at) in zip(compiled(rest), rest, strict=True)]
     inert = sorted(show(k)[1:-1] for k in config.keys() - _READ)
     report = (f"inert keys of quantization_config: {', '.join(inert)}",) if inert else ()
     return AutoRound(base, layout, named, tuple(rules), where, report)

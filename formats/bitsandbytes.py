@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
 from lconvert.formats.int_groups import flag, refuse_kv
-from lconvert.formats.scheme import Checkpoint, Held, Part, Stored, Weight, finite_scales, take, view
+from lconvert.formats.scheme import Checkpoint, Held, Part, Stored, Weight, finite_scales, listed, take, view
 from lconvert.ir import Grid, KVSpec, QTensor, Tensor, as_f32, int_grid
 from lconvert.kernels.packing import pack_nibbles, unpack_nibbles
 
@@ -148,7 +148,7 @@ class BitsAndBytes:
             return None
         if any(names_module(n, module) for n in self.skipped):
             raise InputError(
-                f"{module}: is stored quantized ({', '.join(sorted(parts))}), but {self.where} has it among "
+                f"{module}: is stored quantized ({listed(parts)}), but {self.where} has it among "
                 "llm_int8_skip_modules; correct the list: loaders would leave this module without weights"
             )
         if len(shape) != 2:
@@ -271,7 +271,7 @@ def _state(module: str, parts: Mapping[str, Part], shape: tuple[int, int]) -> tu
     """The type and the checked JSON of the quant_state."""
     kinds = [s.removeprefix(_STATE) for s in parts if s.startswith(_STATE)]
     if len(kinds) != 1 or kinds[0] not in TABLES:
-        found = show(sorted(kinds)) if kinds else f"none, only {', '.join(sorted(parts)) or 'nothing'}"
+        found = show(sorted(kinds)) if kinds else f"none, only {listed(parts) or 'nothing'}"
         raise InputError(
             f"{module}: a 4-bit module has one tensor {_STATE}nf4 or {_STATE}fp4, found {found}; config.json and the weights do "
             "not belong together"

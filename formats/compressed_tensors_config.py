@@ -210,11 +210,10 @@ def _strings(where: str, key: str, found: Any) -> list[str]:
 
 
 def _matcher(where: str, entries: list[str]) -> Matcher:
-    patterns = [
-        (entry, compiled(entry.removeprefix("re:"), f"{where}: {show(entry)}"))
-        for entry in sorted(e for e in entries if e.startswith("re:"))
-    ]
-    return Matcher(frozenset(e for e in entries if not e.startswith("re:")), tuple(patterns))
+    listed = sorted(e for e in entries if e.startswith("re:"))
+    patterns = compiled([(e.removeprefix("re:"), f"{where}: {show(e)}") for e in listed])
+    exact = frozenset(e for e in entries if not e.startswith("re:"))
+    return Matcher(exact, tuple(zip(listed, patterns, strict=True)))
 
 
 def _group(where: str, group: Any, top: Any) -> tuple[list[str], Rule]:

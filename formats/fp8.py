@@ -33,6 +33,7 @@ from lconvert.spec import blocks
 FLOATS = ("F32", "F16", "BF16")
 #: The largest E4M3 number.
 LARGEST = 448.0
+_F32_MAX = float(np.finfo(np.float32).max)
 BLOCK = (128, 128)
 
 _KEYS = {
@@ -192,7 +193,7 @@ def parse(checkpoint: Checkpoint) -> Fp8:
     plain = _names(where, config, "modules_to_not_convert") or _names(where, config, "ignored_layers")
     if method == "fbgemm_fp8":
         bound = config.get("activation_scale_ub")
-        if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < float("inf"):
+        if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound <= _F32_MAX:
             raise InputError(f"{where}: activation_scale_ub is {show(bound)}, expected a positive number")
         note = f"activations: a token's largest magnitude counts as at most {bound}"
         token = ActSpec(E4M3, "token", True)

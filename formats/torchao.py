@@ -28,7 +28,7 @@ from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.bitsandbytes import names_module
 from lconvert.formats.files import show
 from lconvert.formats.fp8 import float_codes
-from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, take, view
+from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, listed, take, view
 from lconvert.ir import E4M3, ActSpec, Grid, KVSpec, QTensor, Tensor, int_grid
 from lconvert.spec import blocks
 
@@ -78,7 +78,7 @@ class TorchAo:
             if plain:
                 return None
             raise InputError(
-                f"{at} is missing, and {', '.join(sorted(parts))} mean nothing without it; another tool has dropped it: "
+                f"{at} is missing, and {listed(parts)} mean nothing without it; another tool has dropped it: "
                 "download the file again"
             )
         found = _description(self.metadata[key], at)
@@ -87,7 +87,7 @@ class TorchAo:
             return None
         if kind == "Tensor" or not quantized:
             raise InputError(
-                f"{at} is of a {kind}, but {', '.join(sorted(parts))} are stored; the header and the tensors do not belong "
+                f"{at} is of a {show(kind)[1:-1]}, but {listed(parts)} are stored; the header and the tensors do not belong "
                 "together"
             )
         if kind not in _READERS:

@@ -542,7 +542,7 @@ def test_nothing_quantized_or_a_cache_is_refused() -> None:
     ids=["peers", "alternatives", "digits", "names"],
 )
 def test_plain_expressions_are_taken(text: str) -> None:
-    assert module_rules.compiled(text, "here").pattern == text
+    assert module_rules.compiled([(text, "here")])[0].pattern == text
 
 
 @pytest.mark.parametrize(
@@ -550,7 +550,7 @@ def test_plain_expressions_are_taken(text: str) -> None:
 )
 def test_expressions_that_never_end_are_refused(text: str) -> None:
     with pytest.raises(UnsupportedError, match=r"here: this expression may take too long"):
-        module_rules.compiled(text, "here")
+        module_rules.compiled([(text, "here")])
 
 
 @settings(max_examples=200, deadline=None)
@@ -558,7 +558,7 @@ def test_expressions_that_never_end_are_refused(text: str) -> None:
 def test_no_accepted_expression_takes_long(text: str, name: str) -> None:
     """Either refused, or matched within a second against the worst kind of name: one that fails at its end."""
     try:
-        found = module_rules.compiled(text, "here")
+        (found,) = module_rules.compiled([(text, "here")])
     except LconvertError:
         return
     start = time.perf_counter()
@@ -569,5 +569,5 @@ def test_no_accepted_expression_takes_long(text: str, name: str) -> None:
 def test_long_expressions_are_judged_quickly() -> None:
     start = time.perf_counter()
     with pytest.raises(UnsupportedError, match=r"may take too long"):
-        module_rules.compiled("[" * 200_000, "here")
+        module_rules.compiled([("[" * 200_000, "here")])
     assert time.perf_counter() - start < 5
