@@ -228,7 +228,11 @@ def _structure(where: str, config: Mapping[str, Any]) -> tuple[tuple[int, int], 
     size = config.get("weight_block_size")
     if size is None:
         return (-1, -1), ActSpec(E4M3, "tensor", scheme == "dynamic")
-    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n <= 0 for n in size):
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or any(type(n) is not int or not 0 < n < 1 << 31 for n in size)
+    ):
         raise InputError(
             f"{where}: weight_block_size is {show(size)}, expected two positive numbers such as [128, 128]"
         )

@@ -136,7 +136,7 @@ def _algo(where: str, value: Any) -> str | None:
 def _size(where: str, value: Any) -> int | None:
     if value is None or value == 0:
         return None
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 < value < 1 << 31:
         raise InputError(f"{where}: group_size {show(value)} must be a positive whole number")
     return value
 

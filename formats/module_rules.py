@@ -21,7 +21,7 @@ from lconvert.formats.files import show
 #: and the length of name for which they are estimated; numbers in names have at most so many digits.
 _STEPS, _NAME, _DIGITS = 4_000_000, 64, 5
 #: What compiling an expression counts for, and how many letters all of a file may have.
-_EACH, _LETTERS = 40, 4 << 20
+_EACH, _LETTERS = 1000, 4 << 20
 #: Shell patterns of a file, and the letters of one: fnmatch compiles each, which takes 0.1 ms.
 _GLOBS, _GLOB_LETTERS = 10_000, 1024
 #: vLLM looks rules up by the names of its fused modules (packed_modules_mapping of its models).

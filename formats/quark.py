@@ -221,7 +221,7 @@ class Quark:
         if kind[1] == "per_group":
             if (spec.get("group_size"), spec.get("scale_format")) != (32, "e8m0"):
                 raise UnsupportedError(
-                    f"{module}: {kind[0]} in groups of {spec.get('group_size')} with scales "
+                    f"{module}: {kind[0]} in groups of {show(spec.get('group_size'))} with scales "
                     f"{show(spec.get('scale_format'))}; known are groups of 32 with e8m0"
                 )
             width = groups(module, cols, 32)
@@ -257,7 +257,11 @@ def _block(module: str, spec: Spec) -> tuple[int, int]:
             )
         return (1, -1)
     size = spec.get("block_size")
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(n) is int and 0 < n < 1 << 31 for n in size)
+    ):
         raise InputError(f"{module}: block_size {show(size)} must be two positive whole numbers")
     if spec.get("scale_type") == "float8_e8m0fnu":
         raise UnsupportedError(
@@ -298,7 +302,7 @@ def _words(
             f"{module}: {spec['dtype']} with symmetric {show(spec.get('symmetric'))} is not verified"
         )
     size = spec.get("group_size")
-    if type(size) is not int or rows % 8:
+    if type(size) is not int or size >= 1 << 31 or rows % 8:
         raise InputError(
             f"{module}: group_size {show(size)}, {rows} outputs: 8 outputs share a word and K is in groups"
         )

@@ -104,7 +104,7 @@ class TorchAo:
         names = found.get("_tensor_data_names")
         if not isinstance(names, list) or {f"{_PREFIX}{n}" for n in map(str, names)} != set(quantized):
             raise InputError(
-                f"{at} names the tensors {show(names)}, stored are {', '.join(quantized)}; the header and the tensors do not "
+                f"{at} names the tensors {show(names)}, stored are {listed(quantized)}; the header and the tensors do not "
                 "belong together"
             )
         data = found.get("_data")
@@ -153,7 +153,11 @@ class Source:
     def block(self) -> tuple[int, int]:
         """Height and width of a block, -1 for all."""
         size, (n, k) = self.data.get("block_size"), self.shape
-        if not isinstance(size, list) or len(size) != 2 or any(type(b) is not int or b <= 0 for b in size):
+        if (
+            not isinstance(size, list)
+            or len(size) != 2
+            or any(type(b) is not int or not 0 < b < 1 << 31 for b in size)
+        ):
             raise InputError(
                 f"{self.at}: block_size is {show(size)}, expected two positive numbers such as [1, 32]"
             )

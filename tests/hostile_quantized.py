@@ -40,6 +40,7 @@ class Folder:
     side: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
     raw: bytes | None = None
+    name: str = ""
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def sources() -> dict[str, Folder]:
         ),
         "torchao-intx": _intx(),
     }
-    return out
+    return {name: replace(folder, name=name) for name, folder in out.items()}
 
 
 # --- damage ------------------------------------------------------------------------------------------------
