@@ -116,7 +116,7 @@ def _tensors(folder: Path) -> dict[str, tuple[safetensors.SafetensorsFile, safet
         file = safetensors.read_header(path)
         for name, info in file.tensors.items():
             if name in out:
-                raise InputError(f"{path}: tensor {name} is also in {out[name][0].path.name}")
+                raise InputError(f"{path}: tensor {show(name)} is also in {out[name][0].path.name}")
             out[name] = (file, info)
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -366,9 +366,9 @@ def _rows(t: Tensor, start: int, stop: int) -> Slab:
 def _made(model: Model, bind: Bind, dtype: str, start: int, stop: int) -> Slab:
     """A whole Hugging Face tensor in its storage type, with the error of every 16th value where it was rounded."""
     x = hf_tensor(model, bind)
+    flat = kernels.quantize(dtype, x.reshape(x.shape[0], -1))  # which refuses what is not finite
     if dtype == "F32":
         return Slab(x)
-    flat = kernels.quantize(dtype, x.reshape(x.shape[0], -1))
     out: NDArray[Any] = flat.view(NUMPY_DTYPE[dtype]).reshape(x.shape)
     exact = x.reshape(-1)[::16].astype(np.float64)
     error = as_f32(out.reshape(-1)[::16], dtype) - exact

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lconvert.archs.common import Bind
 from lconvert.errors import InputError
 from lconvert.formats import mxfp4_blocks, safetensors
+from lconvert.formats.overflow import finite_weights
 from lconvert.formats.scheme import Stored
 from lconvert.ir import NUMPY_DTYPE, Model, QTensor, Tensor, concat_rows
 
@@ -86,7 +87,7 @@ def mxfp4(bind: Bind, tensors: Tensors) -> QTensor | None:
                 f"{file.path}: tensor {name} is {info.dtype} of shape {info.shape}, the configuration implies U8 of {shape}"
             )
         sides.append(part_by_part(safetensors.stacked(file, name), bind.experts, bind.alternating))
-    return mxfp4_blocks.raised(*sides)
+    return finite_weights(mxfp4_blocks.raised(*sides))
 
 
 def store_mxfp4(model: Model, bind: Bind) -> dict[str, Stored] | None:

@@ -19,8 +19,9 @@ from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import safetensors
 from lconvert.formats.files import show
 from lconvert.formats.json_object import read_object
+from lconvert.formats.overflow import finite_weights
 from lconvert.formats.scheme import Checkpoint, Part, Scheme, Weight, find, finite_scales
-from lconvert.ir import KVSpec, Tensor, as_f32, dense
+from lconvert.ir import KVSpec, QTensor, Tensor, as_f32, dense
 
 Tensors = dict[str, tuple[safetensors.SafetensorsFile, safetensors.TensorInfo]]
 
@@ -36,7 +37,7 @@ _SIDE_FILES = (
 #: Scales of the KV cache: compressed-tensors' and ModelOpt's names, and llm-compressor's first ones (vLLM's
 #: maybe_remap_kv_scale_name, model_executor/model_loader/weight_utils.py, accepts the same).
 _KV = re.compile(
-    r".*\.(?:layers|h)\.(\d+)\.\w+\.(?:(?:[kv]_proj\.)?(?:([kv])_scale|(kv)_scale)|[kv]_proj\.output_scale)"
+    r".*\.(?:layers|h)\.([0-9]{1,6})\.\w+\.(?:(?:[kv]_proj\.)?(?:([kv])_scale|(kv)_scale)|[kv]_proj\.output_scale)"
 )
 
 
@@ -45,9 +46,13 @@ def scheme(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Scheme 
     where, found = str(folder / "config.json"), None
     for key in CONFIG_KEYS:
         if config.get(key):
+            if not isinstance(config[key], dict):
+                raise InputError(f"{where}: {key} is {show(config[key])}, expected an object")
+            if found is not None and found != config[key]:
+                raise InputError(
+                    f"{where}: {' and '.join(CONFIG_KEYS)} differ; remove the one that does not belong to the weights"
+                )
             found = config[key]
-            if not isinstance(found, dict):
-                raise InputError(f"{where}: {key} is {show(found)}, expected an object")
     if found is None:
         for name, method in _SIDE_FILES:
             if (folder / name).exists():
@@ -67,7 +72,7 @@ def part(file: safetensors.SafetensorsFile, info: safetensors.TensorInfo) -> Par
     eight = info.dtype.startswith("F8_")
     data = safetensors.raw(file, info.name) if eight else safetensors.tensor(file, info.name)
     columns = partial(_columns, file, info.name)
-    return Part(info.dtype, data, columns, f"{file.path}: tensor {info.name}")
+    return Part(info.dtype, data, columns, f"{file.path}: tensor {show(info.name)[1:-1]}")
 
 
 def _columns(file: safetensors.SafetensorsFile, name: str, start: int, stop: int) -> Any:
@@ -85,17 +90,18 @@ class Modules:
     ) -> None:
         self.scheme = scheme
         wanted = set(modules)
+        depth = max((module.count(".") + 1 for module in wanted), default=0)
         self.parts: dict[str, dict[str, Part]] = {}
         for name, (file, info) in tensors.items():
             if _KV.fullmatch(name) or name in own:
                 continue
-            module, _, rest = name.rpartition(".")
-            suffix = rest
-            while module and module not in wanted:
-                module, _, rest = module.rpartition(".")
-                suffix = f"{rest}.{suffix}"
-            if module and suffix != "bias":
-                self.parts.setdefault(module, {})[suffix] = part(file, info)
+            words = name.split(".", depth)
+            for n in range(len(words) - 1, 0, -1):
+                module, suffix = ".".join(words[:n]), ".".join(words[n:])
+                if module in wanted:
+                    if suffix != "bias":
+                        self.parts.setdefault(module, {})[suffix] = part(file, info)
+                    break
 
     def weight(self, module: str, shape: tuple[int, ...], tensors: Tensors) -> Weight | None:
         """The quantized weight of `module`, whose tensors are then taken out of `tensors`; None where it is plain."""
@@ -107,6 +113,9 @@ class Modules:
             return None
         if (t := found.transform) is not None and t.param is not None:
             found = replace(found, transform=replace(t, param=finite_scales(t.param)))
+        if isinstance(found.data, QTensor):
+            factor = found.transform.param if found.transform is not None else None
+            found = replace(found, data=finite_weights(found.data, factor))
         if (spec := found.activation) is not None and spec.scale is not None:
             _check_input_scale(module, spec.scale)
         left = sorted(parts.keys() - found.used - found.inert)

@@ -97,11 +97,8 @@ def parse(checkpoint: Checkpoint) -> AutoRound:
     if not isinstance(extra, dict) or not all(isinstance(keys, dict) for keys in extra.values()):
         raise InputError(f"{where}: extra_config is {show(extra)}, expected an object of objects by module")
     named = {name: keys for name, keys in extra.items() if not _SPECIAL & set(name)}
-    rules = []
-    for text, keys in extra.items():
-        if text not in named:
-            at = f"{where}: extra_config {show(text)}"
-            rules.append(Rule(compiled(text, at), keys, at))
+    rest = [(text, f"{where}: extra_config {show(text)}") for text in extra if text not in named]
+    rules = [Rule(pattern, extra[text], at) for pattern, (text, at) in zip(compiled(rest), rest, strict=True)]
     return AutoRound(base, layout, named, tuple(rules), where, inert(config, _READ))
 
 

@@ -104,7 +104,7 @@ def parse(checkpoint: Checkpoint) -> Awq:
     config, where = checkpoint.config, checkpoint.where
     agree(checkpoint, _MEANING)
     stated = [config[k] for k in ("version", "format", "checkpoint_format") if config.get(k) is not None]
-    names = {v.lower() if isinstance(v, str) else show(v) for v in stated} or {"gemm"}
+    names = {show(v.lower() if isinstance(v, str) else v).strip("'") for v in stated} or {"gemm"}
     if len(names) > 1:
         raise InputError(
             f"{where}: version, format and checkpoint_format differ: {', '.join(sorted(names))}; keep the right one"
@@ -116,9 +116,10 @@ def parse(checkpoint: Checkpoint) -> Awq:
             f"{where}: AWQ version {show(version)} cannot be read: {why}; save the model as gemm"
         )
     width = whole(config, ("bits", "w_bit"), where)
-    if width != 4 or config.get("pack_dtype") not in (None, "int32"):
+    words = show(config.get("pack_dtype") or "int32").strip("'")
+    if width != 4 or words != "int32":
         raise UnsupportedError(
-            f"{where}: AWQ of {width} bits in {config.get('pack_dtype') or 'int32'} words; only 4 bits in int32 can be read"
+            f"{where}: AWQ of {width} bits in {words} words; only 4 bits in int32 can be read"
         )
     skipped = name_list(config.get("modules_to_not_convert") or [], "modules_to_not_convert", where)
     group = group_size(whole(config, ("group_size", "q_group_size"), where), where)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
 from lconvert.formats.fp8 import number
-from lconvert.formats.scheme import Checkpoint, Part, Scheme, Weight, take, view
+from lconvert.formats.scheme import Checkpoint, Part, Scheme, Weight, listed, take, view
 from lconvert.ir import ActSpec, KVSpec, QTensor, Tensor, int_grid
 
 FLOATS = ("F32", "F16", "BF16")
@@ -46,7 +46,7 @@ def parse(checkpoint: Checkpoint) -> Scheme:
                 f"{where}: the key {show(key)} = {show(value)} is unknown to transformers' BitNet"
             )
     linear, mode = config.get("linear_class", "bitlinear"), config.get("quantization_mode", "offline")
-    if linear not in _CLASSES:
+    if not isinstance(linear, str) or linear not in _CLASSES:
         raise InputError(f"{where}: linear_class {show(linear)} must be one of {', '.join(_CLASSES)}")
     if mode != "offline":
         raise UnsupportedError(
@@ -58,7 +58,7 @@ def parse(checkpoint: Checkpoint) -> Scheme:
             f"{where}: use_rms_norm puts a norm in front of every matrix, which no architecture here has; dequantize the "
             "model with transformers"
         )
-    return BitNet(str(linear))
+    return BitNet(linear)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class BitNet:
             if parts.keys() == {"weight"}:
                 return None
             raise UnsupportedError(
-                f"{stored.where}: a {stored.dtype} weight with {', '.join(sorted(parts.keys() - {'weight'}))} is not packed; "
+                f"{stored.where}: a {stored.dtype} weight with {listed(parts.keys() - {'weight'})} is not packed; "
                 "pack it with transformers' pack_weights"
             )
         if len(shape) != 2 or shape[0] % _PER_BYTE:

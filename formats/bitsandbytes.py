@@ -37,7 +37,7 @@ from lconvert.formats.bitsandbytes_writer import SIZES, STATE, TABLES, Writer
 from lconvert.formats.config_values import flag, name_list, names_module, refuse_unknown
 from lconvert.formats.files import show
 from lconvert.formats.flat_blocks import spread
-from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, take, view
+from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, listed, take, view
 from lconvert.ir import Grid, KVSpec, QTensor, Tensor, as_f32, int_grid
 from lconvert.kernels.packing import unpack_nibbles
 
@@ -119,7 +119,7 @@ class BitsAndBytes:
             return None
         if any(names_module(n, module) for n in self.skipped):
             raise InputError(
-                f"{module}: is stored quantized ({', '.join(sorted(parts))}), but {self.where} has it among "
+                f"{module}: is stored quantized ({listed(parts)}), but {self.where} has it among "
                 "llm_int8_skip_modules; correct the list: loaders would leave this module without weights"
             )
         if len(shape) != 2:
@@ -226,7 +226,7 @@ def _state(module: str, parts: Mapping[str, Part], shape: tuple[int, int]) -> tu
     """The type and the checked JSON of the quant_state."""
     kinds = [s.removeprefix(STATE) for s in parts if s.startswith(STATE)]
     if len(kinds) != 1 or kinds[0] not in TABLES:
-        found = show(sorted(kinds)) if kinds else f"none, only {', '.join(sorted(parts)) or 'nothing'}"
+        found = show(sorted(kinds)) if kinds else f"none, only {listed(parts) or 'nothing'}"
         raise InputError(
             f"{module}: a 4-bit module has one tensor {STATE}nf4 or {STATE}fp4, found {found}; config.json and the weights do "
             "not belong together"

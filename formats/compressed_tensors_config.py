@@ -198,11 +198,10 @@ def read_config(where: str, config: Mapping[str, Any]) -> Config:
 
 
 def _matcher(where: str, entries: Collection[str]) -> Matcher:
-    patterns = [
-        (entry, compiled(entry.removeprefix("re:"), f"{where}: {show(entry)}"))
-        for entry in sorted(e for e in entries if e.startswith("re:"))
-    ]
-    return Matcher(frozenset(e for e in entries if not e.startswith("re:")), tuple(patterns))
+    listed = sorted(e for e in entries if e.startswith("re:"))
+    patterns = compiled([(e.removeprefix("re:"), f"{where}: {show(e)}") for e in listed])
+    exact = frozenset(e for e in entries if not e.startswith("re:"))
+    return Matcher(exact, tuple(zip(listed, patterns, strict=True)))
 
 
 def _group(where: str, group: Any, top: Any) -> tuple[tuple[str, ...], Rule]:
@@ -291,7 +290,7 @@ def read_args(where: str, found: Any) -> Args:
 
     def whole(key: str, default: int | None) -> int | None:
         value = found.get(key, default)
-        if value is not None and type(value) is not int:
+        if value is not None and (type(value) is not int or abs(value) >= 1 << 31):
             raise InputError(f"{where}: {key} is {show(value)}, expected a whole number")
         return value
 
@@ -322,7 +321,11 @@ def _block(where: str, found: Any) -> tuple[int, int]:
     value = (
         [int(n) for n in found.split("x")] if isinstance(found, str) and _SIZES.fullmatch(found) else found
     )
-    if not isinstance(value, list) or len(value) != 2 or any(type(n) is not int or n <= 0 for n in value):
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or any(type(n) is not int or not 0 < n < 1 << 31 for n in value)
+    ):
         raise InputError(
             f"{where}: block_structure is {show(found)}, expected two positive numbers such as [128, 128]"
         )

@@ -17,7 +17,7 @@ def whole(config: Mapping[str, Any], names: tuple[str, ...], where: str) -> int:
     """The whole number under one of `names`."""
     for name in names:
         if name in config:
-            if type(config[name]) is not int:
+            if type(config[name]) is not int or abs(config[name]) >= 1 << 31:
                 raise InputError(
                     f"{where}: {name} of quantization_config is {show(config[name])}, expected a whole number"
                 )

@@ -34,6 +34,7 @@ from lconvert.spec import blocks
 FLOATS = ("F32", "F16", "BF16")
 #: The largest E4M3 number.
 LARGEST = 448.0
+_F32_MAX = float(np.finfo(np.float32).max)
 BLOCK = (128, 128)
 
 _KEYS = {
@@ -190,7 +191,7 @@ def parse(checkpoint: Checkpoint) -> Fp8:
     plain = plain or name_list(config.get("ignored_layers") or [], "ignored_layers", where)
     if method == "fbgemm_fp8":
         bound = config.get("activation_scale_ub")
-        if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < float("inf"):
+        if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound <= _F32_MAX:
             raise InputError(f"{where}: activation_scale_ub is {show(bound)}, expected a positive number")
         note = f"activations: a token's largest magnitude counts as at most {bound}"
         token = ActSpec(E4M3, "token", True)
@@ -225,7 +226,11 @@ def _structure(where: str, config: Mapping[str, Any]) -> tuple[tuple[int, int], 
     size = config.get("weight_block_size")
     if size is None:
         return (-1, -1), ActSpec(E4M3, "tensor", scheme == "dynamic")
-    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n <= 0 for n in size):
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or any(type(n) is not int or not 0 < n < 1 << 31 for n in size)
+    ):
         raise InputError(
             f"{where}: weight_block_size is {show(size)}, expected two positive numbers such as [128, 128]"
         )

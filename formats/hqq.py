@@ -27,7 +27,7 @@ from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.config_values import name_list, names_module, refuse_unknown
 from lconvert.formats.files import show
 from lconvert.formats.flat_blocks import spread
-from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, take, view
+from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, listed, take, view
 from lconvert.ir import KVSpec, QTensor, Tensor, as_f32, int_grid
 
 FLOATS = ("F32", "F16", "BF16")
@@ -130,7 +130,7 @@ class Hqq:
             if parts.keys() == {"weight"} and parts["weight"].dtype in (*FLOATS, "F64"):
                 return None
             raise InputError(
-                f"{module}: the tensor W_q is missing, there are {', '.join(sorted(parts))}; download it again"
+                f"{module}: the tensor W_q is missing, there are {listed(parts)}; download it again"
             )
         if any(names_module(n, module) for n in self.skipped):
             raise InputError(

@@ -60,7 +60,17 @@ from lconvert.formats.modelopt_config import (
     settings_of,
 )
 from lconvert.formats.modelopt_writer import Writer
-from lconvert.formats.scheme import Checkpoint, Part, Scheme, Weight, finite_scales, groups, take, view
+from lconvert.formats.scheme import (
+    Checkpoint,
+    Part,
+    Scheme,
+    Weight,
+    finite_scales,
+    groups,
+    listed,
+    take,
+    view,
+)
 from lconvert.ir import E2M1, E4M3, E8M0, Grid, KVSpec, QTensor, Tensor, Transform, as_f32
 from lconvert.kernels.packing import unpack_nibbles, unpack_row_pairs
 
@@ -228,7 +238,7 @@ class ModelOpt:
         if found is None or pattern is not None:
             says = f"excludes it by {show(pattern)}" if pattern else "does not list it as quantized"
             raise InputError(
-                f"{module}: is stored as {', '.join(sorted(parts))}, but {s.where} {says}; the two do not belong together"
+                f"{module}: is stored as {listed(parts)}, but {s.where} {says}; the two do not belong together"
             )
         if len(shape) != 2:
             raise UnsupportedError(f"{module}: {s.algo} weights of shape {shape} are not a matrix")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
+from lconvert.formats.module_rules import check_globs
 from lconvert.ir import E2M1, E4M3, E8M0, ActSpec, Grid, int_grid
 
 SIDE_FILE = "hf_quant_config.json"
@@ -135,7 +136,7 @@ def _algo(where: str, value: Any) -> str | None:
 def _size(where: str, value: Any) -> int | None:
     if value is None or value == 0:
         return None
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 < value < 1 << 31:
         raise InputError(f"{where}: group_size {show(value)} must be a positive whole number")
     return value
 
@@ -143,7 +144,8 @@ def _size(where: str, value: Any) -> int | None:
 def _kv_algo(where: str, value: Any) -> str | None:
     if isinstance(value, Mapping):
         known = {("float", 8): "FP8", ("float", 4): "NVFP4", ("int", 8): "INT8"}
-        name = known.get((str(value.get("type")), value.get("num_bits", 0)))
+        bits = value.get("num_bits")
+        name = known.get((str(value.get("type")), bits if type(bits) is int else 0))
         if name is None or value.get("dynamic"):
             raise UnsupportedError(
                 f"{where}: unknown kv_cache_scheme {show(value)}; known are {', '.join(KV)}"
@@ -186,6 +188,7 @@ def settings_of(raw: Mapping[str, Any], where: str) -> Settings:
     exclude = inner.get(exclude_key, inner.get("exclude_modules"))
     if exclude is not None and not (isinstance(exclude, list) and all(isinstance(e, str) for e in exclude)):
         raise InputError(f"{where}: {exclude_key} is {show(exclude)}, expected a list of names")
+    check_globs([e for e in exclude or () if set(e) & set("*?[")], f"{where}: {exclude_key}")
     algo = _algo(where, inner.get("quant_algo"))
     group = _size(where, inner.get("group_size"))
     if not nested and isinstance(inner.get("config_groups"), Mapping):

@@ -8,7 +8,8 @@ Both match at the start of the name; the first rule that matches counts, exclusi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
@@ -16,8 +17,13 @@ from typing import Any
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
 
-#: Steps that matching one name may take in the worst case, and the length of name for which they are estimated.
-_STEPS, _NAME = 20_000_000, 64
+#: Steps that matching one name with all expressions of a file may take in the worst case (at 40 ns for the slowest kind),
+#: and the length of name for which they are estimated; numbers in names have at most so many digits.
+_STEPS, _NAME, _DIGITS = 4_000_000, 64, 5
+#: What compiling an expression counts for, and how many letters all of a file may have.
+_EACH, _LETTERS = 1000, 4 << 20
+#: Shell patterns of a file, and the letters of one: fnmatch compiles each, which takes 0.1 ms.
+_GLOBS, _GLOB_LETTERS = 10_000, 1024
 #: vLLM looks rules up by the names of its fused modules (packed_modules_mapping of its models).
 _FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -40,15 +46,17 @@ def rules(dynamic: Any, where: str) -> tuple[Rule, ...]:
         return ()
     if not isinstance(dynamic, dict):
         raise InputError(f"{where}: dynamic is {show(dynamic)}, expected an object of rules")
-    out = []
+    found: list[tuple[str, str, Mapping[str, Any] | None]] = []
     for text, keys in dynamic.items():
         at = f"{where}: dynamic rule {show(text)}"
         if text.startswith("-:"):
-            out.append(Rule(compiled(text[2:], at), None, at))
+            found.append((text[2:], at, None))
         elif isinstance(keys, dict):
-            out.append(Rule(compiled(text.removeprefix("+:"), at), keys, at))
+            found.append((text.removeprefix("+:"), at, keys))
         else:
             raise InputError(f"{at} is {show(keys)}, expected an object of keys; correct the file")
+    patterns = compiled([(text, at) for text, at, _ in found])
+    out = [Rule(pattern, keys, at) for pattern, (_, at, keys) in zip(patterns, found, strict=True)]
     return tuple(sorted(out, key=lambda rule: rule.overrides is not None))
 
 
@@ -57,16 +65,43 @@ def first(rules: Iterable[Rule], module: str) -> Rule | None:
     return next((rule for rule in rules if rule.pattern.match(module)), None)
 
 
-def compiled(text: str, where: str) -> re.Pattern[str]:
-    """A regular expression out of a file: UnsupportedError where matching it could take minutes or forever."""
-    if _cost(text) > _STEPS:
+def compiled(expressions: Sequence[tuple[str, str]]) -> list[re.Pattern[str]]:
+    """All regular expressions of a file, each with words on where it is. UnsupportedError where matching one, or all of them
+    together, could take minutes or forever."""
+    out: list[re.Pattern[str]] = []
+    steps, letters = 0.0, 0
+    for text, where in expressions:
+        letters += len(text)
+        if letters > _LETTERS:
+            raise UnsupportedError(
+                f"{where}: the expressions of this file have more than {_LETTERS} letters; name the modules"
+            )
+        cost = _cost(text)
+        steps += cost + _EACH
+        if steps > _STEPS:
+            what = "this expression" if cost > _STEPS else f"this and the {len(out)} expressions before it"
+            raise UnsupportedError(
+                f"{where}: {what} may take too long to match (repeated groups, or many * and +); name the modules"
+            )
+        try:
+            with warnings.catch_warnings(action="ignore"):  # what another Python might read in a class
+                out.append(re.compile(text))
+        except (re.error, OverflowError, RecursionError) as e:
+            raise InputError(f"{where}: no valid regular expression ({e}); correct the file") from None
+    return out
+
+
+def check_globs(patterns: Sequence[str], where: str) -> None:
+    """UnsupportedError for so many or so long shell patterns that a small file would keep fnmatch busy."""
+    if len(patterns) > _GLOBS or any(len(p) > _GLOB_LETTERS for p in patterns):
         raise UnsupportedError(
-            f"{where}: this expression may take too long to match (repeated groups, or many * and +); name the modules"
+            f"{where}: {len(patterns)} patterns, the longest of {max(map(len, patterns))} letters, take too long to match; at "
+            f"most {_GLOBS} of {_GLOB_LETTERS} letters are read"
         )
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as e:
-        raise InputError(f"{where}: no valid regular expression ({e}); correct the file") from None
+
+
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\]){0,200}\]|\(\?|\{[^{}]*\}|[\s\S]")
+_ANY_DIGIT = ("\\d", "[0-9]")
 
 
 def _cost(text: str) -> float:
@@ -77,7 +112,8 @@ def _cost(text: str) -> float:
     total, repeats, product = 0.0, 0, 1.0
     groups: list[int] = []
     previous = ""
-    for token in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\]){0,200}\]|\(\?|\{[^{}]*\}|[\s\S]", text):
+    for match in _TOKEN.finditer(text):
+        token = match[0]
         if token == "[":  # of no class, or of one that is too long to be told
             return float("inf")
         if token in ("(", "(?"):
@@ -91,7 +127,10 @@ def _cost(text: str) -> float:
         elif token in ("*", "+") or token[0] == "{":
             if previous == ")":
                 return float("inf")
-            repeats += previous not in ("*", "+")
+            if previous in _ANY_DIGIT and token in ("*", "+"):
+                product *= _DIGITS
+            else:
+                repeats += previous not in ("*", "+")
         elif token == "?":
             product *= 1 if previous in ("*", "+") or previous[:1] == "{" else 2
         previous = token

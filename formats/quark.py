@@ -33,8 +33,18 @@ from numpy.typing import NDArray
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.files import show
 from lconvert.formats.fp8 import exponents, float_codes, number
-from lconvert.formats.module_rules import compiled
-from lconvert.formats.scheme import Checkpoint, Part, Scheme, Weight, finite_scales, groups, take, view
+from lconvert.formats.module_rules import check_globs, compiled
+from lconvert.formats.scheme import (
+    Checkpoint,
+    Part,
+    Scheme,
+    Weight,
+    finite_scales,
+    groups,
+    listed,
+    take,
+    view,
+)
 from lconvert.ir import E2M1, E4M3, ActSpec, KVSpec, QTensor, Tensor, int_grid
 from lconvert.kernels.packing import unpack_awq, unpack_nibbles
 from lconvert.kernels.reference.packing import AWQ_ORDER
@@ -83,19 +93,18 @@ def parse(checkpoint: Checkpoint) -> Scheme:
         raise InputError(f"{where}: exclude is {show(exclude)}, expected a list of names")
     layers = _object(config.get("layer_quant_config"), f"{where}: layer_quant_config")
     cached = export.get("kv_cache_group") or []
+    if not isinstance(cached, list) or not all(isinstance(c, str) for c in cached):
+        raise InputError(f"{where}: kv_cache_group is {show(cached)}, expected a list of names")
+    check_globs([*layers, *cached], f"{where}: layer_quant_config and kv_cache_group")
     return Quark(
         where,
         method == "reorder",
         _object(config.get("global_quant_config"), f"{where}: global_quant_config"),
         {name: _object(spec, f"{where}: layer_quant_config {show(name)}") for name, spec in layers.items()},
         frozenset(exclude),
-        tuple(
-            _matcher(e, f"{where}: exclude {show(e)}")
-            for e in exclude
-            if e[:3] == "re:" or set(e) & set("*?[")
-        ),
+        _matchers(exclude, f"{where}: exclude"),
         _kv(where, cached, layers),
-        tuple(str(c) for c in cached),
+        tuple(cached),
     )
 
 
@@ -107,11 +116,12 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def _matcher(pattern: str, where: str) -> Callable[[str], bool]:
-    if not pattern.startswith("re:"):
-        return partial(_like, pattern)
-    expression = compiled(pattern[3:], where)
-    return lambda name: expression.match(name) is not None
+def _matchers(patterns: list[str], where: str) -> tuple[Callable[[str], object], ...]:
+    """Those of `patterns` that are no plain names, as functions of a module's name."""
+    expressions = [(p[3:], f"{where} {show(p)}") for p in patterns if p.startswith("re:")]
+    globs = [p for p in patterns if not p.startswith("re:") and set(p) & set("*?[")]
+    check_globs(globs, where)
+    return (*(e.match for e in compiled(expressions)), *(partial(_like, p) for p in globs))
 
 
 def _like(pattern: str, name: str) -> bool:
@@ -129,10 +139,10 @@ def _one(spec: Any, where: str) -> Spec | None:
     return None if spec is None else _object(spec, where)
 
 
-def _kv(where: str, cached: Any, layers: Mapping[str, Any]) -> KVSpec | None:
+def _kv(where: str, cached: list[str], layers: Mapping[str, Any]) -> KVSpec | None:
     if not cached:
         return None
-    names = [n for n in layers if any(fnmatchcase(n, str(c)) for c in cached)]
+    names = [n for n in layers if any(fnmatchcase(n, c) for c in cached)]
     specs = [
         _one(_object(layers[n], where).get("output_tensors"), f"{where}: {n}: output_tensors") for n in names
     ]
@@ -158,7 +168,7 @@ class Quark:
     everywhere: Spec
     layers: Mapping[str, Spec]
     names: frozenset[str]
-    patterns: tuple[Callable[[str], bool], ...]
+    patterns: tuple[Callable[[str], object], ...]
     kv: KVSpec | None
     cached: tuple[str, ...]
     report: tuple[str, ...] = ()
@@ -166,7 +176,8 @@ class Quark:
     @property
     def method(self) -> str:
         spec = _one(self.everywhere.get("weight"), self.where)
-        return f"Quark {spec['dtype']} {spec.get('qscheme')}" if spec and "dtype" in spec else "Quark"
+        named = [show(spec[k]).strip("'") for k in ("dtype", "qscheme") if k in spec] if spec else []
+        return " ".join(["Quark", *named])
 
     def _spec(self, module: str) -> Spec:
         return next(
@@ -181,7 +192,7 @@ class Quark:
         quantized = _one(spec.get("weight"), f"{self.where}: weight of {module}")
         if quantized is None or module in self.names or any(match(module) for match in self.patterns):
             raise InputError(
-                f"{module}: is stored as {', '.join(sorted(parts))}, but {self.where} does not quantize it; the two do not "
+                f"{module}: is stored as {listed(parts)}, but {self.where} does not quantize it; the two do not "
                 "belong together"
             )
         outputs = [k for k in ("output_tensors", "bias") if spec.get(k)]
@@ -210,7 +221,7 @@ class Quark:
         if kind[1] == "per_group":
             if (spec.get("group_size"), spec.get("scale_format")) != (32, "e8m0"):
                 raise UnsupportedError(
-                    f"{module}: {kind[0]} in groups of {spec.get('group_size')} with scales "
+                    f"{module}: {kind[0]} in groups of {show(spec.get('group_size'))} with scales "
                     f"{show(spec.get('scale_format'))}; known are groups of 32 with e8m0"
                 )
             width = groups(module, cols, 32)
@@ -246,7 +257,11 @@ def _block(module: str, spec: Spec) -> tuple[int, int]:
             )
         return (1, -1)
     size = spec.get("block_size")
-    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(n) is int and 0 < n < 1 << 31 for n in size)
+    ):
         raise InputError(f"{module}: block_size {show(size)} must be two positive whole numbers")
     if spec.get("scale_type") == "float8_e8m0fnu":
         raise UnsupportedError(
@@ -287,7 +302,7 @@ def _words(
             f"{module}: {spec['dtype']} with symmetric {show(spec.get('symmetric'))} is not verified"
         )
     size = spec.get("group_size")
-    if type(size) is not int or rows % 8:
+    if type(size) is not int or size >= 1 << 31 or rows % 8:
         raise InputError(
             f"{module}: group_size {show(size)}, {rows} outputs: 8 outputs share a word and K is in groups"
         )

@@ -173,6 +173,13 @@ def take(
     return part
 
 
+def listed(parts: Iterable[str]) -> str:
+    """The suffixes of stored tensors as they may appear in a message, whatever a file calls them and however many there are."""
+    names = sorted(parts)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(show(n)[1:-1] for n in names[:8]) + more
+
+
 def groups(module: str, cols: int, size: int) -> int:
     """Number of groups of `size` along `cols` inputs (-1: one); InputError where they do not divide."""
     if size == -1:

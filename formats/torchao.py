@@ -28,7 +28,7 @@ from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.config_values import name_list, names_module, refuse_unknown
 from lconvert.formats.files import show
 from lconvert.formats.fp8 import float_codes
-from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, take, view
+from lconvert.formats.scheme import Checkpoint, Part, Weight, finite_scales, listed, take, view
 from lconvert.ir import E4M3, ActSpec, Grid, KVSpec, QTensor, Tensor, int_grid
 from lconvert.spec import blocks
 
@@ -71,7 +71,7 @@ class TorchAo:
             if plain:
                 return None
             raise InputError(
-                f"{at} is missing, and {', '.join(sorted(parts))} mean nothing without it; another tool has dropped it: "
+                f"{at} is missing, and {listed(parts)} mean nothing without it; another tool has dropped it: "
                 "download the file again"
             )
         found = _description(self.metadata[key], at)
@@ -80,7 +80,7 @@ class TorchAo:
             return None
         if kind == "Tensor" or not quantized:
             raise InputError(
-                f"{at} is of a {kind}, but {', '.join(sorted(parts))} are stored; the header and the tensors do not belong "
+                f"{at} is of a {show(kind)[1:-1]}, but {listed(parts)} are stored; the header and the tensors do not belong "
                 "together"
             )
         if kind not in _READERS:
@@ -97,7 +97,7 @@ class TorchAo:
         names = found.get("_tensor_data_names")
         if not isinstance(names, list) or {f"{_PREFIX}{n}" for n in map(str, names)} != set(quantized):
             raise InputError(
-                f"{at} names the tensors {show(names)}, stored are {', '.join(quantized)}; the header and the tensors do not "
+                f"{at} names the tensors {show(names)}, stored are {listed(quantized)}; the header and the tensors do not "
                 "belong together"
             )
         data = found.get("_data")
@@ -146,7 +146,11 @@ class Source:
     def block(self) -> tuple[int, int]:
         """Height and width of a block, -1 for all."""
         size, (n, k) = self.data.get("block_size"), self.shape
-        if not isinstance(size, list) or len(size) != 2 or any(type(b) is not int or b <= 0 for b in size):
+        if (
+            not isinstance(size, list)
+            or len(size) != 2
+            or any(type(b) is not int or not 0 < b < 1 << 31 for b in size)
+        ):
             raise InputError(
                 f"{self.at}: block_size is {show(size)}, expected two positive numbers such as [1, 32]"
             )

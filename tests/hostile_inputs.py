@@ -101,24 +101,24 @@ _KEYS = (
 )  # fmt: skip
 
 
-def _places(data: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def places(data: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield at
     if isinstance(data, dict):
         for key in [*data][:40] + [*data][-3:]:
-            yield from _places(data[key], (*at, key))
+            yield from places(data[key], (*at, key))
     elif isinstance(data, list):
         for i in range(min(4, len(data))):
-            yield from _places(data[i], (*at, i))
+            yield from places(data[i], (*at, i))
 
 
 def damaged_json(r: random.Random, data: Any) -> str:
     """The text of a JSON document in which one to three things are wrong."""
     data = copy.deepcopy(data)
     for _ in range(r.choice([1, 1, 1, 2, 3])):
-        places = [p for p in _places(data) if p]
-        if not places:
+        found = [p for p in places(data) if p]
+        if not found:
             break
-        *way, last = r.choice(places)
+        *way, last = r.choice(found)
         parent = data
         for key in way:
             parent = parent[key]

@@ -523,7 +523,7 @@ def test_nothing_quantized_or_a_cache_is_refused() -> None:
     ids=["peers", "alternatives", "digits", "names"],
 )
 def test_plain_expressions_are_taken(text: str) -> None:
-    assert module_rules.compiled(text, "here").pattern == text
+    assert module_rules.compiled([(text, "here")])[0].pattern == text
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_plain_expressions_are_taken(text: str) -> None:
 )
 def test_expressions_that_never_end_are_refused(text: str) -> None:
     with pytest.raises(UnsupportedError, match=r"here: this expression may take too long"):
-        module_rules.compiled(text, "here")
+        module_rules.compiled([(text, "here")])
 
 
 @settings(max_examples=200, deadline=None)
@@ -539,7 +539,7 @@ def test_expressions_that_never_end_are_refused(text: str) -> None:
 def test_no_accepted_expression_takes_long(text: str, name: str) -> None:
     """Either refused, or matched within a second against the worst kind of name: one that fails at its end."""
     try:
-        found = module_rules.compiled(text, "here")
+        (found,) = module_rules.compiled([(text, "here")])
     except LconvertError:
         return
     start = time.perf_counter()
@@ -550,5 +550,5 @@ def test_no_accepted_expression_takes_long(text: str, name: str) -> None:
 def test_long_expressions_are_judged_quickly() -> None:
     start = time.perf_counter()
     with pytest.raises(UnsupportedError, match=r"may take too long"):
-        module_rules.compiled("[" * 200_000, "here")
+        module_rules.compiled([("[" * 200_000, "here")])
     assert time.perf_counter() - start < 5

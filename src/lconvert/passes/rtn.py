@@ -188,8 +188,8 @@ def storable(s: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scales below fp16's smallest normal number on multiples of 2^-24, which subnormal fp16 holds, and bf16 with their few bits."""
     import numpy as np
 
-    unit = np.float32(2.0**-24)
-    return np.where(s < np.float32(2.0**-14), np.rint(s / unit) * unit, s)
+    unit, normal = np.float32(2.0**-24), np.float32(2.0**-14)
+    return np.where(s < normal, np.rint(np.minimum(s, normal) / unit) * unit, s)
 
 
 def _divided(x: NDArray[np.float32], s: NDArray[np.float32]) -> NDArray[np.float32]:
