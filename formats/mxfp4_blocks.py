@@ -8,6 +8,7 @@ Other tensors of such a folder are plain, and its config names the modules that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
-from lconvert.formats.config_values import inert
+from lconvert.formats.config_values import inert, name_list
 from lconvert.formats.files import show
 from lconvert.formats.gguf_blocks import native_type, one
 from lconvert.formats.int_groups import refuse_kv
@@ -55,31 +56,29 @@ def parse(checkpoint: Checkpoint) -> Mxfp4:
             f"{checkpoint.where}: quantization_config has the unknown key {show(unknown[0])}; it may change what the tensors "
             "mean, so lconvert does not guess"
         )
+    patterns = _plain_modules(checkpoint)
     for name in sorted(checkpoint.names):
         module, _, rest = name.rpartition(".")
-        if rest.endswith(SUFFIXES[0]) and (pattern := _left_plain(module, checkpoint)) is not None:
-            raise InputError(
-                f"{checkpoint.where}: modules_to_not_convert says {show(pattern)}, which leaves {module} plain, but "
-                f"{show(name)} is packed; transformers would not find its weights. Take it off the list"
-            )
+        if not rest.endswith(SUFFIXES[0]):
+            continue
+        for text, expression in patterns:
+            if expression.match(module) or module.endswith(text):
+                raise InputError(
+                    f"{checkpoint.where}: modules_to_not_convert says {show(text)}, which leaves {module} plain, but "
+                    f"{show(name)} is packed; transformers would not find its weights. Take it off the list"
+                )
     return Mxfp4(inert(checkpoint.config, {"quant_method"}))
 
 
-def _left_plain(module: str, checkpoint: Checkpoint) -> str | None:
-    """The pattern that keeps `module` plain: a regular expression on its beginning, up to the end of a name between dots, or
-    the end of its name (transformers quantizers/quantizers_utils.py should_convert_module).
+def _plain_modules(checkpoint: Checkpoint) -> list[tuple[str, re.Pattern[str]]]:
+    """The names that stay plain, each with a regular expression on the beginning of a module, up to the end of a name between
+    dots; the end of a module's name counts as well (transformers quantizers/quantizers_utils.py should_convert_module).
     """
-    patterns = checkpoint.config.get("modules_to_not_convert") or ()
-    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-        raise InputError(
-            f"{checkpoint.where}: modules_to_not_convert is {show(patterns)}, expected a list of names"
-        )
-    for pattern in patterns:
-        where = f"{checkpoint.where}: modules_to_not_convert: {show(pattern)}"
-        found = compiled(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", where).match(module)
-        if found is not None or module.endswith(pattern):
-            return str(pattern)
-    return None
+    texts = checkpoint.config.get("modules_to_not_convert") or []
+    texts = name_list(texts, "modules_to_not_convert", checkpoint.where)
+    where = f"{checkpoint.where}: modules_to_not_convert: "
+    found = compiled([(rf"(?:{t})(?:(?<=\.)|(?=\.|$))", where + show(t)) for t in texts])
+    return list(zip(texts, found, strict=True))
 
 
 def shapes(experts: int, rows: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
