@@ -54,7 +54,8 @@ def permuted_rows(data: Tensor | QTensor, by: NDArray[np.int64]) -> Tensor | QTe
     return replace(q, codes=_rows(q.codes, by), **sides)
 
 
-def _contiguous(q: QTensor, by: NDArray[np.int64]) -> QTensor:
+def contiguous(q: QTensor, by: NDArray[np.int64]) -> QTensor:
+    """Columns in the order `by`, in which every group is contiguous."""
     codes = view(
         q.codes, q.shape, q.codes.dtype, lambda a, b: np.ascontiguousarray(q.codes.read(a, b)[:, by])
     )
@@ -85,7 +86,7 @@ def absorb(model: Model) -> tuple[Model, list[str]]:
                 continue
             note = "columns sorted by group (act-order absorbed)"
             new[down.name] = replace(
-                down, data=_contiguous(down.data, by), provenance=(*down.provenance, note)
+                down, data=contiguous(down.data, by), provenance=(*down.provenance, note)
             )
             for kind in (".gate", ".up", ".gate.bias", ".up.bias"):
                 entry = model.entries.get(prefix + kind)

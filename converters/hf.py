@@ -382,7 +382,7 @@ def config(model: Model, dtype: str) -> dict[str, Any]:
     return out
 
 
-def _text_files(model: Model, config: dict[str, Any]) -> list[FilePlan]:
+def text_files(model: Model, config: dict[str, Any]) -> list[FilePlan]:
     """config.json and what else a folder holds besides its weights: generation config, tokenizer, chat template."""
     files = [("config.json", config)]
     if model.generation:
@@ -412,7 +412,7 @@ def files(model: Model, config: dict[str, Any], items: Sequence[Item]) -> tuple[
     placed.sort(key=lambda i: i.offset)
     end = max((i.offset + i.nbytes for i in placed), default=len(head))
     weights = FilePlan("model.safetensors", head, (*placed, *(i for i in items if i.type == "-")), end)
-    first, *rest = _text_files(model, config)
+    first, *rest = text_files(model, config)
     return (first, weights, *rest)
 
 

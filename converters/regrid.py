@@ -47,7 +47,7 @@ def plain_scale(q: QTensor) -> QTensor | None:
         return multiplied(q)
     if q.divisor:
         return None
-    product = _exact_product(q.scale)
+    product = exact_product(q.scale)
     return None if product is None else replace(q, scale=dense(product, origin=q.origin))
 
 
@@ -88,7 +88,7 @@ def _grid_table(grid: Grid) -> NDArray[np.float32]:
     return float_values(grid.exponent, grid.mantissa, grid.signed, grid.bits)
 
 
-def _exact_product(s: QTensor) -> NDArray[np.float32] | None:
+def exact_product(s: QTensor) -> NDArray[np.float32] | None:
     """The values of a quantized scale in fp32 if none is rounded; in fp64 a product of two fp32 numbers is exact."""
     if not isinstance(s.scale, Tensor) or s.zero is not None or s.offset is not None:
         return None

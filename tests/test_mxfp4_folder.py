@@ -329,7 +329,7 @@ def test_the_list_means_what_transformers_reads(folder: Path, tmp_path: Path) ->
         if converted:
             lconvert.read(out)
         else:
-            with pytest.raises(InputError, match="modules_to_not_convert (says|is)"):
+            with pytest.raises(InputError, match=r"modules_to_not_convert (says|is)"):
                 lconvert.read(out)
 
 

@@ -1,0 +1,385 @@
+"""What an ONNX graph holds of a QTensor: its integers and scales, the small operators that mean the same, and the verdict.
+
+MatMul takes weights as (input, output), so codes are transposed and packed again, nibble by nibble; nothing is rounded. Quantized
+weights are DequantizeLinear nodes with blocks along the input axis: ONNX Runtime fuses them with the MatMul into MatMulNBits
+(core/optimizer/qdq_transformer), TensorRT reads them as they are. What a `Dialect` lacks is restated without loss where that
+is possible: a zero point or a minimum becomes a second, small product (x @ (q - z) s = x @ (q - m) s - sums(x) @ (z - m) s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lconvert import kernels
+from lconvert.converters import act_order, regrid
+from lconvert.formats.kept import Kept
+from lconvert.formats.onnx_graph import Initializer
+from lconvert.ir import E2M1, E4M3, UE4M3, Entry, QTensor, Tensor, as_f32, dense, row_blocks
+from lconvert.kernels.qtensor import effective
+from lconvert.plan import Verdict
+
+#: ONNX's name of a float type of ours.
+FLOATS: Mapping[str, str] = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16"}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What a consumer's graphs may hold.
+
+    symmetric, asymmetric: widths and their ONNX types, narrowest first. small_floats: FP8 and FP4 weights that it runs. scales: their
+    dtype, None for the graph's own. minima: whether a zero point or minimum that has no type becomes a second product. branches: operators whose
+    shapes depend on data (NonZero) are at hand.
+    """
+
+    symmetric: Mapping[int, str]
+    asymmetric: Mapping[int, str]
+    small_floats: tuple[str, ...]
+    minima: bool = True
+    branches: bool = True
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    "ort": Dialect({4: "INT4", 8: "INT8"}, {2: "UINT2", 4: "UINT4", 8: "UINT8"}, ("FLOAT8E4M3FN",)),
+    "trt": Dialect({4: "INT4", 8: "INT8"}, {}, ("FLOAT8E4M3FN", "FLOAT4E2M1"), branches=False),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a matrix is stored. codes: (rows, columns) with blocks of one row, or per row, or per tensor. type: of the codes.
+
+    minimum: subtracted from the product, per block, shape of the scales. order: columns are taken in this order, and so must be
+    the input's.
+    """
+
+    codes: QTensor
+    type: str
+    minimum: Tensor | None = None
+    order: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """A Form, or None for values in the graph's dtype, and the verdict."""
+
+    form: Form | None
+    verdict: Verdict
+
+
+def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
+    """How the entry is stored in a graph of `dtype` (F32, F16, BF16)."""
+    q = entry.data
+    if not isinstance(q, QTensor):
+        return Held(None, plain(q.dtype, dtype))
+    order = None
+    if q.g_idx is not None:
+        order = act_order.order(q)
+        if order is None:
+            return Held(None, _values(dtype, "its groups are of unequal sizes"))
+        q = act_order.contiguous(q, order)
+    reasons = []
+    for form in _forms(q, dialect):
+        if not _scales_fit(form, dtype) or not (form.minimum is None or regrid.holds(form.minimum, dtype)):
+            reasons.append(f"scales that {dtype} does not hold")
+            continue
+        same = form.codes.grid.bits == q.grid.bits and form.codes.block == row_blocks(q).block
+        return Held(replace(form, order=order), Verdict("exact" if same else "widened"))
+    return Held(None, _values(dtype, reasons[0] if reasons else "no type of ONNX has this grid"))
+
+
+def plain(own: str, dtype: str) -> Verdict:
+    """What happens to a plain tensor in a graph of `dtype`."""
+    if own == dtype:
+        return Verdict("exact")
+    return Verdict("widened") if dtype == "F32" else Verdict("rounded", f"to {dtype}")
+
+
+def _values(dtype: str, reason: str) -> Verdict:
+    kind, text = ("widened", "as F32 values") if dtype == "F32" else ("rounded", f"as {dtype} values")
+    return Verdict(kind, f"{text}: {reason}")  # type: ignore[arg-type]
+
+
+def _scales_fit(form: Form, dtype: str) -> bool:
+    """Whether the graph's dtype holds the scales; those of NVFP4 are FP8, their global one is checked."""
+    scale = form.codes.scale
+    if isinstance(scale, QTensor):
+        scale = scale.scale
+    return isinstance(scale, Tensor) and (scale.dtype == dtype or regrid.holds(scale, dtype))
+
+
+def _forms(q: QTensor, dialect: Dialect) -> Iterator[Form]:
+    """Forms of equal value, the most faithful first."""
+    if not regrid.is_plain(q):
+        return
+    yield from _small_floats(q, dialect)
+    whole = regrid.integers(q)
+    if whole is not None:
+        whole = _even(row_blocks(whole))
+        span = regrid.span(whole)
+        for bits, type_ in _widths(dialect):
+            if type_.startswith("U"):
+                if (unsigned := regrid.asymmetric(whole, bits)) is not None:
+                    yield Form(unsigned, type_)
+            elif regrid.in_bits(span, bits):
+                yield Form(regrid.signed(whole, bits), type_)
+    if dialect.minima:
+        yield from _with_minima(q, whole, dialect)
+
+
+def _widths(dialect: Dialect) -> list[tuple[int, str]]:
+    """Both kinds of integers, narrow before wide, symmetric before asymmetric of one width."""
+    return sorted(
+        [*dialect.symmetric.items(), *dialect.asymmetric.items()], key=lambda w: (w[0], w[1][0] == "U")
+    )
+
+
+def _even(q: QTensor) -> QTensor:
+    """Blocks that divide the columns: a short last one is not what DequantizeLinear means everywhere."""
+    cols, width = q.shape[1], q.block[1]
+    if width == -1 or cols % width == 0:
+        return q
+    return _split(q, gcd(cols, width))
+
+
+def _split(q: QTensor, width: int) -> QTensor:
+    """The same blocks in pieces of `width`, also where the last one is short."""
+    cols, now = q.shape[1], q.block[1]
+    where = np.arange(cols // width) * width // now
+
+    def finer(side: Any) -> Any:
+        if side is None:
+            return None
+        read: Callable[[int, int], Any] = lambda a, b: side.read(a, b)[:, where]
+        return replace(side, shape=(side.shape[0], len(where)), read=read)
+
+    return replace(q, block=(1, width), scale=finer(q.scale), zero=finer(q.zero), offset=finer(q.offset))
+
+
+def _with_minima(q: QTensor, whole: QTensor | None, dialect: Dialect) -> Iterator[Form]:
+    """Signed codes and what must be subtracted: of integer zero points out of range, and of float minima."""
+    if whole is not None and whole.zero is not None and not whole.grid.signed:
+        middle = 1 << (whole.grid.bits - 1)
+        codes = _recentred(whole, middle)
+        minimum = _product(whole.scale, whole.zero, middle)
+    else:
+        flat = regrid.plain_scale(q)
+        if flat is None or flat.grid.kind != "int" or flat.zero is not None or flat.offset is None:
+            return
+        if isinstance(flat.offset, QTensor):
+            exact = regrid.exact_product(flat.offset)
+            if exact is None:
+                return
+            flat = replace(flat, offset=dense(exact))
+        flat = _even(row_blocks(flat))
+        middle = 0 if flat.grid.signed else 1 << (flat.grid.bits - 1)
+        codes = _recentred(flat, middle)
+        assert isinstance(flat.offset, Tensor)
+        minimum = _product(flat.scale, flat.offset, -middle, minimum=True)
+    for bits, type_ in dialect.symmetric.items():
+        if codes.grid.bits <= bits:
+            yield Form(replace(codes, grid=replace(codes.grid, bits=bits)), type_, minimum)
+
+
+def _recentred(q: QTensor, middle: int) -> QTensor:
+    def read(start: int, stop: int) -> NDArray[Any]:
+        return (q.codes.read(start, stop).astype(np.int16) - middle).astype(np.int8)
+
+    codes = replace(q.codes, dtype="I8", read=read)
+    return replace(q, codes=codes, grid=replace(q.grid, signed=True), zero=None, offset=None)
+
+
+def _product(scale: Any, side: Tensor, middle: int, *, minimum: bool = False) -> Tensor:
+    """(zero - middle) * scale, or minimum + middle * scale, per block in fp32."""
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        s = as_f32(scale.read(start, stop), scale.dtype)
+        z = as_f32(side.read(start, stop), side.dtype)
+        return z + np.float32(middle) * s if minimum else (z - np.float32(middle)) * s
+
+    return Tensor(side.shape, "F32", read, scale.origin, scale.files)
+
+
+def _small_floats(q: QTensor, dialect: Dialect) -> Iterator[Form]:
+    if q.zero is not None or q.offset is not None:
+        return
+    if (
+        q.grid == E4M3
+        and "FLOAT8E4M3FN" in dialect.small_floats
+        and (flat := regrid.plain_scale(q)) is not None
+    ):
+        if flat.block not in ((-1, -1), (1, -1)):
+            flat = _even(row_blocks(flat))
+        yield Form(flat, "FLOAT8E4M3FN")
+    s = q.scale
+    nested = isinstance(s, QTensor) and s.grid in (E4M3, UE4M3) and isinstance(s.scale, Tensor)
+    if q.grid == E2M1 and nested and "FLOAT4E2M1" in dialect.small_floats:
+        multiplied = regrid.multiplied(q)
+        if multiplied is not None and q.block[0] == 1 and s.block == (-1, -1):  # type: ignore[union-attr]
+            yield Form(multiplied, "FLOAT4E2M1")
+
+
+# --- arrays ------------------------------------------------------------------------------------------------
+
+#: The last matrices that were transposed: slabs of columns of the source touch all of it.
+_WHOLE = Kept(2)
+#: Rows of the source that are transposed at a time.
+_ROWS = 256
+_NUMPY: Mapping[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(np.uint16),
+}
+_PER_BYTE = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "UINT2": 4}
+
+
+def _pack(codes: NDArray[Any], type_: str) -> NDArray[np.uint8]:
+    """Codes of 4 or 2 bits, the first in the low bits, along the last axis; codes of 8 bits as they are."""
+    per = _PER_BYTE.get(type_, 1)
+    if per == 1:
+        return np.ascontiguousarray(codes).view(np.uint8)
+    bits = 8 // per
+    u = codes.view(np.uint8) & np.uint8((1 << bits) - 1)
+    out = u[..., ::per].copy()
+    for i in range(1, per):
+        out |= u[..., i::per] << np.uint8(i * bits)
+    return out
+
+
+def _by_rows(key: Any, rows: int, make: Callable[[], NDArray[Any]]) -> Callable[[int, int], NDArray[Any]]:
+    """Rows of an array that is made as a whole."""
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        return _WHOLE.get(key, lambda: make().reshape(rows, -1))[start:stop]
+
+    return read
+
+
+def codes(name: str, t: Tensor, type_: str) -> Initializer:
+    """The codes of a matrix, transposed: (columns, rows)."""
+    n, k = t.shape
+
+    def make() -> NDArray[Any]:
+        per = _PER_BYTE.get(type_, 1)
+        if n % per:  # rows of the result do not fill whole bytes
+            flat = np.ascontiguousarray(t.read(0, n).T).reshape(-1)
+            return _pack(np.concatenate([flat, np.zeros(-flat.size % per, flat.dtype)]), type_)
+        out = np.empty((k, n // per), np.uint8)
+        for start in range(0, n, _ROWS):
+            stop = min(n, start + _ROWS)
+            out[:, start // per : stop // per] = _pack(np.ascontiguousarray(t.read(start, stop).T), type_)
+        return out
+
+    rows = k if n % _PER_BYTE.get(type_, 1) == 0 else 1
+    return Initializer(name, type_, (k, n), rows, _by_rows((t.read, t.shape, type_), rows, make))
+
+
+def transposed(name: str, t: Tensor, dtype: str) -> Initializer:
+    """Numbers that `dtype` holds, transposed: scales, zero points, minima."""
+    n, k = t.shape
+
+    def make() -> NDArray[Any]:
+        x = t.read(0, n)
+        cast: NDArray[Any] = x if t.dtype == dtype else regrid.nearest(as_f32(x, t.dtype), dtype)
+        return np.ascontiguousarray(cast.T)
+
+    return Initializer(name, FLOATS[dtype], (k, n), k, _by_rows((t.read, t.shape, dtype), k, make))
+
+
+def values(name: str, entry: Entry, dtype: str) -> Initializer:
+    """The values of a matrix in the graph's dtype, transposed."""
+    n, k = entry.shape
+    source = entry.data.read if isinstance(entry.data, Tensor) else entry.data.codes.read
+
+    def make() -> NDArray[Any]:
+        out = np.empty((k, n), _NUMPY[dtype])
+        for start in range(0, n, _ROWS):
+            stop = min(n, start + _ROWS)
+            out[:, start:stop] = stored(effective(entry, start, stop), dtype).T
+        return out
+
+    return Initializer(name, FLOATS[dtype], (k, n), k, _by_rows((source, entry.shape, dtype), k, make))
+
+
+def stored(x: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Rows in the graph's dtype; NaN and what is beyond it are refused."""
+    if dtype == "F32":
+        return x
+    rows = x.reshape(x.shape[0], -1)
+    out: NDArray[Any] = kernels.quantize(dtype, rows).view(_NUMPY[dtype]).reshape(x.shape)
+    return out
+
+
+def rows(name: str, entry: Entry, dtype: str, offset: float = 0.0) -> Initializer:
+    """A tensor as it lies, in the graph's dtype, plus `offset`: norms, biases, embeddings."""
+    shape = entry.shape
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        x = effective(entry, start, stop)
+        return stored(x + np.float32(offset) if offset else x, dtype)
+
+    return Initializer(name, FLOATS[dtype], shape, shape[0], read)
+
+
+def array(name: str, x: NDArray[Any], type_: str = "FLOAT") -> Initializer:
+    """An array that is in memory."""
+    fixed = np.ascontiguousarray(x)
+    return Initializer(name, type_, fixed.shape, max(1, fixed.shape[0]), lambda a, b: fixed[a:b])
+
+
+def flat(made: Initializer) -> Initializer:
+    """A side tensor with one value per column of the product, as a vector."""
+    n = made.shape[1]
+    return Initializer(made.name, made.type, (n,), 1, lambda a, b: made.read(0, made.rows))
+
+
+def as_they_lie(name: str, t: Tensor, type_: str) -> Initializer:
+    """A table whose rows are looked up: codes of 8 bits, or numbers in a float type of ONNX."""
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        x = t.read(start, stop)
+        ours = {v: k for k, v in FLOATS.items()}.get(type_)
+        if ours is None:
+            return np.ascontiguousarray(x).view(np.uint8)
+        return x if t.dtype == ours else regrid.nearest(as_f32(x, t.dtype), ours)
+
+    return Initializer(name, type_, t.shape, t.shape[0], read)
+
+
+def table_form(entry: Entry, dialect: Dialect, dtype: str) -> Held:
+    """A table of quantized rows in codes of 8 bits: Gather takes no narrower ones in ONNX Runtime."""
+    q = entry.data
+    if not isinstance(q, QTensor):
+        return Held(None, plain(q.dtype, dtype))
+    wide = replace(dialect, symmetric={8: "INT8"}, asymmetric={8: "UINT8"}, small_floats=(), minima=False)
+    found = held(entry, wide, dtype)
+    if found.form is None or found.form.order is not None:
+        return Held(None, found.verdict)
+    fine = (
+        regrid.regrouped(found.form.codes, q.shape[1])
+        if found.form.codes.block[1] == -1
+        else found.form.codes
+    )
+    if fine is None:
+        return Held(None, found.verdict)
+    return Held(replace(found.form, codes=fine), found.verdict)
+
+
+def describe(form: Form) -> str:
+    """What a weight is stored as, in a few words: "INT4, blocks of 32"."""
+    width = form.codes.block[1]
+    where = (
+        "per tensor" if form.codes.block == (-1, -1) else "per row" if width == -1 else f"blocks of {width}"
+    )
+    more = ", zero points" if form.codes.zero is not None else ", minima" if form.minimum is not None else ""
+    return f"{form.type}, {where}{more}{', columns reordered' if form.order is not None else ''}"
+
+
+def numbers(side: Tensor) -> NDArray[np.float32]:
+    """`regrid.numbers`."""
+    return regrid.numbers(side)

@@ -1,0 +1,148 @@
+"""Every architecture as an ONNX graph in ONNX Runtime, against transformers with the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lconvert
+from lconvert.converters import onnx, rotary
+from lconvert.executor import execute
+from lconvert.forward import Forward
+from lconvert.ir import Model
+from tests import arch_cases, case_models
+from tests.conftest import DEMO
+
+for package in ("onnx", "onnxruntime", "torch", "transformers"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+import onnx as onnx_package
+import onnxruntime
+
+#: Logits of random models are below 25; the largest difference that one rounding order against another makes of them.
+CLOSE = 2e-4
+
+
+def exported(model: Model, folder: Path, **options: Any) -> Path:
+    execute(onnx.plan(model, onnx.Options(**options)), folder)
+    return folder / "model.onnx"
+
+
+class Session:
+    """A graph in ONNX Runtime at accuracy level 1, keys and values carried along."""
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = [o.name for o in self.session.get_outputs()]
+        self.past = {
+            i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+            for i in self.session.get_inputs()
+            if i.name.startswith("past")
+        }
+
+    def run(self, ids: Any, mask: Any, positions: Any, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        out = self.session.run(self.names, {k: np.asarray(v, np.int64) for k, v in feed.items()} | past)
+        present = zip(self.names[1:], out[1:], strict=True)
+        return out[0], {n.replace("present", "past_key_values"): v for n, v in present}
+
+    def logits(self, ids: list[int], chunks: list[int]) -> Any:
+        """Of one sequence, fed in chunks of these lengths and then token by token."""
+        at, out, past = 0, [], self.past
+        steps = [*chunks, *[1] * (len(ids) - sum(chunks))]
+        for n in steps:
+            y, past = self.run([ids[at : at + n]], np.ones((1, at + n)), np.arange(at, at + n)[None], past)
+            out.append(y[0])
+            at += n
+        return np.concatenate(out)
+
+
+def tokens(model: Model, count: int, seed: int = 1) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, model.arch.vocab, count)]
+
+
+@pytest.mark.parametrize("case", arch_cases.load(), ids=lambda c: c.name)
+def test_every_architecture(case: arch_cases.Case, tmp_path: Path) -> None:
+    """A prompt at once, and another way of cutting it with single steps at the end, against the whole of it in transformers."""
+    model = lconvert.read(case_models.folder(case.name))
+    path = exported(model, tmp_path / "m")
+    onnx_package.checker.check_model(str(path))
+    ids = tokens(model, case.tokens)
+    want = Forward(model).logits(ids)
+    session = Session(path)
+    whole = session.logits(ids, [len(ids)])
+    assert np.abs(whole - want).max() < CLOSE
+    if all(
+        layer.attention.rope is None or layer.attention.rope.scaling != "longrope"
+        for _, layer in model.arch.each()
+    ):
+        # transformers chooses longrope's factors by the tokens of one call
+        assert np.abs(session.logits(ids, [len(ids) // 3, len(ids) // 3]) - want).max() < CLOSE
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "gemma2-alternating", "gpt2-tied", "deepseek_v2-lite", "gpt_oss-experts"]
+)
+def test_a_batch_with_padding_on_the_left(name: str, tmp_path: Path) -> None:
+    """Sequences of different lengths in one batch say what each says alone, in the prompt and in the steps after it."""
+    model = lconvert.read(case_models.folder(name))
+    session = Session(exported(model, tmp_path / "m"))
+    rows = [tokens(model, n, seed=n) for n in (5, 12, 9)]
+    longest, steps = 12, 3
+    alone = [session.logits([*r, 1, 2, 3][: len(r) + steps], [len(r)]) for r in rows]
+    ids = np.array([[0] * (longest - len(r)) + r for r in rows])
+    mask = np.array([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    past = {k: np.zeros((3, *v.shape[1:]), np.float32) for k, v in session.past.items()}
+    out, past = session.run(ids, mask, positions, past)
+    assert np.isfinite(out).all(), "rows of padding"
+    for row, one, r in zip(out, alone, rows, strict=True):
+        assert np.abs(row[-len(r) :] - one[: len(r)]).max() < CLOSE
+    for step in range(steps):
+        mask = np.concatenate([mask, np.ones((3, 1), int)], 1)
+        out, past = session.run([[step + 1]] * 3, mask, mask.sum(1)[:, None] - 1, past)
+        for row, one, r in zip(out, alone, rows, strict=True):
+            assert np.abs(row[0] - one[len(r) + step]).max() < CLOSE
+
+
+def test_a_long_past(tmp_path: Path) -> None:
+    """Hundreds of positions before a step, beyond a window."""
+    model = lconvert.read(case_models.folder("mistral-window"))
+    ids = tokens(model, 400)
+    session = Session(exported(model, tmp_path / "m"))
+    assert np.abs(session.logits(ids, [390]) - Forward(model).logits(ids)).max() < CLOSE
+
+
+def test_graphs_without_a_cache_and_with_the_last_logits_alone(tmp_path: Path) -> None:
+    model = lconvert.read(DEMO)
+    ids = tokens(model, 20)
+    want = Forward(model).logits(ids)
+    bare = Session(exported(model, tmp_path / "prefill", prefill_only=True))
+    assert bare.past == {} and np.abs(bare.logits(ids, [20]) - want).max() < CLOSE
+    last = Session(exported(model, tmp_path / "last", last_logit=True))
+    got = last.logits(ids, [20])
+    assert got.shape == (1, model.arch.vocab) and np.abs(got[0] - want[-1]).max() < CLOSE
+
+
+def test_longrope_changes_its_factors_where_transformers_does(tmp_path: Path) -> None:
+    model = lconvert.read(case_models.folder("phi3-long"))
+    original = next(layer.attention.rope for _, layer in model.arch.each()).original_context  # type: ignore[union-attr]
+    session = Session(exported(model, tmp_path / "m"))
+    for n in (original - 1, original, original + 1):
+        ids = tokens(model, n)
+        assert np.abs(session.logits(ids, [n]) - Forward(model).logits(ids)).max() < CLOSE, n
+
+
+def test_rotary_tables_are_bounded_by_an_option(tmp_path: Path) -> None:
+    model = lconvert.read(DEMO)
+    wide = onnx.plan(model, onnx.Options(positions=100))
+    shapes = {i.name: i.shape for i in wide.items() if i.name.startswith("rotary")}
+    rope = model.arch.default.attention.rope
+    assert rope is not None and set(shapes.values()) == {(100, rope.dim // 2)}
+    cos, sin = rotary.tables(rope, 100)
+    assert np.allclose(cos**2 + sin**2, 1, atol=1e-6)
