@@ -21,13 +21,15 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 @dataclass(frozen=True)
 class Options:
     """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out.
-    last_logit: logits of the last position alone. positions: rows of the rotary tables, None: the model's context."""
+    last_logit: logits of the last position alone. positions: rows of the rotary tables, None: the model's context. rounding: inputs and
+    the cache are rounded where the model says so; without it the plan says what is left out."""
 
     dialect: str = "ort"
     dtype: str | None = None
     prefill_only: bool = False
     last_logit: bool = False
     positions: int | None = None
+    rounding: bool = True
 
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:
@@ -44,7 +46,7 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     original: the model before passes, against which roundings are measured.
     """
     dtype = options.dtype or ("F32" if options.dialect == "ort" else "F16")
-    shape = Shape(not options.prefill_only, options.last_logit, options.positions)
+    shape = Shape(not options.prefill_only, options.last_logit, options.positions, options.rounding)
     made = build(model, DIALECTS[options.dialect], dtype, shape)
     metadata = {
         "lconvert": __version__,
