@@ -8,7 +8,7 @@ import numpy as np
 
 from lconvert import __version__
 from lconvert.converters import hf
-from lconvert.converters.onnx_decoder import Shape, Weight, build
+from lconvert.converters.onnx_decoder import Builder, Shape, Weight, build
 from lconvert.converters.onnx_weights import DIALECTS
 from lconvert.errors import OptionError
 from lconvert.formats.onnx_graph import Graph
@@ -57,7 +57,21 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     graph = FilePlan(MODEL, head := made.graph.model(DATA, metadata), (), len(head))
     files = (graph, _data(made.graph, made.weights), *hf.text_files(model, hf.config(model, dtype)))
     said = {k: v for k, v in vars(options).items() if v}
-    return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes))
+    return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes, *advice(made)))
+
+
+def advice(made: Builder) -> list[str]:
+    """What to set in ONNX Runtime for this graph (validators/runtimes/onnx_session.py sets it)."""
+    types = {w.made.type for w in made.weights if w.held not in ("", "plain")}
+    out = []
+    if "FLOAT8E4M3FN" in types and made.dialect.dynamic_inputs:
+        out.append(
+            "FP8 weights: ONNX Runtime unpacks them in every run unless session.disable_quant_qdq is 1, which unpacks them once, at load, "
+            "and integer weights of the graph with them"
+        )
+    if made.graph.has("MatMulInteger") or made.graph.has("QuantizeLinear"):
+        out.append("int8 products: on x86 without VNNI set session.x64quantprecision to 1, or sums saturate")
+    return out
 
 
 def _data(graph: Graph, weights: list[Weight]) -> FilePlan:

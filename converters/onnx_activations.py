@@ -1,7 +1,8 @@
 """Inputs of matrices, and keys and values, rounded while the graph runs, as an ActSpec says.
 
 Static scales of 8-bit integers are QuantizeLinear and DequantizeLinear, which ONNX Runtime fuses with the product. All else is plain
-arithmetic (ReduceMax, Div, Round, Cast): per token, per group, with scales of 8 bits under a global one. Scales are those of
+arithmetic (ReduceMax, Div, Round, Cast): per token, per group, with scales of 8 bits under a global one. Codes of int8 that are
+found at run time meet int8 weights in MatMulInteger. Scales are those of
 vLLM's kernels: largest magnitude / 127 for int8 (model_executor/layers/quantization/utils/int8_utils.py), / 448 and not below
 1 / (448 * 512) for FP8 (input_quant_fp8.py), powers of two for MXFP8 (utils/mxfp8_utils.py) and as compressed-tensors rounds them for
 MXFP4 (quantization/utils/mxfp_utils.py). FP8 is a Cast there and back: ONNX Runtime 1.31 fuses QuantizeLinear to FP8 into a
@@ -15,12 +16,12 @@ from math import log
 from typing import TYPE_CHECKING
 
 from lconvert.converters import regrid
-from lconvert.ir import E2M1, E4M3, E8M0, ActSpec, Entry, QTensor, Tensor
+from lconvert.ir import E2M1, E4M3, E8M0, ActSpec, Entry, QTensor, Tensor, int_grid
 
 if TYPE_CHECKING:
     from lconvert.converters.onnx_decoder import Builder
 
-FLOAT, FLOAT8 = 1, 17  # TensorProto.FLOAT, FLOAT8E4M3FN
+FLOAT, UINT8, FLOAT8 = 1, 2, 17  # TensorProto.FLOAT, UINT8, FLOAT8E4M3FN
 _LARGEST = {E4M3: 448.0, E2M1: 6.0}
 #: The least scale that is found: of FP8 vLLM's, of integers one that nothing real falls below.
 _LEAST_FP8, _LEAST = 1 / (448.0 * 512.0), 1e-30
@@ -71,6 +72,34 @@ def text(a: ActSpec, powers: bool = False) -> str:
     return f"{grid}, {'dynamic' if a.dynamic else 'static'} per {per}{', powers of two' if powers else ''}"
 
 
+def whole(a: ActSpec | None, b: Builder) -> bool:
+    """Whether inputs are signed 8-bit integers with a scale per token or for all, found at run time: MatMulInteger takes them."""
+    if a is None or not b.shape.rounding or not b.dialect.dynamic_inputs or a.per not in ("token", "tensor"):
+        return False
+    return a.grid == int_grid(8, True) and a.dynamic and a.scale is None and a.zero is None
+
+
+def codes(b: Builder, x: str, a: ActSpec) -> tuple[str, str]:
+    """Codes of x as UINT8 with a zero point of 128, and their scales in fp32, for inputs that are `whole`.
+
+    ONNX Runtime's signed by signed products take 26 times as long (K = N = 2048, AVX512-VNNI).
+    """
+    g, key = b.graph, (x, a.per)
+
+    def scale() -> str:
+        wide = x if b.dtype == "F32" else g.op("Cast", x, to=FLOAT)
+        return str(g.op("Max", g.op("Div", _largest(b, wide, a), _number(b, 127.0)), _number(b, _LEAST)))
+
+    scales = g.once(("scales", *key), scale)
+
+    def made() -> str:
+        wide = x if b.dtype == "F32" else g.op("Cast", x, to=FLOAT)
+        rounded = g.op("Round", g.op("Div", wide, scales))
+        return str(g.op("Cast", g.op("Add", rounded, _number(b, 128.0)), to=UINT8))
+
+    return g.once(("codes", *key), made), scales
+
+
 # --- static ------------------------------------------------------------------------------------------------
 
 
@@ -80,7 +109,9 @@ def _as_nodes(a: ActSpec, b: Builder) -> bool:
         return False
     fp8 = a.grid == E4M3 and b.dialect.nodes
     whole = (
-        a.grid.kind == "int" and a.grid.bits == 8 and ((a.grid.signed and not _zero(a)) or not b.dialect.nodes)
+        a.grid.kind == "int"
+        and a.grid.bits == 8
+        and ((a.grid.signed and not _zero(a)) or not b.dialect.nodes)
     )
     return (fp8 or whole) and regrid.holds(a.scale, b.dtype)
 

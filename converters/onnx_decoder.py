@@ -104,10 +104,10 @@ class Builder:
             scaled = Entry(role + ".input_scale", t.param)
             x = g.op("Mul", x, self._side(weights.rows(scaled.name, scaled, self.dtype), role, t.param))
             entry = replace(entry, transform=None)
+        if form is not None and form.whole and activations.whole(entry.activation, self):
+            return self._integer_product(x, entry, form, role, found, output)
         x = self._quantized(x, entry)
-        if (
-            form is None
-        ):  # the values of a matrix whose input is not rounded have the scale of that input in them
+        if form is None:  # where inputs are not rounded, their scale is in these values
             made = weights.values(role, entry, self.dtype)
             w = self._add(made, role, found.verdict, "" if not isinstance(entry.data, QTensor) else "plain")
             return str(g.op("MatMul", x, w, output=output))
@@ -126,6 +126,22 @@ class Builder:
             factor = self.number(float(weights.numbers(form.factor).reshape(-1)[0]))
             product = str(g.op("Div" if form.divisor else "Mul", product, factor, output=output))
         return product
+
+    def _integer_product(self, x: str, entry: Entry, form: Form, role: str, found: Held, output: str) -> str:
+        """int8 x int8 in integers, then both scales."""
+        g, q = self.graph, form.codes
+        assert entry.activation is not None and isinstance(q.scale, Tensor)
+        codes, scales = activations.codes(self, x, entry.activation)
+        w = self._add(weights.codes(role, q.codes, form.type), role, found.verdict, weights.describe(form))
+        product = g.op(
+            "Cast", g.op("MatMulInteger", codes, w, g.constant(128, "UINT8")), to=activations.FLOAT
+        )
+        made = weights.flat(weights.transposed(role + ".scale", q.scale, "F32"))
+        own = self._add(made, role, found.verdict, side=True)
+        product = g.op("Mul", product, scales)
+        if self.dtype == "F32":
+            return str(g.op("Mul", product, own, output=output))
+        return str(g.op("CastLike", g.op("Mul", product, own), x, output=output))
 
     def _minima(self, x: str, form: Form, minimum: Tensor, role: str) -> str:
         """What the product must be lessened by: sums of x over blocks times their minima."""

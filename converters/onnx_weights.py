@@ -76,6 +76,13 @@ class Form:
     factor: Tensor | None = None
     divisor: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether a product of integers can come before all scales: INT8, a scale per row or one, nothing else."""
+        q, extra = self.codes, (self.minimum, self.order, self.factor, self.codes.zero)
+        single = q.block[1] == -1 and isinstance(q.scale, Tensor)
+        return self.type == "INT8" and single and all(e is None for e in extra)
+
 
 @dataclass(frozen=True)
 class Held:
