@@ -78,7 +78,7 @@ class Builder:
     def table(self, name: str, x: Any) -> str:
         """An array that the traits imply, in the graph's dtype."""
         made = weights.array(name, weights.stored(x, self.dtype), self.number_type)
-        return self._add(made, name, Verdict("exact"))
+        return self._add(made, "traits", Verdict("exact"))
 
     def number(self, x: float) -> str:
         return self.graph.constant(x, self.number_type)
