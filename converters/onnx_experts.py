@@ -52,7 +52,8 @@ def _expert(b: Builder, x: str, name: str, m: Moe) -> str:
     gate, up = b.linear(x, name + "gate"), b.linear(x, name + "up")
     if m.limit is not None:
         gate = g.op("Min", gate, b.number(m.limit))
-        up = g.op("Clip", up, b.number(-m.limit), b.number(m.limit))
+        # no Clip: ONNX Runtime 1.31 packs no weight of a product with a bias before one
+        up = g.op("Max", g.op("Min", up, b.number(m.limit)), b.number(-m.limit))
     swish = g.op("Mul", gate, g.op("Sigmoid", g.op("Mul", gate, b.number(1.702))))
     return b.linear(g.op("Mul", swish, g.op("Add", up, b.number(1.0))), name + "down")
 
