@@ -152,21 +152,18 @@ def _number(b: Builder, x: float) -> str:
 
 
 def _grouped(b: Builder, x: str, a: ActSpec, powers: bool) -> str:
-    """Groups along the last axis, a short last one filled with zeros, which change no maximum."""
+    """Groups along the last axis, a short last one filled with zeros, which change no maximum. No -1 in shapes: x may have no rows."""
     g, size = b.graph, a.group
     assert size
-    shape = g.op("Shape", x)
-    width = g.op("Shape", x, start=-1)
-    whole = g.op(
-        "Mul", g.op("Div", g.op("Add", width, g.constant([size - 1])), g.constant([size])), g.constant([size])
-    )
-    lack = g.op("Sub", whole, width)
-    filled = g.op("Pad", x, g.op("Concat", g.constant([0]), lack, axis=0), "", g.constant([-1]))
-    front = g.op("Shape", x, end=-1)
-    cut = g.op("Reshape", filled, g.op("Concat", front, g.constant([-1, size]), axis=0))
+    front, width = g.op("Shape", x, end=-1), g.op("Shape", x, start=-1)
+    groups = g.op("Div", g.op("Add", width, g.constant([size - 1])), g.constant([size]))
+    whole = g.op("Mul", groups, g.constant([size]))
+    lack = g.op("Concat", g.constant([0]), g.op("Sub", whole, width), axis=0)
+    filled = g.op("Pad", x, lack, "", g.constant([-1]))
+    cut = g.op("Reshape", filled, g.op("Concat", front, groups, g.constant([size]), axis=0))
     y = _rounded(b, cut, replace(a, per="token"), powers, b.rank)
-    joined = g.op("Reshape", y, g.op("Concat", front, g.constant([-1]), axis=0))
-    return str(g.op("Reshape", g.op("Slice", joined, g.constant([0]), width, g.constant([-1])), shape))
+    joined = g.op("Reshape", y, g.op("Concat", front, whole, axis=0))
+    return str(g.op("Slice", joined, g.constant([0]), width, g.constant([-1])))
 
 
 def _rounded(b: Builder, x: str, a: ActSpec, powers: bool, axis: int | None) -> str:
