@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from lconvert import __version__
-from lconvert.converters import hf
-from lconvert.converters.onnx_decoder import Shape, Weight, build
+from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder
+from lconvert.converters.onnx_decoder import Shape, Weight
 from lconvert.converters.onnx_weights import DIALECTS
 from lconvert.errors import OptionError
 from lconvert.formats.onnx_graph import Graph
-from lconvert.ir import Model
+from lconvert.ir import Convnet, Decoder, Encoder, Model
 from lconvert.plan import SIDE, FilePlan, Item, Plan, Slab, sources
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+#: What draws the graph of each kind of model.
+_BUILD = {Decoder: onnx_decoder.build, Encoder: onnx_encoder.build, Convnet: onnx_cnn.build}
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,13 @@ class Options:
 
 
 def plan(model: Model, options: Options = Options(), original: Model | None = None) -> Plan:
-    """The folder of an ONNX decoder. Execute it into the folder.
+    """The folder of an ONNX model. Execute it into the folder.
 
     original: the model before passes, against which roundings are measured.
     """
     dtype = options.dtype or ("F32" if options.dialect == "ort" else "F16")
     shape = Shape(not options.prefill_only, options.last_logit, options.positions)
-    made = build(model, DIALECTS[options.dialect], dtype, shape)
+    made = _BUILD[type(model.arch)](model, DIALECTS[options.dialect], dtype, shape)
     metadata = {
         "lconvert": __version__,
         "dialect": options.dialect,

@@ -118,6 +118,7 @@ def _forms(q: QTensor, dialect: Dialect) -> Iterator[Form]:
     if not regrid.is_plain(q):
         return
     yield from _small_floats(q, dialect)
+    yield from _one_scale(q, dialect)
     whole = regrid.integers(q)
     if whole is not None:
         whole = _even(row_blocks(whole))
@@ -130,6 +131,14 @@ def _forms(q: QTensor, dialect: Dialect) -> Iterator[Form]:
                 yield Form(regrid.signed(whole, bits), type_)
     if dialect.minima:
         yield from _with_minima(q, whole, dialect)
+
+
+def _one_scale(q: QTensor, dialect: Dialect) -> Iterator[Form]:
+    """int8 with one scale for the whole matrix, as it is."""
+    plain = isinstance(q.scale, Tensor) and q.zero is None and q.offset is None and not q.divisor
+    int8 = q.grid.kind == "int" and q.grid.signed and q.grid.bits == 8
+    if plain and int8 and q.block == (-1, -1) and 8 in dialect.symmetric:
+        yield Form(q, dialect.symmetric[8])
 
 
 def _widths(dialect: Dialect) -> list[tuple[int, str]]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, int_grid, parts
-from lconvert.passes import rtn_float
+from lconvert.passes import rtn_float, rtn_whole
 from lconvert.passes.rtn_float import Peak
 from lconvert.spec import check
 
@@ -37,7 +37,7 @@ _SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
 @dataclass(frozen=True)
 class Options:
     """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), fp8, fp4, nf4, or a GGUF block type. group: values per scale along
-    the input dimension, -1 for a whole row; fp8 takes -1, tensor or block (128 x 128); block types, fp4 bring their own. targets, ignore: regular expressions on
+    the input dimension, -1 for a whole row (of a convolution: an output channel), tensor for int8 with one scale; fp8 takes -1, tensor or block (128 x 128); block types, fp4 bring their own. targets, ignore: regular expressions on
     canonical names; a weight is rounded if it matches `targets` and not `ignore`."""
 
     grid: str = "int4"
@@ -53,6 +53,11 @@ class Options:
             if self.group not in (-1, "tensor", "block"):
                 raise OptionError(
                     f"rtn: group {self.group!r}; fp8 takes -1 (a scale per row), tensor or block"
+                )
+        elif self.group == "tensor":
+            if self.grid != "int8" or self.search != "minmax":
+                raise OptionError(
+                    f"rtn: group tensor with {self.grid} {self.search}; one scale is for int8 and minmax"
                 )
         elif isinstance(self.group, str) or (self.group != -1 and self.group < 1):
             raise OptionError(f"rtn: group {self.group}; expected a positive number, or -1 for a whole row")
@@ -78,7 +83,7 @@ def run(model: Model, options: Options) -> Model:
         wanted = re.fullmatch(options.targets, name) and not (
             options.ignore and re.fullmatch(options.ignore, name)
         )
-        if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) != 2:
+        if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) not in (2, 4):
             continue
         note = f"rtn {options.grid} group {options.group} {options.search}"
         new[name] = replace(
@@ -91,8 +96,10 @@ def run(model: Model, options: Options) -> Model:
 
 def quantized(t: Tensor, options: Options, peak: Peak | None = None) -> QTensor:
     """A dense (out, in) matrix on the grid of `options`, lazily. peak: the largest magnitude that its global scale must cover."""
-    if options.grid in rtn_float.GRIDS:
+    if options.grid in rtn_float.GRIDS and len(t.shape) == 2:
         return rtn_float.quantized(t, options.grid, options.group, peak or Peak((t,)))
+    if options.group == "tensor" or len(t.shape) == 4:
+        return rtn_whole.quantized(t, options)
     if re.fullmatch(r"u?int[2-8]", options.grid):
         return _portable(t, options)
     return _block_type(t, options.grid.upper())
