@@ -240,6 +240,11 @@ def _check_convnet(c: Convnet) -> Iterator[str]:
         yield f"traits: {e}"
 
 
+def impossible(d: Traits) -> list[str]:
+    """What is wrong with traits by themselves, in words."""
+    return list(_check_traits(d))
+
+
 def _check_traits(d: Traits) -> Iterator[str]:
     if isinstance(d, Encoder):
         yield from _check_encoder(d)
@@ -304,7 +309,7 @@ def _check_cache(model: Model) -> Iterator[str]:
 def problems(model: Model) -> list[str]:
     """Everything that makes this Model illegal, in words; empty when it is legal."""
     d = model.arch
-    found = list(_check_traits(d))
+    found = impossible(d)
     if found:
         return found
     want = roles(d)

@@ -16,6 +16,7 @@ from typing import Any
 
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.ir import Conv, Convnet, Linear, Plain, Pool, Step
+from lconvert.spec import impossible
 
 from .common import NO_GGUF, Arch, Keys, show
 
@@ -69,7 +70,10 @@ def _traits(keys: Keys) -> Convnet:
     if not steps or len(steps) > _MOST:
         raise InputError(f"{keys.where}: steps must be a list of 1 to {_MOST} objects")
     made = tuple(_step(s, f"{keys.where}: steps[{i}]") for i, s in enumerate(steps))
-    return Convnet("convnet", (image[0], image[1], image[2]), made)
+    out = Convnet("convnet", (image[0], image[1], image[2]), made)
+    if found := impossible(out):
+        raise InputError(f"{keys.where}: {found[0]}")
+    return out
 
 
 def _written(step: Step) -> dict[str, Any]:

@@ -104,3 +104,18 @@ def lines(model: Model, options: Options) -> Examples:
     wanted = [s for line in text.splitlines() if (s := re.sub(r"\s+", " ", line).strip())]
     ids = [tokenizer.encode(s).ids[: min(options.context, longest)] for s in wanted[: options.examples]]
     return [{"input_ids": [row]} for row in ids if row]
+
+
+def errors(before: Model, after: Model) -> dict[str, float]:
+    """Relative RMS error of every weight that `after` holds in codes."""
+    import numpy as np
+
+    from lconvert.kernels.qtensor import values
+
+    out = {}
+    for name, entry in after.entries.items():
+        if isinstance(entry.data, QTensor):
+            want = values(before.entries[name].data).astype(np.float64)
+            got = values(entry.data).astype(np.float64)
+            out[name] = float(np.sqrt(np.square(got - want).sum() / max(np.square(want).sum(), 1e-300)))
+    return out
