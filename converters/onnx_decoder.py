@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lconvert.converters import onnx_experts, rotary
+from lconvert.converters import onnx_experts, onnx_trt, regrid, rotary
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_weights import FLOATS, Dialect, Form, Held
 from lconvert.errors import UnsupportedError
@@ -116,14 +116,18 @@ class Builder:
         groups, width = form.minimum.shape[1], form.codes.block[1]
         cut = g.op("Reshape", x, g.constant([0, 0, groups, width if width > 0 else -1]))
         sums = g.op("ReduceSum", cut, g.constant([-1]), keepdims=0)
-        made = weights.transposed(role + ".minimum", form.minimum, self.dtype)
+        fits = regrid.holds(form.minimum, self.dtype)
+        made = weights.transposed(role + ".minimum", form.minimum, self.dtype if fits else "F32")
+        sums = sums if fits else g.op("Cast", sums, to=1)
         less = g.op("MatMul", sums, self._add(made, role, Verdict("exact"), side=True))
+        less = less if fits else onnx_trt.cast(self, less)
         return str(g.op("Sub", product, less, output=output))
 
     def _dequantized(self, form: Form, role: str, found: Held) -> str:
         """The matrix (input, output) behind a DequantizeLinear."""
         g, q = self.graph, form.codes
         text = weights.describe(form)
+        number, dtype = ("FLOAT", "F32") if form.wide else (self.number_type, self.dtype)
         w = self._add(weights.codes(role, q.codes, form.type), role, found.verdict, text)
         inputs = [w]
         if isinstance(q.scale, QTensor):  # FP8 scales above a global one
@@ -131,12 +135,12 @@ class Builder:
             fine = self._add(
                 weights.codes(role + ".scale", q.scale.codes, "FLOAT8E4M3FN"), role, found.verdict, side=True
             )
-            coarse = g.constant(float(weights.numbers(q.scale.scale).reshape(-1)[0]), self.number_type)
+            coarse = g.constant(float(weights.numbers(q.scale.scale).reshape(-1)[0]), number)
             inputs.append(g.op("DequantizeLinear", fine, coarse, name="scales"))
         elif q.block == (-1, -1):
-            inputs.append(g.constant(float(weights.numbers(q.scale).reshape(-1)[0]), self.number_type))
+            inputs.append(g.constant(float(weights.numbers(q.scale).reshape(-1)[0]), number))
         else:
-            made = weights.transposed(role + ".scale", q.scale, self.dtype)
+            made = weights.transposed(role + ".scale", q.scale, dtype)
             inputs.append(
                 self._add(weights.flat(made) if q.block[1] == -1 else made, role, found.verdict, side=True)
             )
@@ -145,11 +149,11 @@ class Builder:
             inputs.append(
                 self._add(weights.flat(zero) if q.block[1] == -1 else zero, role, found.verdict, side=True)
             )
-        if q.block == (-1, -1):
-            return str(g.op("DequantizeLinear", *inputs))
+        where: dict[str, Any] = {"axis": 0, "block_size": q.block[1]}
         if q.block[1] == -1:
-            return str(g.op("DequantizeLinear", *inputs, axis=1))
-        return str(g.op("DequantizeLinear", *inputs, axis=0, block_size=q.block[1]))
+            where = {} if q.block == (-1, -1) else {"axis": 1}
+        matrix = str(g.op("DequantizeLinear", *inputs, **where))
+        return onnx_trt.cast(self, matrix) if form.wide else matrix
 
     def _quantized(self, x: str, entry: Entry) -> str:
         """The input after rounding, where the entry's activations are quantized."""
@@ -293,6 +297,10 @@ class Builder:
         """x (batch, heads, sequence, width) with its first rope.dim dimensions turned."""
         if rope is None:
             return x
+        if self.dialect.tensorrt and rope.layout == "interleaved":
+            x, turning = onnx_trt.halves(self, x, rope, width)
+        else:
+            turning = rope
         cos, sin = self.rotary(rope)
         return str(
             self.graph.op(
@@ -300,7 +308,7 @@ class Builder:
                 x,
                 cos,
                 sin,
-                interleaved=int(rope.layout == "interleaved"),
+                interleaved=int(turning.layout == "interleaved"),
                 rotary_embedding_dim=rope.dim if rope.dim != width else None,
             )
         )
@@ -326,6 +334,8 @@ def _tables(rope: Rope, positions: int, long: bool) -> Any:
 
 def quantized_input(b: Builder, x: str, a: ActSpec) -> str:
     """x rounded to codes and back. Static: one scale; dynamic: a scale per token out of its largest magnitude."""
+    if b.dialect.tensorrt:
+        return onnx_trt.quantized_input(b, x, a)
     g = b.graph
     if a.grid.kind == "int" and a.grid.bits == 8:
         type_ = "INT8" if a.grid.signed else "UINT8"
@@ -432,7 +442,7 @@ def cached(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str, str]:
 def attend(b: Builder, q: str, k: str, v: str, a: Attention) -> str:
     """softmax(q k^T scale + mask) v, heads of keys shared by groups of queries."""
     mask = b.mask(a.window)
-    if a.softcap is None:
+    if a.softcap is None and (not b.dialect.tensorrt or onnx_trt.fused(a)):
         return str(b.graph.op("Attention", q, k, v, mask, scale=a.scale))
     return str(b.graph.op("MatMul", b.graph.op("Softmax", _scores(b, q, k, a), axis=-1), repeated(b, v, a)))
 
@@ -527,6 +537,8 @@ def weights_rows(b: Builder, role: str, ids: str) -> str:
     if found.form is None:
         made = weights.rows(role, entry, b.dtype)
         return str(g.op("Gather", b._add(made, role, found.verdict), ids))
+    if b.dialect.tensorrt:
+        return onnx_trt.quantized_rows(b, role, found, ids)
     q = found.form.codes
     parts = [
         g.op(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert import kernels
-from lconvert.converters import act_order, regrid
+from lconvert.converters import act_order, onnx_trt, regrid
 from lconvert.formats.kept import Kept
 from lconvert.formats.onnx_graph import Initializer
 from lconvert.ir import E2M1, E4M3, UE4M3, Entry, QTensor, Tensor, as_f32, dense, row_blocks
@@ -32,9 +32,9 @@ FLOATS: Mapping[str, str] = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16
 class Dialect:
     """What a consumer's graphs may hold.
 
-    symmetric, asymmetric: widths and their ONNX types, narrowest first. small_floats: FP8 and FP4 weights that it runs. scales: their
-    dtype, None for the graph's own. minima: whether a zero point or minimum that has no type becomes a second product. branches: operators whose
-    shapes depend on data (NonZero) are at hand.
+    symmetric, asymmetric: widths and their ONNX types, narrowest first. small_floats: FP8 and FP4 weights that it runs. minima: whether
+    a zero point or minimum that has no type becomes a second product. branches: operators whose shapes depend on data (NonZero) are at
+    hand. tensorrt: rules of its parser and builder apply (onnx_trt.py).
     """
 
     symmetric: Mapping[int, str]
@@ -42,11 +42,12 @@ class Dialect:
     small_floats: tuple[str, ...]
     minima: bool = True
     branches: bool = True
+    tensorrt: bool = False
 
 
 DIALECTS: Mapping[str, Dialect] = {
     "ort": Dialect({4: "INT4", 8: "INT8"}, {2: "UINT2", 4: "UINT4", 8: "UINT8"}, ("FLOAT8E4M3FN",)),
-    "trt": Dialect({4: "INT4", 8: "INT8"}, {}, ("FLOAT8E4M3FN", "FLOAT4E2M1"), branches=False),
+    "trt": Dialect({4: "INT4", 8: "INT8"}, {}, ("FLOAT8E4M3FN", "FLOAT4E2M1"), branches=False, tensorrt=True),
 }
 
 
@@ -55,13 +56,14 @@ class Form:
     """How a matrix is stored. codes: (rows, columns) with blocks of one row, or per row, or per tensor. type: of the codes.
 
     minimum: subtracted from the product, per block, shape of the scales. order: columns are taken in this order, and so must be
-    the input's.
+    the input's. wide: scales stay in F32, and the matrix is cast to the graph's dtype.
     """
 
     codes: QTensor
     type: str
     minimum: Tensor | None = None
     order: NDArray[np.int64] | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,23 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
         if order is None:
             return Held(None, _values(dtype, "its groups are of unequal sizes"))
         q = act_order.contiguous(q, order)
-    reasons = []
-    for form in _forms(q, dialect):
-        if not _scales_fit(form, dtype) or not (form.minimum is None or regrid.holds(form.minimum, dtype)):
+    reasons, changed = [], False
+    found = list(_forms(q, dialect)) if dialect.tensorrt else _forms(q, dialect)
+    if isinstance(found, list) and found:
+        reasons.append("TensorRT takes no scales below zero")
+    for form in onnx_trt.legal(found, q) if isinstance(found, list) else found:
+        fit = _scales_fit(form, dtype) and (form.minimum is None or regrid.holds(form.minimum, dtype))
+        if dialect.tensorrt:
+            changed = not any(form is f for f in found)
+            form = replace(form, wide=not _scales_fit(form, dtype))
+        elif not fit:
             reasons.append(f"scales that {dtype} does not hold")
             continue
-        same = form.codes.grid.bits == q.grid.bits and form.codes.block == row_blocks(q).block
+        same = (
+            form.codes.grid.bits == q.grid.bits
+            and form.codes.block in (q.block, row_blocks(q).block)
+            and not changed
+        )
         return Held(replace(form, order=order), Verdict("exact" if same else "widened"))
     return Held(None, _values(dtype, reasons[0] if reasons else "no type of ONNX has this grid"))
 
@@ -356,7 +369,13 @@ def table_form(entry: Entry, dialect: Dialect, dtype: str) -> Held:
     q = entry.data
     if not isinstance(q, QTensor):
         return Held(None, plain(q.dtype, dtype))
-    wide = replace(dialect, symmetric={8: "INT8"}, asymmetric={8: "UINT8"}, small_floats=(), minima=False)
+    wide = replace(
+        dialect,
+        symmetric={8: "INT8"},
+        asymmetric={} if dialect.tensorrt else {8: "UINT8"},
+        small_floats=(),
+        minima=False,
+    )
     found = held(entry, wide, dtype)
     if found.form is None or found.form.order is not None:
         return Held(None, found.verdict)
