@@ -165,12 +165,12 @@ class Builder:
     # --- parts of a layer ----------------------------------------------------------------------------------
 
     def norm(self, x: str, role: str) -> str:
-        d = self.model.arch
+        d = self.model.decoder
         with self.graph.scope(role.rpartition(".")[2]):
             return self.normed(x, role, d.norm_eps, d.norm)
 
     def normed(self, x: str, role: str, eps: float, kind: str) -> str:
-        g, d = self.graph, self.model.arch
+        g, d = self.graph, self.model.decoder
         w = self.vector(role, d.norm_offset)
         if kind == "rms":
             return str(g.op("RMSNormalization", x, w, axis=-1, epsilon=eps))
@@ -179,7 +179,7 @@ class Builder:
 
     def head_norm(self, x: str, role: str, a: Attention) -> str:
         """qk_norm of (batch, sequence, heads, width); `full` acts on all heads together, before they are cut."""
-        g, d = self.graph, self.model.arch
+        g, d = self.graph, self.model.decoder
         if a.qk_norm != "per_head":
             return self.normed(x, role, d.norm_eps, d.norm)
         kind = "RMSNormalization" if d.norm == "rms" else "LayerNormalization"
@@ -262,7 +262,7 @@ class Builder:
     def rotary(self, rope: Rope) -> tuple[str, str]:
         """cos and sin of the tokens' positions, (batch, sequence, dim / 2)."""
         g = self.graph
-        positions = self.shape.positions or self.model.arch.context
+        positions = self.shape.positions or self.model.decoder.context
 
         def of(which: int, long: bool) -> str:
             name = f"rotary.{('cos', 'sin')[which]}{'.long' if long else ''}"
@@ -323,7 +323,7 @@ def _key(a: ActSpec) -> Any:
 def _suffix(b: Builder, rope: Rope) -> str:
     """Tables of a second rope get a number."""
     ropes = list(
-        dict.fromkeys(layer.attention.rope for _, layer in b.model.arch.each() if layer.attention.rope)
+        dict.fromkeys(layer.attention.rope for _, layer in b.model.decoder.each() if layer.attention.rope)
     )
     return f".{ropes.index(rope)}" if len(ropes) > 1 else ""
 
@@ -497,7 +497,7 @@ def feed_forward(b: Builder, x: str, i: int, layer: Layer) -> str:
 
 def block(b: Builder, x: str, i: int, layer: Layer) -> str:
     """One decoder layer: attention and MLP with norms where the block has them."""
-    g, d, p = b.graph, b.model.arch, f"layers.{i}."
+    g, d, p = b.graph, b.model.decoder, f"layers.{i}."
 
     def branch(kind: str, y: str, normed: bool, post: str = "") -> str:
         with g.scope(kind):
@@ -520,7 +520,7 @@ def block(b: Builder, x: str, i: int, layer: Layer) -> str:
 
 def embedded(b: Builder) -> str:
     """Rows of the embedding table, and of learned positions."""
-    g, d = b.graph, b.model.arch
+    g, d = b.graph, b.model.decoder
     with g.scope("embed"):
         x = weights_rows(b, "embed", "input_ids")
         if d.embed_scale != 1:
@@ -566,7 +566,7 @@ def weights_rows(b: Builder, role: str, ids: str) -> str:
 
 def logits(b: Builder, x: str) -> None:
     """The head: hidden states to logits, the graph's first output."""
-    g, d = b.graph, b.model.arch
+    g, d = b.graph, b.model.decoder
     x = b.norm(x, "norm")
     if b.shape.last_logit:
         x = g.op("Gather", x, g.constant([-1]), axis=1, name="last")
@@ -587,7 +587,7 @@ def logits(b: Builder, x: str) -> None:
 
 
 def head(b: Builder, x: str, output: str) -> str:
-    d, g = b.model.arch, b.graph
+    d, g = b.model.decoder, b.graph
     if not d.tied:
         return b.linear(x, "head", output)
     entry = b.model.entries["embed"]
@@ -614,7 +614,7 @@ def head(b: Builder, x: str, output: str) -> str:
 def build(model: Model, dialect: Dialect, dtype: str, shape: Shape = Shape()) -> Builder:
     """The whole graph of a decoder. Raises UnsupportedError naming a trait that has no graph."""
     b = Builder(model, dialect, dtype, shape)
-    g, d = b.graph, model.arch
+    g, d = b.graph, model.decoder
     for name, dim in (("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")):
         g.input(name, "INT64", ("batch", dim))
     g.output("logits", b.number_type, ("batch", 1 if shape.last_logit else "sequence", d.vocab))

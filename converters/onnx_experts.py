@@ -21,7 +21,7 @@ FLOAT = 1  # TensorProto.FLOAT
 
 def routed(b: Builder, x: str, prefix: str, m: Moe) -> str:
     """x (batch, sequence, hidden) through the experts that the router chooses for each token, and the shared one."""
-    g, hidden = b.graph, b.model.arch.hidden
+    g, hidden = b.graph, b.model.decoder.hidden
     rows = g.op("Reshape", x, g.constant([-1, hidden]), name="tokens")
     weights = _weights(b, rows, prefix, m)
     branches = b.dialect.branches

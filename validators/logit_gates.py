@@ -18,7 +18,7 @@ def typical_bits(proof: Proof) -> float:
 
 def floor(proof: Proof, runtime: str) -> float:
     """Mean KLD that the runtime may cost where no weight is rounded."""
-    least = gate_file.float_gate(proof.gates, proof.source.arch.default.mlp.activation, runtime)
+    least = gate_file.float_gate(proof.gates, proof.source.decoder.default.mlp.activation, runtime)
     return max([least, *(float(proof.gates["float_halves"][d]) for d in halves(proof, runtime))])
 
 

@@ -405,19 +405,19 @@ class _Comparison:
             )
             return
         p.progress("graph")
-        options = stock.options(p.artifact.arch, "F32")
+        options = stock.options(p.artifact.decoder, "F32")
         with tempfile.TemporaryDirectory(prefix="lconvert-") as folder, ExitStack() as stack:
             wide = execute(gguf.plan(p.artifact, "f32.gguf", options), Path(folder)).paths[0]
             runtime = self._opened(stack, "llama.cpp", wide)
             models = {"own": own.logits, "wide": runtime.logits}
             stats = compare(models, [("own", "wide")], self.texts[:2])["own", "wide"]
         self._record("graph", stats, "the artifact's numbers in fp32", "the artifact's numbers as F32 blocks")
-        gate = gate_file.float_gate(p.gates, p.source.arch.default.mlp.activation, "llama.cpp")
+        gate = gate_file.float_gate(p.gates, p.source.decoder.default.mlp.activation, "llama.cpp")
         value = f"mean {stats.kld_mean:.2e}  max {stats.kld_max:.2e}"
         self._add("graph with F32 weights", value, f"mean <= {gate:.1e}", stats.kld_mean, gate)
 
 
 def dequantized(source: Model, artifact: Model) -> Model:
     """The artifact's numbers in the source's architecture and configuration."""
-    arch = replace(source.arch, norm_offset=artifact.arch.norm_offset)
+    arch = replace(source.decoder, norm_offset=artifact.decoder.norm_offset)
     return replace(artifact, arch=arch, config=source.config)

@@ -155,7 +155,7 @@ def _default(proof: Proof) -> str:
 def _describe(proof: Proof, reference: str | Path, manifest: Mapping[str, Any] | None) -> None:
     """What is compared with what, for the report."""
     source, options = proof.source, proof.options
-    d, text = source.arch, proof.corpus.encode()
+    d, text = source.decoder, proof.corpus.encode()
     proof.details |= {
         "reference": {
             "path": str(reference),

@@ -22,7 +22,7 @@ def run(proof: Proof) -> None:
         return
     proof.progress("tokens")
     found = (
-        structure.gguf_vocabulary(source.tokenizer, artifact.tokenizer, source.arch)
+        structure.gguf_vocabulary(source.tokenizer, artifact.tokenizer, source.decoder)
         if proof.kind == "gguf"
         else structure.same_tokenizer(source.tokenizer, artifact.tokenizer)
     )
