@@ -51,6 +51,7 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
         "dialect": options.dialect,
         "source": model.name or model.source,
         "family": model.arch.family,
+        "positions": str(options.positions or model.arch.context),
     }
     graph = FilePlan(MODEL, head := made.graph.model(DATA, metadata), (), len(head))
     files = (graph, _data(made.graph, made.weights), *hf.text_files(model, hf.config(model, dtype)))

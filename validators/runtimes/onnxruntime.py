@@ -90,6 +90,9 @@ class OnnxRuntime:
         self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
         self._check()
         vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
+        self._dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}.get(
+            next(o.type for o in self._session.get_outputs() if o.name == "logits"), "bfloat16"
+        )
         self._rows = batch_tokens or max(
             1, _ROWS_BYTES // (4 * (vocab if isinstance(vocab, int) else 1 << 18))
         )
@@ -192,6 +195,7 @@ class OnnxRuntime:
             "onnxruntime": str(self._package.__version__),
             "device": ", ".join(self._session.get_providers()),
             "accuracy_level": self._level,
+            "dtype": self._dtype,
             "threads": str(options.intra_op_num_threads or "all"),
             "kv_cache": "yes" if self._past else "no: every token runs the whole sequence",
         }
