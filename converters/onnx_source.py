@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,20 @@ from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import onnx_reader
 from lconvert.formats.json_object import read_object
 from lconvert.formats.onnx_reader import OnnxFile, Stored, attributes
-from lconvert.ir import E2M1, E4M3, ActSpec, Entry, Grid, Model, QTensor, Tensor, Transform, as_f32, dense, int_grid
+from lconvert.ir import (
+    E2M1,
+    E4M3,
+    ActSpec,
+    Entry,
+    Grid,
+    Model,
+    QTensor,
+    Tensor,
+    Transform,
+    as_f32,
+    dense,
+    int_grid,
+)
 from lconvert.spec import check
 
 _GRIDS: Mapping[str, Grid] = {
@@ -184,7 +196,11 @@ def _blocks(file: OnnxFile, role: str, node: Any, t: Stored) -> QTensor:
         return QTensor((n, k), codes, grid, (1, -1), _column(stored))
     if axis == 0 and size > 0 and k % size == 0 and stored.shape == (k // size, n):
         return QTensor((n, k), codes, grid, (1, size), onnx_reader.turned(stored))
-    raise _wrong(file, role, f"axis {axis}, blocks of {size}, scales of shape {stored.shape} for codes of shape {t.shape}")
+    raise _wrong(
+        file,
+        role,
+        f"axis {axis}, blocks of {size}, scales of shape {stored.shape} for codes of shape {t.shape}",
+    )
 
 
 def _side(file: OnnxFile, role: str, node: Any, t: Stored) -> dict[str, Tensor]:
@@ -291,8 +307,15 @@ def _table(file: OnnxFile, role: str, t: Stored) -> QTensor:
     sides = dict(_looked_up(file, role, rows, node))
     scale = sides.pop("scale", None)
     size = said.get("block_size", 0)
-    if scale is None or said.get("axis", 1) != 2 or size < 1 or scale.shape != (t.shape[0], t.shape[1] // size):
-        raise _wrong(file, role, f"axis {said.get('axis', 1)}, blocks of {size} for a table of shape {t.shape}")
+    if (
+        scale is None
+        or said.get("axis", 1) != 2
+        or size < 1
+        or scale.shape != (t.shape[0], t.shape[1] // size)
+    ):
+        raise _wrong(
+            file, role, f"axis {said.get('axis', 1)}, blocks of {size} for a table of shape {t.shape}"
+        )
     return QTensor(t.shape, onnx_reader.tensor(t), grid, (1, size), scale, **sides)
 
 

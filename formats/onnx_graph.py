@@ -160,6 +160,10 @@ class Graph:
         self.weights.setdefault(made.name, made)
         return made.name
 
+    def has(self, kind: str) -> bool:
+        """Whether there is a node of this kind."""
+        return any(n.op_type == kind for n in self._nodes)
+
     def input(self, name: str, type: str, shape: Sequence[int | str]) -> str:
         self.inputs.append(Port(name, type, tuple(shape)))
         return name

@@ -27,7 +27,16 @@ _DTYPES: Mapping[str, Dtype] = {
     "FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "INT64": "I64", "INT32": "I32", "INT8": "I8", "UINT8": "U8",
     "BOOL": "BOOL", "INT4": "I8", "UINT4": "U8", "UINT2": "U8", "FLOAT4E2M1": "U8", "FLOAT8E4M3FN": "U8",
 }  # fmt: skip
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "BOOL": "?"}
+_NUMPY = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 #: Where small constants keep their numbers, by type, if not as raw bytes.
 _FIELDS = {"FLOAT": "float_data", "INT64": "int64_data"}
 _MOST = 1 << 40  # elements

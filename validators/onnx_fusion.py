@@ -33,12 +33,16 @@ def run(proof: Proof, found: Found) -> None:
     if not roles:
         return
     if stored.size(found.file.files) > _LIMIT:
-        proof.not_proven.append("structure: fusion in ONNX Runtime, whose graph would take as much room again")
+        proof.not_proven.append(
+            "structure: fusion in ONNX Runtime, whose graph would take as much room again"
+        )
         return
     with tempfile.TemporaryDirectory(prefix="lconvert-") as name:
         made = Path(name) / "optimized.onnx"
         if (failure := _optimized(found.file.path, made)) is not None:
-            proof.not_proven.append(f"structure: fusion in ONNX Runtime, which does not load the graph ({failure})")
+            proof.not_proven.append(
+                f"structure: fusion in ONNX Runtime, which does not load the graph ({failure})"
+            )
             return
         fused = onnx_reader.read(made)
         wrong, count = [], 0
@@ -47,7 +51,9 @@ def run(proof: Proof, found: Found) -> None:
                 continue
             role = roles.get(node.output[0])
             if role is None:
-                wrong.append(f"{node.name or node.output[0]} multiplies by weights that the file does not have")
+                wrong.append(
+                    f"{node.name or node.output[0]} multiplies by weights that the file does not have"
+                )
                 continue
             count += 1
             if (what := _differs(fused, node, found, role)) is not None:
@@ -64,7 +70,11 @@ def _products(found: Found) -> dict[str, str]:
         if not isinstance(entry.data, QTensor) or role not in found.file.tensors:
             continue
         for node in found.file.consumers[role]:
-            out |= {n.output[0]: role for n in found.file.consumers.get(node.output[0], ()) if n.op_type == "MatMul"}
+            out |= {
+                n.output[0]: role
+                for n in found.file.consumers.get(node.output[0], ())
+                if n.op_type == "MatMul"
+            }
     return out
 
 

@@ -46,7 +46,7 @@ def check(proof: Proof, found: Found) -> TensorCheck:
 
 def _shift(role: str, proof: Proof) -> float:
     """Norms hold what they multiply by; a bias is added to nothing."""
-    return 0.0 if role.endswith(".bias") else proof.source.arch.norm_offset if "norm" in role else 0.0
+    return 0.0 if role.endswith(".bias") else proof.source.decoder.norm_offset if "norm" in role else 0.0
 
 
 def structure(proof: Proof, found: Found) -> None:
@@ -88,7 +88,7 @@ def _types(found: Found) -> Iterator[str]:
 
 def _ports(found: Found) -> Iterator[str]:
     """Inputs and outputs that are missing or of another shape than the traits imply."""
-    d, graph = found.model.arch, found.file.proto.graph
+    d, graph = found.model.decoder, found.file.proto.graph
     inputs, outputs = ({p.name: _shape(p) for p in side} for side in (graph.input, graph.output))
     for name in ("input_ids", "attention_mask", "position_ids"):
         if name not in inputs:
@@ -117,7 +117,7 @@ def _shape(port: Any) -> tuple[int | str, ...]:
 def positions(found: Found) -> int:
     """How many positions the graph was made for."""
     text = found.file.metadata.get("positions", "")
-    return min(int(text), found.model.arch.context) if text.isdigit() else found.model.arch.context
+    return min(int(text), found.model.decoder.context) if text.isdigit() else found.model.decoder.context
 
 
 def ropes(d: Decoder) -> list[Rope]:
@@ -126,10 +126,12 @@ def ropes(d: Decoder) -> list[Rope]:
 
 
 def _rotary(proof: Proof, found: Found) -> Iterator[str]:
-    several = ropes(found.model.arch)
+    several = ropes(found.model.decoder)
     count = positions(found)
-    if count < found.model.arch.context:
-        proof.notes.append(f"the graph ends at {count} of the model's {found.model.arch.context} positions, by choice")
+    if count < found.model.decoder.context:
+        proof.notes.append(
+            f"the graph ends at {count} of the model's {found.model.decoder.context} positions, by choice"
+        )
     for i, rope in enumerate(several):
         for long in (False, True)[: 1 + (rope.scaling == "longrope")]:
             for kind, expected in zip(("cos", "sin"), rotary.tables(rope, count, long=long), strict=True):
@@ -139,7 +141,9 @@ def _rotary(proof: Proof, found: Found) -> Iterator[str]:
                     yield f"there is no {name}"
                 elif t.shape != expected.shape:
                     yield f"{name} has {t.shape} numbers, {count} positions want {expected.shape}"
-                elif (off := _off(t, expected)) > _TABLE[found.dtype] * max(1.0, float(np.abs(expected).max())):
+                elif (off := _off(t, expected)) > _TABLE[found.dtype] * max(
+                    1.0, float(np.abs(expected).max())
+                ):
                     yield f"{name} is off by up to {off:.2g}"
 
 
@@ -164,7 +168,9 @@ def independent(found: Found) -> tuple[list[str], float]:
             wrong.append(f"{proto.name}: the onnx package does not read it ({short(e)})")
             continue
         if tuple(theirs.shape) != own.shape:
-            wrong.append(f"{proto.name}: the onnx package sees the shape {theirs.shape}, lconvert {own.shape}")
+            wrong.append(
+                f"{proto.name}: the onnx package sees the shape {theirs.shape}, lconvert {own.shape}"
+            )
             continue
         worst = max(worst, _distance(own.load(), theirs))
     return wrong, worst
