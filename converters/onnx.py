@@ -20,18 +20,23 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 
 @dataclass(frozen=True)
 class Options:
-    """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out.
+    """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out. static_cache: they lie in a cache of fixed length (onnx_static.py).
     last_logit: logits of the last position alone. positions: rows of the rotary tables, None: the model's context. rounding: inputs and
     the cache are rounded where the model says so; without it the plan says what is left out."""
 
     dialect: str = "ort"
     dtype: str | None = None
     prefill_only: bool = False
+    static_cache: bool = False
     last_logit: bool = False
     positions: int | None = None
     rounding: bool = True
 
     def __post_init__(self) -> None:
+        if self.prefill_only and self.static_cache:
+            raise OptionError(
+                "a graph without keys and values has no cache: --prefill-only or --static-cache"
+            )
         if self.dialect not in DIALECTS:
             raise OptionError(f"dialect {self.dialect!r}; choose {', '.join(DIALECTS)}")
         if self.dtype not in (None, "F32", "F16", "BF16"):
@@ -46,7 +51,13 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     original: the model before passes, against which roundings are measured.
     """
     dtype = options.dtype or ("F32" if options.dialect == "ort" else "F16")
-    shape = Shape(not options.prefill_only, options.last_logit, options.positions, options.rounding)
+    shape = Shape(
+        not options.prefill_only,
+        options.static_cache,
+        options.last_logit,
+        options.positions,
+        options.rounding,
+    )
     made = build(model, DIALECTS[options.dialect], dtype, shape)
     metadata = {
         "lconvert": __version__,

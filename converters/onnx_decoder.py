@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lconvert.converters import onnx_activations as activations
-from lconvert.converters import onnx_experts, onnx_trt, regrid, rotary
+from lconvert.converters import onnx_experts, onnx_static, onnx_trt, regrid, rotary
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_weights import FLOATS, Dialect, Form, Held
 from lconvert.errors import UnsupportedError
@@ -36,10 +36,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Shape:
-    """What kind of graph: with keys and values (`cache`), logits of the last position alone, positions that tables hold, inputs and
-    keys and values rounded as the model says (`rounding`)."""
+    """What kind of graph: with keys and values (`cache`) that grow or lie in a cache of fixed length (`static`), logits of the last
+    position alone, positions that tables hold, inputs and keys and values rounded as the model says (`rounding`)."""
 
     cache: bool = True
+    static: bool = False
     last_logit: bool = False
     positions: int | None = None
     rounding: bool = True
@@ -299,11 +300,14 @@ class Builder:
         """
         g = self.graph
 
-        def made() -> str:
+        def places() -> tuple[str, str]:
             past, total = self.lengths()
             one = g.constant(1)
             columns = g.op("Unsqueeze", g.op("Range", g.constant(0), total, one), g.constant([0]))
-            rows = g.op("Unsqueeze", g.op("Range", past, total, one), g.constant([1]))
+            return g.op("Unsqueeze", g.op("Range", past, total, one), g.constant([1])), columns
+
+        def made() -> str:
+            rows, columns = onnx_static.rows_and_columns(self) if self.shape.static else places()
             seen = g.op("LessOrEqual", columns, rows)
             if window is not None:
                 near = g.op("Less", g.op("Sub", rows, columns), g.constant(window))
@@ -471,12 +475,16 @@ def cached(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str, str]:
     out = []
     for side, new in (("key", k), ("value", v)):
         width = a.mla.v_dim if a.mla is not None and side == "value" else a.head_dim
+        before, after = (onnx_static.CAPACITY,) * 2 if b.shape.static else ("past", "total")
         past = b.graph.input(
-            f"past_key_values.{i}.{side}", b.number_type, ("batch", a.kv_heads, "past", width)
+            f"past_key_values.{i}.{side}", b.number_type, ("batch", a.kv_heads, before, width)
         )
         name = f"present.{i}.{side}"
-        out.append(b.graph.op("Concat", past, new, axis=2, name=side, output=name))
-        b.graph.output(name, b.number_type, ("batch", a.kv_heads, "total", width))
+        if b.shape.static:
+            out.append(onnx_static.written(b, past, new, name))
+        else:
+            out.append(b.graph.op("Concat", past, new, axis=2, name=side, output=name))
+        b.graph.output(name, b.number_type, ("batch", a.kv_heads, after, width))
     return out[0], out[1]
 
 
@@ -681,8 +689,11 @@ def build(model: Model, dialect: Dialect, dtype: str, shape: Shape = Shape()) ->
     """The whole graph of a decoder. Raises UnsupportedError naming a trait that has no graph."""
     b = Builder(model, dialect, dtype, shape)
     g, d = b.graph, model.decoder
-    for name, dim in (("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")):
+    seen = onnx_static.CAPACITY if shape.static else "total"
+    for name, dim in (("input_ids", "sequence"), ("attention_mask", seen), ("position_ids", "sequence")):
         g.input(name, "INT64", ("batch", dim))
+    if shape.static:
+        g.input(onnx_static.POSITION, "INT64", ("batch",))
     g.output("logits", b.number_type, ("batch", 1 if shape.last_logit else "sequence", d.vocab))
     x = embedded(b)
     for i, layer in d.each():
