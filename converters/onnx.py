@@ -8,7 +8,7 @@ import numpy as np
 
 from lconvert import __version__
 from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder
-from lconvert.converters.onnx_decoder import Shape, Weight
+from lconvert.converters.onnx_decoder import Builder, Shape, Weight
 from lconvert.converters.onnx_weights import DIALECTS
 from lconvert.errors import OptionError
 from lconvert.formats.onnx_graph import Graph
@@ -22,16 +22,23 @@ _BUILD = {Decoder: onnx_decoder.build, Encoder: onnx_encoder.build, Convnet: onn
 
 @dataclass(frozen=True)
 class Options:
-    """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out.
-    last_logit: logits of the last position alone. positions: rows of the rotary tables, None: the model's context."""
+    """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out. static_cache: they lie in a cache of fixed length (onnx_static.py).
+    last_logit: logits of the last position alone. positions: rows of the rotary tables, None: the model's context. rounding: inputs and
+    the cache are rounded where the model says so; without it the plan says what is left out."""
 
     dialect: str = "ort"
     dtype: str | None = None
     prefill_only: bool = False
+    static_cache: bool = False
     last_logit: bool = False
     positions: int | None = None
+    rounding: bool = True
 
     def __post_init__(self) -> None:
+        if self.prefill_only and self.static_cache:
+            raise OptionError(
+                "a graph without keys and values has no cache: --prefill-only or --static-cache"
+            )
         if self.dialect not in DIALECTS:
             raise OptionError(f"dialect {self.dialect!r}; choose {', '.join(DIALECTS)}")
         if self.dtype not in (None, "F32", "F16", "BF16"):
@@ -46,7 +53,15 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     original: the model before passes, against which roundings are measured.
     """
     dtype = options.dtype or ("F32" if options.dialect == "ort" else "F16")
-    shape = Shape(not options.prefill_only, options.last_logit, options.positions)
+    shape = Shape(
+        not options.prefill_only,
+        options.static_cache,
+        options.last_logit,
+        options.positions,
+        options.rounding,
+    )
+    if options.prefill_only or options.static_cache or options.last_logit:
+        assert model.decoder, "which has something to say to a model of another kind"
     made = _BUILD[type(model.arch)](model, DIALECTS[options.dialect], dtype, shape)
     metadata = {
         "lconvert": __version__,
@@ -54,10 +69,26 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
         "source": model.name or model.source,
         "family": model.arch.family,
     }
+    if isinstance(model.arch, Decoder):
+        metadata["positions"] = str(options.positions or model.arch.context)
     graph = FilePlan(MODEL, head := made.graph.model(DATA, metadata), (), len(head))
     files = (graph, _data(made.graph, made.weights), *hf.text_files(model, hf.config(model, dtype)))
     said = {k: v for k, v in vars(options).items() if v}
-    return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes))
+    return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes, *advice(made)))
+
+
+def advice(made: Builder) -> list[str]:
+    """What to set in ONNX Runtime for this graph (validators/runtimes/onnx_session.py sets it)."""
+    types = {w.made.type for w in made.weights if w.held not in ("", "plain")}
+    out = []
+    if "FLOAT8E4M3FN" in types and made.dialect.dynamic_inputs:
+        out.append(
+            "FP8 weights: ONNX Runtime unpacks them in every run unless session.disable_quant_qdq is 1, which unpacks them once, at load, "
+            "and integer weights of the graph with them"
+        )
+    if made.graph.has("MatMulInteger") or made.graph.has("QuantizeLinear"):
+        out.append("int8 products: on x86 without VNNI set session.x64quantprecision to 1, or sums saturate")
+    return out
 
 
 def _data(graph: Graph, weights: list[Weight]) -> FilePlan:

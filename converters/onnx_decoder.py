@@ -8,17 +8,18 @@ outputs are named as the exporters of Hugging Face name them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from lconvert.converters import onnx_experts, rotary
+from lconvert.converters import onnx_activations as activations
+from lconvert.converters import onnx_experts, onnx_static, onnx_trt, regrid, rotary
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_weights import FLOATS, Dialect, Form, Held
 from lconvert.errors import UnsupportedError
 from lconvert.formats.onnx_graph import Graph, Initializer
-from lconvert.ir import ActSpec, Attention, Entry, Layer, Mla, Mlp, Model, QTensor, Rope, Tensor
+from lconvert.ir import ActSpec, Attention, Entry, Layer, Mla, Mlp, Model, QTensor, Rope, Tensor, dense
 from lconvert.plan import Verdict
 
 
@@ -35,11 +36,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Shape:
-    """What kind of graph: with keys and values (`cache`), logits of the last position alone, positions that tables hold."""
+    """What kind of graph: with keys and values (`cache`) that grow or lie in a cache of fixed length (`static`), logits of the last
+    position alone, positions that tables hold, inputs and keys and values rounded as the model says (`rounding`)."""
 
     cache: bool = True
+    static: bool = False
     last_logit: bool = False
     positions: int | None = None
+    rounding: bool = True
 
 
 @dataclass
@@ -93,37 +97,83 @@ class Builder:
 
     def _product(self, x: str, entry: Entry, role: str, output: str) -> str:
         g, found = self.graph, weights.held(entry, self.dialect, self.dtype)
-        if found.form is None:  # the values of a matrix have the scale of its input in them
+        form = found.form
+        rounds = entry.activation is not None and isinstance(entry.data, QTensor)
+        t = entry.transform
+        if t is not None and not t.folded and (form is not None or rounds):
+            assert t.param is not None
+            scaled = Entry(role + ".input_scale", t.param)
+            x = g.op("Mul", x, self._side(weights.rows(scaled.name, scaled, self.dtype), role, t.param))
+            entry = replace(entry, transform=None)
+        if form is not None and form.whole and activations.whole(entry.activation, self):
+            return self._integer_product(x, entry, form, role, found, output)
+        x = self._quantized(x, entry)
+        if form is None:  # where inputs are not rounded, their scale is in these values
             made = weights.values(role, entry, self.dtype)
             w = self._add(made, role, found.verdict, "" if not isinstance(entry.data, QTensor) else "plain")
-            return str(g.op("MatMul", self._quantized(x, entry), w, output=output))
-        form = found.form
-        if entry.transform is not None and not entry.transform.folded:
-            assert entry.transform.param is not None
-            scaled = weights.rows(role + ".input_scale", Entry(role, entry.transform.param), self.dtype)
-            x = g.op("Mul", x, self._add(scaled, role, Verdict("exact"), side=True))
+            return str(g.op("MatMul", x, w, output=output))
         if form.order is not None:
             order = self._add(
                 weights.array(role + ".order", form.order, "INT64"), role, Verdict("exact"), side=True
             )
             x = g.op("Gather", x, order, axis=-1)
         w = self._dequantized(form, role, found)
+        last = output if form.minimum is None and form.factor is None else ""
+        product = str(g.op("MatMul", x, w, output=last))
+        if form.minimum is not None:
+            less = self._minima(x, form, form.minimum, role)
+            product = str(g.op("Sub", product, less, output=output if form.factor is None else ""))
+        if form.factor is not None:
+            factor = self.number(float(weights.numbers(form.factor).reshape(-1)[0]))
+            product = str(g.op("Div" if form.divisor else "Mul", product, factor, output=output))
+        return product
+
+    def _integer_product(self, x: str, entry: Entry, form: Form, role: str, found: Held, output: str) -> str:
+        """int8 x int8 in integers, then both scales."""
+        g, q = self.graph, form.codes
+        assert entry.activation is not None and isinstance(q.scale, Tensor)
+        codes, scales = activations.codes(self, x, entry.activation)
+        w = self._add(weights.codes(role, q.codes, form.type), role, found.verdict, weights.describe(form))
         product = g.op(
-            "MatMul", self._quantized(x, entry), w, output="" if form.minimum is not None else output
+            "Cast", g.op("MatMulInteger", codes, w, g.constant(128, "UINT8")), to=activations.FLOAT
         )
-        if form.minimum is None:
-            return str(product)
-        groups, width = form.minimum.shape[1], form.codes.block[1]
-        cut = g.op("Reshape", x, g.constant([0, 0, groups, width if width > 0 else -1]))
-        sums = g.op("ReduceSum", cut, g.constant([-1]), keepdims=0)
-        made = weights.transposed(role + ".minimum", form.minimum, self.dtype)
-        less = g.op("MatMul", sums, self._add(made, role, Verdict("exact"), side=True))
-        return str(g.op("Sub", product, less, output=output))
+        made = weights.flat(weights.transposed(role + ".scale", q.scale, "F32"))
+        own = self._add(made, role, found.verdict, side=True)
+        product = g.op("Mul", product, scales)
+        if self.dtype == "F32":
+            return str(g.op("Mul", product, own, output=output))
+        return str(g.op("CastLike", g.op("Mul", product, own), x, output=output))
+
+    def _minima(self, x: str, form: Form, minimum: Tensor, role: str) -> str:
+        """What the product must be lessened by: sums of x over blocks times their minima."""
+        g, groups, width = self.graph, minimum.shape[1], form.codes.block[1]
+
+        def sums() -> str:
+            if groups == 1:
+                return str(g.op("ReduceSum", x, g.constant([-1]), keepdims=1))
+            shape = g.op("Concat", g.op("Shape", x, end=-1), g.constant([groups, width]), axis=0)
+            return str(g.op("ReduceSum", g.op("Reshape", x, shape), g.constant([-1]), keepdims=0))
+
+        found = g.once(("sums", x, groups), sums)
+        if self.dialect.tensorrt and not regrid.holds(minimum, self.dtype):
+            made = weights.transposed(role + ".minimum", minimum, "F32")
+            wide = g.op(
+                "MatMul", g.op("Cast", found, to=1), self._add(made, role, Verdict("exact"), side=True)
+            )
+            return onnx_trt.cast(self, wide)
+        made = weights.transposed(role + ".minimum", minimum, self.dtype)
+        return str(g.op("MatMul", found, self._side(made, role, minimum)))
+
+    def _side(self, made: Initializer, role: str, t: Tensor) -> str:
+        """A side tensor in the graph's dtype, with what that does to it."""
+        verdict = Verdict("exact") if regrid.holds(t, self.dtype) else weights.plain(t.dtype, self.dtype)
+        return self._add(made, role, verdict, side=True)
 
     def _dequantized(self, form: Form, role: str, found: Held) -> str:
         """The matrix (input, output) behind a DequantizeLinear."""
         g, q = self.graph, form.codes
         text = weights.describe(form)
+        number, dtype = ("FLOAT", "F32") if form.wide else (self.number_type, self.dtype)
         w = self._add(weights.codes(role, q.codes, form.type), role, found.verdict, text)
         inputs = [w]
         if isinstance(q.scale, QTensor):  # FP8 scales above a global one
@@ -131,12 +181,12 @@ class Builder:
             fine = self._add(
                 weights.codes(role + ".scale", q.scale.codes, "FLOAT8E4M3FN"), role, found.verdict, side=True
             )
-            coarse = g.constant(float(weights.numbers(q.scale.scale).reshape(-1)[0]), self.number_type)
+            coarse = g.constant(float(weights.numbers(q.scale.scale).reshape(-1)[0]), number)
             inputs.append(g.op("DequantizeLinear", fine, coarse, name="scales"))
         elif q.block == (-1, -1):
-            inputs.append(g.constant(float(weights.numbers(q.scale).reshape(-1)[0]), self.number_type))
+            inputs.append(g.constant(float(weights.numbers(q.scale).reshape(-1)[0]), number))
         else:
-            made = weights.transposed(role + ".scale", q.scale, self.dtype)
+            made = weights.transposed(role + ".scale", q.scale, dtype)
             inputs.append(
                 self._add(weights.flat(made) if q.block[1] == -1 else made, role, found.verdict, side=True)
             )
@@ -145,18 +195,32 @@ class Builder:
             inputs.append(
                 self._add(weights.flat(zero) if q.block[1] == -1 else zero, role, found.verdict, side=True)
             )
-        if q.block == (-1, -1):
-            return str(g.op("DequantizeLinear", *inputs))
+        where: dict[str, Any] = {"axis": 0, "block_size": q.block[1]}
         if q.block[1] == -1:
-            return str(g.op("DequantizeLinear", *inputs, axis=1))
-        return str(g.op("DequantizeLinear", *inputs, axis=0, block_size=q.block[1]))
+            where = {} if q.block == (-1, -1) else {"axis": 1}
+        matrix = str(g.op("DequantizeLinear", *inputs, **where))
+        return onnx_trt.cast(self, matrix) if form.wide else matrix
 
     def _quantized(self, x: str, entry: Entry) -> str:
         """The input after rounding, where the entry's activations are quantized."""
         a = entry.activation
         if a is None or not isinstance(entry.data, QTensor):
             return x
-        return self.graph.once(("quantized", x, _key(a)), lambda: quantized_input(self, x, a))
+        return self.rounded(x, a, f"inputs of {weights.kind_of(entry.name)}", activations.exponents(entry))
+
+    def rounded(self, x: str, a: ActSpec, what: str, powers: bool = False) -> str:
+        """x as `a` rounds it; where the graph leaves that out, a note says so."""
+        if self.dialect.tensorrt and self.shape.rounding:
+            return self.graph.once(("rounded", x, _key(a)), lambda: onnx_trt.quantized_input(self, x, a))
+        why = activations.reason(a, self, powers) if self.shape.rounding else "asked for"
+        if why:
+            self.notes[
+                f"{what} stay in {self.dtype}, not rounded to {activations.text(a, powers)}: {why}"
+            ] = None
+            return x
+        return self.graph.once(
+            ("rounded", x, _key(a), powers), lambda: activations.quantized(self, x, a, powers)
+        )
 
     # --- parts of a layer ----------------------------------------------------------------------------------
 
@@ -236,11 +300,14 @@ class Builder:
         """
         g = self.graph
 
-        def made() -> str:
+        def places() -> tuple[str, str]:
             past, total = self.lengths()
             one = g.constant(1)
             columns = g.op("Unsqueeze", g.op("Range", g.constant(0), total, one), g.constant([0]))
-            rows = g.op("Unsqueeze", g.op("Range", past, total, one), g.constant([1]))
+            return g.op("Unsqueeze", g.op("Range", past, total, one), g.constant([1])), columns
+
+        def made() -> str:
+            rows, columns = onnx_static.rows_and_columns(self) if self.shape.static else places()
             seen = g.op("LessOrEqual", columns, rows)
             if window is not None:
                 near = g.op("Less", g.op("Sub", rows, columns), g.constant(window))
@@ -293,6 +360,10 @@ class Builder:
         """x (batch, heads, sequence, width) with its first rope.dim dimensions turned."""
         if rope is None:
             return x
+        if self.dialect.tensorrt and rope.layout == "interleaved":
+            x, turning = onnx_trt.halves(self, x, rope, width)
+        else:
+            turning = rope
         cos, sin = self.rotary(rope)
         return str(
             self.graph.op(
@@ -300,7 +371,7 @@ class Builder:
                 x,
                 cos,
                 sin,
-                interleaved=int(rope.layout == "interleaved"),
+                interleaved=int(turning.layout == "interleaved"),
                 rotary_embedding_dim=rope.dim if rope.dim != width else None,
             )
         )
@@ -309,7 +380,7 @@ class Builder:
 def _key(a: ActSpec) -> Any:
     scale = None if a.scale is None else tuple(weights.numbers(a.scale).reshape(-1).tolist())
     zero = None if a.zero is None else tuple(weights.numbers(a.zero).reshape(-1).tolist())
-    return a.grid, a.per, a.dynamic, a.group, scale, zero
+    return a.grid, a.per, a.dynamic, a.group, scale, zero, a.divisor
 
 
 def _suffix(b: Builder, rope: Rope) -> str:
@@ -322,23 +393,6 @@ def _suffix(b: Builder, rope: Rope) -> str:
 
 def _tables(rope: Rope, positions: int, long: bool) -> Any:
     return rotary.tables(rope, positions, long=long)
-
-
-def quantized_input(b: Builder, x: str, a: ActSpec) -> str:
-    """x rounded to codes and back. Static: one scale; dynamic: a scale per token out of its largest magnitude."""
-    g = b.graph
-    if a.grid.kind == "int" and a.grid.bits == 8:
-        type_ = "INT8" if a.grid.signed else "UINT8"
-    elif (a.grid.exponent, a.grid.mantissa) == (4, 3):
-        type_ = "FLOAT8E4M3FN"
-    else:
-        raise UnsupportedError(f"inputs of {a.grid.bits} bits ({a.grid.kind}) have no ONNX graph yet")
-    if a.dynamic or a.scale is None:
-        raise UnsupportedError(f"inputs quantized per {a.per} while the model runs have no ONNX graph yet")
-    scale = b.number(float(weights.numbers(a.scale).reshape(-1)[0]))
-    value = 0 if a.zero is None else int(weights.numbers(a.zero).reshape(-1)[0])
-    zero = g.constant(value, type_)
-    return str(g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero))
 
 
 # --- the decoder -------------------------------------------------------------------------------------------
@@ -414,25 +468,55 @@ def latent(b: Builder, x: str, prefix: str, a: Attention, m: Mla) -> tuple[str, 
 
 
 def cached(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str, str]:
-    """Keys and values with those of the past before them."""
+    """Keys and values with those of the past before them, rounded where the model's cache is: what is kept is what attention sees."""
+    k, v = rounded_cache(b, k, v, i, a)
     if not b.shape.cache:
         return k, v
     out = []
     for side, new in (("key", k), ("value", v)):
         width = a.mla.v_dim if a.mla is not None and side == "value" else a.head_dim
+        before, after = (onnx_static.CAPACITY,) * 2 if b.shape.static else ("past", "total")
         past = b.graph.input(
-            f"past_key_values.{i}.{side}", b.number_type, ("batch", a.kv_heads, "past", width)
+            f"past_key_values.{i}.{side}", b.number_type, ("batch", a.kv_heads, before, width)
         )
         name = f"present.{i}.{side}"
-        out.append(b.graph.op("Concat", past, new, axis=2, name=side, output=name))
-        b.graph.output(name, b.number_type, ("batch", a.kv_heads, "total", width))
+        if b.shape.static:
+            out.append(onnx_static.written(b, past, new, name))
+        else:
+            out.append(b.graph.op("Concat", past, new, axis=2, name=side, output=name))
+        b.graph.output(name, b.number_type, ("batch", a.kv_heads, after, width))
     return out[0], out[1]
+
+
+def rounded_cache(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str, str]:
+    """Keys and values as a quantized cache holds them; in the graph's dtype, so that nothing but their values changes."""
+    spec = b.model.kv
+    if spec is None:
+        return k, v
+    whole = not (spec.residual_window or spec.sinks or spec.pre_rope or a.mla is not None)
+    if not whole:
+        b.notes["the cache is not rounded: its latents, windows or order of rounding have no graph"] = None
+        return k, v
+    out = []
+    for x, side, name in ((k, spec.k, "keys"), (v, spec.v, "values")):
+        made = b.rounded(x, of_layer(side, i, b.model.decoder.layers), name)
+        if made != x:
+            b.notes[f"{name} are rounded to {activations.text(side)} and held in {b.dtype}"] = None
+        out.append(made)
+    return out[0], out[1]
+
+
+def of_layer(a: ActSpec, i: int, layers: int) -> ActSpec:
+    """A spec whose scales are one per layer, for layer i."""
+    if a.scale is None or a.scale.size != layers:
+        return a
+    return replace(a, scale=dense(weights.numbers(a.scale).reshape(-1)[i : i + 1]))
 
 
 def attend(b: Builder, q: str, k: str, v: str, a: Attention) -> str:
     """softmax(q k^T scale + mask) v, heads of keys shared by groups of queries."""
     mask = b.mask(a.window)
-    if a.softcap is None:
+    if a.softcap is None and (not b.dialect.tensorrt or onnx_trt.fused(a)):
         return str(b.graph.op("Attention", q, k, v, mask, scale=a.scale))
     return str(b.graph.op("MatMul", b.graph.op("Softmax", _scores(b, q, k, a), axis=-1), repeated(b, v, a)))
 
@@ -527,6 +611,8 @@ def weights_rows(b: Builder, role: str, ids: str) -> str:
     if found.form is None:
         made = weights.rows(role, entry, b.dtype)
         return str(g.op("Gather", b._add(made, role, found.verdict), ids))
+    if b.dialect.tensorrt:
+        return onnx_trt.quantized_rows(b, role, found, ids)
     q = found.form.codes
     parts = [
         g.op(
@@ -603,8 +689,11 @@ def build(model: Model, dialect: Dialect, dtype: str, shape: Shape = Shape()) ->
     """The whole graph of a decoder. Raises UnsupportedError naming a trait that has no graph."""
     b = Builder(model, dialect, dtype, shape)
     g, d = b.graph, model.decoder
-    for name, dim in (("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")):
+    seen = onnx_static.CAPACITY if shape.static else "total"
+    for name, dim in (("input_ids", "sequence"), ("attention_mask", seen), ("position_ids", "sequence")):
         g.input(name, "INT64", ("batch", dim))
+    if shape.static:
+        g.input(onnx_static.POSITION, "INT64", ("batch",))
     g.output("logits", b.number_type, ("batch", 1 if shape.last_logit else "sequence", d.vocab))
     x = embedded(b)
     for i, layer in d.each():

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert import kernels
-from lconvert.converters import act_order, regrid
+from lconvert.converters import act_order, onnx_trt, regrid
 from lconvert.formats.kept import Kept
 from lconvert.formats.onnx_graph import Initializer
-from lconvert.ir import E2M1, E4M3, UE4M3, Entry, QTensor, Tensor, as_f32, dense, row_blocks
-from lconvert.kernels.qtensor import effective
+from lconvert.ir import E2M1, E4M3, UE4M3, Entry, QTensor, Tensor, as_f32, dense, int_grid, row_blocks
+from lconvert.kernels.qtensor import effective, grid_values
 from lconvert.plan import Verdict
 
 #: ONNX's name of a float type of ours.
@@ -32,9 +32,10 @@ FLOATS: Mapping[str, str] = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16
 class Dialect:
     """What a consumer's graphs may hold.
 
-    symmetric, asymmetric: widths and their ONNX types, narrowest first. small_floats: FP8 and FP4 weights that it runs. scales: their
-    dtype, None for the graph's own. minima: whether a zero point or minimum that has no type becomes a second product. branches: operators whose
-    shapes depend on data (NonZero) are at hand.
+    symmetric, asymmetric: widths and their ONNX types, narrowest first. small_floats: FP8 and FP4 weights that it runs. minima: whether
+    a zero point or minimum that has no type becomes a second product. branches: operators whose shapes depend on data (NonZero) are at
+    hand. dynamic_inputs: scales of inputs may be found while the graph runs. nodes: FP8 inputs are QuantizeLinear. tensorrt: rules of its
+    parser and builder apply (onnx_trt.py).
     """
 
     symmetric: Mapping[int, str]
@@ -42,11 +43,22 @@ class Dialect:
     small_floats: tuple[str, ...]
     minima: bool = True
     branches: bool = True
+    dynamic_inputs: bool = True
+    nodes: bool = False
+    tensorrt: bool = False
 
 
 DIALECTS: Mapping[str, Dialect] = {
     "ort": Dialect({4: "INT4", 8: "INT8"}, {2: "UINT2", 4: "UINT4", 8: "UINT8"}, ("FLOAT8E4M3FN",)),
-    "trt": Dialect({4: "INT4", 8: "INT8"}, {}, ("FLOAT8E4M3FN", "FLOAT4E2M1"), branches=False),
+    "trt": Dialect(
+        {4: "INT4", 8: "INT8"},
+        {},
+        ("FLOAT8E4M3FN", "FLOAT4E2M1"),
+        branches=False,
+        dynamic_inputs=False,
+        nodes=True,
+        tensorrt=True,
+    ),
 }
 
 
@@ -55,13 +67,24 @@ class Form:
     """How a matrix is stored. codes: (rows, columns) with blocks of one row, or per row, or per tensor. type: of the codes.
 
     minimum: subtracted from the product, per block, shape of the scales. order: columns are taken in this order, and so must be
-    the input's.
+    the input's. factor: a number that the product is multiplied by, or divided where `divisor`: the outer scale of two whose product
+    fp32 would round. wide: scales stay in F32, and the matrix is cast to the graph's dtype.
     """
 
     codes: QTensor
     type: str
     minimum: Tensor | None = None
     order: NDArray[np.int64] | None = None
+    wide: bool = False
+    factor: Tensor | None = None
+    divisor: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether a product of integers can come before all scales: INT8, a scale per row or one, nothing else."""
+        q, extra = self.codes, (self.minimum, self.order, self.factor, self.codes.zero)
+        single = q.block[1] == -1 and isinstance(q.scale, Tensor)
+        return self.type == "INT8" and single and all(e is None for e in extra)
 
 
 @dataclass(frozen=True)
@@ -83,14 +106,34 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
         if order is None:
             return Held(None, _values(dtype, "its groups are of unequal sizes"))
         q = act_order.contiguous(q, order)
-    reasons = []
-    for form in _forms(q, dialect):
-        if not _scales_fit(form, dtype) or not (form.minimum is None or regrid.holds(form.minimum, dtype)):
+    reasons, changed = [], False
+    found = list(_forms(q, dialect)) if dialect.tensorrt else _forms(q, dialect)
+    if isinstance(found, list) and found:
+        reasons.append("TensorRT takes no scales below zero")
+    for form in onnx_trt.legal(found, q) if isinstance(found, list) else found:
+        sides = (form.minimum, form.factor)
+        if isinstance(found, list):
+            if form.factor is not None:
+                continue
+            changed = not any(form is f for f in found)
+            form = replace(form, wide=not _scales_fit(form, dtype))
+        elif not _scales_fit(form, dtype) or not all(s is None or regrid.holds(s, dtype) for s in sides):
             reasons.append(f"scales that {dtype} does not hold")
             continue
-        same = form.codes.grid.bits == q.grid.bits and form.codes.block == row_blocks(q).block
-        return Held(replace(form, order=order), Verdict("exact" if same else "widened"))
+        if form.factor is not None and dtype == "F16":
+            reasons.append("a product without its global scale is beyond F16")
+            continue
+        exact = _same(q, form) and not changed
+        return Held(replace(form, order=order), Verdict("exact" if exact else "widened"))
     return Held(None, _values(dtype, reasons[0] if reasons else "no type of ONNX has this grid"))
+
+
+def _same(q: QTensor, form: Form) -> bool:
+    """Whether codes and scales are those of the source, in their blocks; a middle zero point may be said or implied."""
+    parts = (form.minimum, form.factor, q.offset)
+    if form.codes.grid.bits != q.grid.bits or any(p is not None for p in parts):
+        return False
+    return form.codes.block in (q.block, row_blocks(q).block)
 
 
 def plain(own: str, dtype: str) -> Verdict:
@@ -131,6 +174,7 @@ def _forms(q: QTensor, dialect: Dialect) -> Iterator[Form]:
                 yield Form(regrid.signed(whole, bits), type_)
     if dialect.minima:
         yield from _with_minima(q, whole, dialect)
+    yield from _with_factor(q, dialect)
 
 
 def _one_scale(q: QTensor, dialect: Dialect) -> Iterator[Form]:
@@ -170,48 +214,85 @@ def _split(q: QTensor, width: int) -> QTensor:
     return replace(q, block=(1, width), scale=finer(q.scale), zero=finer(q.zero), offset=finer(q.offset))
 
 
+#: Blocks of fewer columns would have about as many minima as there are codes.
+_NARROWEST = 8
+
+
 def _with_minima(q: QTensor, whole: QTensor | None, dialect: Dialect) -> Iterator[Form]:
-    """Signed codes and what must be subtracted: of integer zero points out of range, and of float minima."""
-    if whole is not None and whole.zero is not None and not whole.grid.signed:
-        middle = 1 << (whole.grid.bits - 1)
-        codes = _recentred(whole, middle)
-        minimum = _product(whole.scale, whole.zero, middle)
-    else:
-        flat = regrid.plain_scale(q)
-        if flat is None or flat.grid.kind != "int" or flat.zero is not None or flat.offset is None:
+    """Codes without zero points and what must be subtracted: of zero points out of range or between the integers, and of float minima.
+
+    Unsigned codes with the minimum itself where the dialect has them, else signed ones around the middle.
+    """
+    flat = regrid.plain_scale(q) if whole is None or whole.zero is None else whole
+    if flat is None or flat.grid.kind != "int" or (flat.zero is None) == (flat.offset is None):
+        return
+    if isinstance(flat.offset, QTensor):
+        exact = regrid.exact_product(flat.offset)
+        if exact is None:
             return
-        if isinstance(flat.offset, QTensor):
-            exact = regrid.exact_product(flat.offset)
-            if exact is None:
-                return
-            flat = replace(flat, offset=dense(exact))
-        flat = _even(row_blocks(flat))
-        middle = 0 if flat.grid.signed else 1 << (flat.grid.bits - 1)
-        codes = _recentred(flat, middle)
-        assert isinstance(flat.offset, Tensor)
-        minimum = _product(flat.scale, flat.offset, -middle, minimum=True)
-    for bits, type_ in dialect.symmetric.items():
-        if codes.grid.bits <= bits:
-            yield Form(replace(codes, grid=replace(codes.grid, bits=bits)), type_, minimum)
+        flat = replace(flat, offset=dense(exact))
+    flat = _even(row_blocks(flat))
+    if 0 < flat.block[1] < _NARROWEST:
+        return
+    bits, middle = flat.grid.bits, 0 if flat.grid.signed else 1 << (flat.grid.bits - 1)
+    bare = replace(flat, zero=None, offset=None)
+    if not flat.grid.signed and (minimum := _minimum(flat, 0)) is not None:
+        zero = dense(np.zeros(flat.scale.shape, np.uint8))
+        wide = next(((b, t) for b, t in sorted(dialect.asymmetric.items()) if bits <= b), None)
+        if wide is not None:
+            yield Form(replace(bare, grid=int_grid(wide[0], False), zero=zero), wide[1], minimum)
+    if (minimum := _minimum(flat, middle)) is not None:
+        for width, type_ in sorted(dialect.symmetric.items()):
+            if bits <= width:
+                yield Form(replace(_recentred(bare, middle), grid=int_grid(width, True)), type_, minimum)
 
 
 def _recentred(q: QTensor, middle: int) -> QTensor:
     def read(start: int, stop: int) -> NDArray[Any]:
         return (q.codes.read(start, stop).astype(np.int16) - middle).astype(np.int8)
 
-    codes = replace(q.codes, dtype="I8", read=read)
-    return replace(q, codes=codes, grid=replace(q.grid, signed=True), zero=None, offset=None)
+    return replace(q, codes=replace(q.codes, dtype="I8", read=read))
 
 
-def _product(scale: Any, side: Tensor, middle: int, *, minimum: bool = False) -> Tensor:
-    """(zero - middle) * scale, or minimum + middle * scale, per block in fp32."""
+def _minimum(q: QTensor, middle: int) -> Tensor | None:
+    """(zero - middle) * scale, or offset - middle * scale, per block; None where fp32 would round it."""
+    assert isinstance(q.scale, Tensor)
+    scale = regrid.numbers(q.scale).astype(np.float64)
+    if q.zero is not None:
+        wide = (regrid.numbers(q.zero).astype(np.float64) - middle) * scale
+        exact = True  # of 24 and of at most 24 bits
+    else:
+        assert isinstance(q.offset, Tensor)
+        offset, shift = regrid.numbers(q.offset).astype(np.float64), middle * scale
+        wide = offset - shift
+        exact = bool((offset - wide == shift).all() and (wide + shift == offset).all())
+    narrow = wide.astype(np.float32)
+    return dense(narrow) if exact and bool((narrow == wide).all()) else None
 
-    def read(start: int, stop: int) -> NDArray[Any]:
-        s = as_f32(scale.read(start, stop), scale.dtype)
-        z = as_f32(side.read(start, stop), side.dtype)
-        return z + np.float32(middle) * s if minimum else (z - np.float32(middle)) * s
 
-    return Tensor(side.shape, "F32", read, scale.origin, scale.files)
+def _with_factor(q: QTensor, dialect: Dialect) -> Iterator[Form]:
+    """The outer one of two scales, a number, taken out of the product: NVFP4's global scale, and one that divides (BitNet)."""
+    s, one = q.scale, np.ones((1,) * len(q.shape), np.float32)
+    if isinstance(s, Tensor):
+        if not q.divisor or s.size != 1:
+            return
+        inner, factor, divisor = replace(q, scale=dense(one), divisor=False), s, True
+    else:
+        if q.divisor or not isinstance(s.scale, Tensor) or s.scale.size != 1 or s.grid.kind != "float":
+            return
+        outer = s.scale
+        codes, grid = s.codes, s.grid
+        if s.zero is not None or s.offset is not None:
+            return
+
+        def read(start: int, stop: int) -> NDArray[Any]:
+            return grid_values(grid, codes.read(start, stop))
+
+        inner = replace(q, scale=Tensor(s.shape, "F32", read, s.origin, codes.files))
+        factor, divisor = outer, s.divisor
+    for form in _forms(inner, replace(dialect, minima=False)):
+        if form.factor is None:
+            yield replace(form, factor=factor, divisor=divisor)
 
 
 def _small_floats(q: QTensor, dialect: Dialect) -> Iterator[Form]:
@@ -365,7 +446,13 @@ def table_form(entry: Entry, dialect: Dialect, dtype: str) -> Held:
     q = entry.data
     if not isinstance(q, QTensor):
         return Held(None, plain(q.dtype, dtype))
-    wide = replace(dialect, symmetric={8: "INT8"}, asymmetric={8: "UINT8"}, small_floats=(), minima=False)
+    wide = replace(
+        dialect,
+        symmetric={8: "INT8"},
+        asymmetric={} if dialect.tensorrt else {8: "UINT8"},
+        small_floats=(),
+        minima=False,
+    )
     found = held(entry, wide, dtype)
     if found.form is None or found.form.order is not None:
         return Held(None, found.verdict)
@@ -385,8 +472,14 @@ def describe(form: Form) -> str:
     where = (
         "per tensor" if form.codes.block == (-1, -1) else "per row" if width == -1 else f"blocks of {width}"
     )
-    more = ", zero points" if form.codes.zero is not None else ", minima" if form.minimum is not None else ""
+    more = ", minima" if form.minimum is not None else ", zero points" if form.codes.zero is not None else ""
+    more += ", global scale" if form.factor is not None else ""
     return f"{form.type}, {where}{more}{', columns reordered' if form.order is not None else ''}"
+
+
+def kind_of(name: str) -> str:
+    """What a matrix is in every layer: "layers.3.attn.q" is "attn.q"."""
+    return ".".join(p for p in name.split(".") if not p.isdigit()).removeprefix("layers.")
 
 
 def numbers(side: Tensor) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import numpy as np
 from lconvert.archs import find
 from lconvert.archs.common import Loss
 from lconvert.errors import InputError
+from lconvert.validators import onnx_tier
 from lconvert.validators.logits import LEAST, windows
 from lconvert.validators.proof import Proof
 from lconvert.validators.runtimes.hf import encode
@@ -17,7 +18,9 @@ _FEW = 256
 
 def window(proof: Proof) -> int:
     """Tokens per window: as asked for, as the model has, and as far as the artifact is exact."""
-    limits = (loss.limit for loss in _losses(proof) if loss.limit)
+    limits = [loss.limit for loss in _losses(proof) if loss.limit]
+    if proof.graph is not None:
+        limits.append(onnx_tier.positions(proof.graph))
     return min(proof.options.context, proof.source.decoder.context, *limits)
 
 

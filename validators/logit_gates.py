@@ -7,6 +7,9 @@ from lconvert.validators import gates as gate_file
 from lconvert.validators import stored, tensors
 from lconvert.validators.proof import Proof
 
+#: Runtimes whose rounding is known by the dtype that they compute in.
+_BY_DTYPE = ("vllm", "transformers", "onnxruntime")
+
 
 def typical_bits(proof: Proof) -> float:
     """Bits per weight of the layers; by the file's size, where tensors are not read."""
@@ -32,7 +35,7 @@ def halves(proof: Proof, runtime: str) -> set[str]:
 
 def noise(proof: Proof, runtime: str, dtype: str) -> float:
     """Mean KLD that the runtime's own rounding may cost on the artifact's numbers."""
-    if proof.kind == "hf" and runtime in ("vllm", "transformers") and proof.artifact is not None:
+    if proof.kind in ("hf", "onnx") and runtime in _BY_DTYPE and proof.artifact is not None:
         return gate_file.folder_gate(proof.gates, dtype, _features(proof.artifact), floor(proof, runtime))
     return gate_file.fidelity_gate(proof.gates, runtime, typical_bits(proof))
 

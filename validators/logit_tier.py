@@ -245,7 +245,7 @@ class _Comparison:
                 )
             if p.exactly_carried:
                 gate = logit_gates.noise(p, self.name, self.dtype)
-            elif p.kind == "hf":  # both what the grid loses and what the runtime does
+            elif p.kind == "hf" or p.graph is not None:  # both what the grid loses and what the runtime does
                 gate += logit_gates.noise(p, self.name, self.dtype)
             if rival is not None and p.gates["cost_follows_stock"]:
                 gate = max(gate, rival.kld_mean * float(p.gates["relative"]["factor"]))

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
-from lconvert.validators.runtimes import Generation, Purpose, fits, short
+from lconvert.validators.runtimes import Generation, Purpose, fits, onnx_session, short
 
 _ACCURACY_LEVEL: Mapping[Purpose, str] = {"parity": "1", "speed": "4"}
 _ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"  # onnxruntime_session_options_config_keys.h
@@ -76,6 +76,9 @@ class OnnxRuntime:
         self._level = str(accuracy_level) if accuracy_level is not None else _ACCURACY_LEVEL[purpose]
         options = self._package.SessionOptions()
         options.add_session_config_entry(_ACCURACY_OPTION, self._level)
+        self._settings = onnx_session.settings(self._path, purpose)
+        for key, value in self._settings.items():
+            options.add_session_config_entry(key, value)
         options.log_severity_level = 3  # errors
         if threads:
             options.intra_op_num_threads = threads
@@ -90,6 +93,9 @@ class OnnxRuntime:
         self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
         self._check()
         vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
+        self._dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}.get(
+            next(o.type for o in self._session.get_outputs() if o.name == "logits"), "bfloat16"
+        )
         self._rows = batch_tokens or max(
             1, _ROWS_BYTES // (4 * (vocab if isinstance(vocab, int) else 1 << 18))
         )
@@ -192,6 +198,8 @@ class OnnxRuntime:
             "onnxruntime": str(self._package.__version__),
             "device": ", ".join(self._session.get_providers()),
             "accuracy_level": self._level,
+            "dtype": self._dtype,
+            **{key.removeprefix("session."): value for key, value in self._settings.items()},
             "threads": str(options.intra_op_num_threads or "all"),
             "kv_cache": "yes" if self._past else "no: every token runs the whole sequence",
         }

@@ -1,0 +1,163 @@
+"""What rounding an input to an ActSpec means, in torch and NumPy, and a transformers model whose linears do it: the oracle of graphs.
+
+Formulas are those of vLLM's kernels (see converters/onnx_activations.py), E4M3 is torch's cast, E2M1 a search in its table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lconvert.forward import Forward
+from lconvert.ir import E2M1, E4M3, E8M0, ActSpec, Model, QTensor, as_f32
+
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def number(t: Any) -> np.ndarray:
+    return as_f32(t.load(), t.dtype).reshape(-1)
+
+
+def fp8(x: np.ndarray) -> np.ndarray:
+    t = torch.from_numpy(np.ascontiguousarray(x)).clamp(-448, 448)
+    return t.to(torch.float8_e4m3fn).to(torch.float32).numpy()
+
+
+def fp4(x: np.ndarray) -> np.ndarray:
+    """Nearest value of E2M1; of two equally near ones the one whose code is even."""
+    distance = np.abs(np.abs(x)[..., None] - _FP4)
+    least = distance.min(-1, keepdims=True)
+    even_first = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+    at = even_first[np.argmax((distance == least)[..., even_first], -1)]
+    return np.copysign(_FP4[at], x).astype(np.float32)
+
+
+def _power_of_two(top: np.ndarray, a: ActSpec) -> np.ndarray:
+    """MXFP8: smallest with top <= 448 s (vLLM utils/mxfp8_utils.py); MXFP4: smallest with top < 7 s, by bits of the exponent."""
+    mantissa, exponent = np.frexp(np.maximum(top, np.float32(1e-30)))
+    if a.grid == E4M3:  # 448 = 0.875 * 2^9
+        return np.ldexp(np.float32(1), exponent - 9 + (mantissa > 0.875)).astype(np.float32)
+    return np.ldexp(np.float32(1), exponent - 3 + (mantissa >= 0.875)).astype(np.float32)
+
+
+def rounded(x: np.ndarray, a: ActSpec, powers: bool = False) -> np.ndarray:
+    """x (..., features) as its codes say it."""
+    one = np.float32
+    if a.per == "group" and a.dynamic:
+        k = x.shape[-1]
+        lack = -k % (a.group or k)
+        wide = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lack)]).reshape(*x.shape[:-1], -1, a.group)
+        return _rounded(wide, a, powers).reshape(*x.shape[:-1], -1)[..., :k].astype(one)
+    return _rounded(x, a, powers).astype(one)
+
+
+def _rounded(x: np.ndarray, a: ActSpec, powers: bool) -> np.ndarray:
+    one, static = np.float32, None if a.scale is None else number(a.scale)[0]
+    if static is not None and a.divisor and not a.dynamic:
+        static = one(1) / static
+    axis = None if a.per == "tensor" else -1
+    top = np.abs(x).max(axis=axis, keepdims=True)
+    if a.grid.kind == "int":
+        return _integers(x, a, top, static, axis)
+    cast = fp8 if a.grid == E4M3 else fp4
+    if not a.dynamic:
+        return cast(x / static) * static
+    if powers:
+        s = _power_of_two(top, a)
+        return cast(x / s) * s
+    s = top / one(448 if a.grid == E4M3 else 6)
+    if a.grid == E4M3:
+        s = np.maximum(s, one(1 / (448 * 512)))
+        s = s if static is None else np.minimum(s, static)
+    elif static is not None:
+        small = fp8(s * static if a.divisor else s / static)
+        small = np.where(small == 0, one(1), small)
+        s = small / static if a.divisor else small * static
+    else:
+        s = np.maximum(s, one(1e-30))
+    return cast(x / s) * s
+
+
+def _integers(x: np.ndarray, a: ActSpec, top: np.ndarray, static: Any, axis: Any) -> np.ndarray:
+    one, bits = np.float32, a.grid.bits
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if a.grid.signed else (0, (1 << bits) - 1)
+    zero = one(0) if a.zero is None else number(a.zero)[0]
+    if not a.dynamic:
+        s = static
+    elif a.grid.signed:
+        s = np.maximum(top / one(high), one(1e-30))
+    else:
+        most, least = np.maximum(x.max(axis, keepdims=True), 0), np.minimum(x.min(axis, keepdims=True), 0)
+        s = np.maximum((most - least) / one(high), one(1e-30))
+        zero = np.rint(-(least / s))
+    return (np.clip(np.rint(x / s) + zero, low, high) - zero) * s
+
+
+def powers_of(model: Model, role: str) -> bool:
+    e = model.entries[role]
+    a, q = e.activation, e.data
+    if a is None or a.per != "group" or not a.dynamic or a.scale is not None:
+        return False
+    return isinstance(q, QTensor) and isinstance(q.scale, QTensor) and q.scale.grid == E8M0
+
+
+class RoundedForward(Forward):
+    """transformers with weights out of a Model whose linears round their inputs, and whose cache is rounded where `kv` says so."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        for module, roles in self.linears():
+            e = model.entries.get(roles[0])
+            if e is not None and e.activation is not None and isinstance(e.data, QTensor):
+                module.register_forward_pre_hook(self._hook(e.activation, e, powers_of(model, roles[0])))
+        if model.kv is not None:
+            self._cache(model)
+
+    @staticmethod
+    def _hook(a: ActSpec, e: Any, powers: bool) -> Any:
+        param = None
+        if e.transform is not None and not e.transform.folded:
+            param = torch.from_numpy(as_f32(e.transform.param.load(), e.transform.param.dtype).copy())
+
+        def hook(module: Any, args: Any) -> Any:
+            x = args[0] if param is None else args[0] * param
+            y = torch.from_numpy(rounded(x.numpy(), a, powers))
+            return (y if param is None else y / param,)
+
+        return hook
+
+    def _cache(self, model: Model) -> None:
+        """Rounds what attention is handed as keys and values, after they were turned."""
+        from transformers.models.llama import modeling_llama as llama
+
+        assert model.kv is not None
+        kv, own = model.kv, llama.eager_attention_forward
+
+        def spec(a: ActSpec, layer: int) -> ActSpec:
+            from dataclasses import replace
+
+            from lconvert.ir import dense
+
+            n = None if a.scale is None else number(a.scale)
+            return a if n is None or n.size == 1 else replace(a, scale=dense(n[layer : layer + 1]))
+
+        def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, **more: Any) -> Any:
+            k = torch.from_numpy(rounded(k.numpy(), spec(kv.k, module.layer_idx)))
+            v = torch.from_numpy(rounded(v.numpy(), spec(kv.v, module.layer_idx)))
+            return own(module, q, k, v, mask, **more)
+
+        self._llama, self._own, self._attend = llama, own, attend
+
+    def logits(self, ids: list[int]) -> Any:
+        if not hasattr(self, "_attend"):
+            return super().logits(ids)
+        self._llama.eager_attention_forward = self._attend
+        try:
+            return super().logits(ids)
+        finally:
+            self._llama.eager_attention_forward = self._own
+
+
+__all__ = ["E2M1", "RoundedForward", "fp4", "fp8", "powers_of", "rounded"]
