@@ -16,6 +16,7 @@ import numpy as np
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.onnx_file import OnnxModel
 from lconvert.formats.onnx_graph import package
+from lconvert.plan import Item, Plan
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class View:
         try:
             inferred = onnx.shape_inference.infer_shapes(self.model.proto)
         except (
+            onnx.shape_inference.InferenceError,
             RuntimeError,
             ValueError,
-        ):  # a graph that ONNX itself cannot type: the parser says what is wrong with it
+        ):  # the parser says what is wrong
             inferred = self.model.proto
         g = inferred.graph
         return {v.name: v.type.tensor_type for v in (*g.input, *g.output, *g.value_info)}
@@ -268,6 +270,17 @@ def _found(view: View) -> list[Finding]:
     return [
         Finding(r.name, node, found, r.why, r.remedy) for r in RULES for node, found in dict(r.find(view)).items()
     ]  # fmt: skip
+
+
+def planned(plan: Plan) -> OnnxModel:
+    """The graph of a plan, whose small tensors are made when a rule asks for them."""
+    graph = next(f for f in plan.files if f.name.endswith(".onnx"))
+    proto = package().ModelProto.FromString(graph.head)
+
+    def maker(item: Item) -> Callable[[], bytes]:
+        return lambda: bytes(np.ascontiguousarray(item.produce(0, item.rows).data).tobytes())
+
+    return OnnxModel(proto, raw={item.name: maker(item) for item in plan.items()})
 
 
 def require(model: OnnxModel, sms: Sequence[int] = ()) -> None:

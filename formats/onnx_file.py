@@ -84,7 +84,9 @@ def read(path: str | Path) -> OnnxModel:
 def located(model: OnnxModel, tensor: Any) -> tuple[Path, int, int]:
     """File, offset and length of an external tensor."""
     assert model.path is not None
-    where = {e.key: e.value for e in tensor.external_data}
+    where = {
+        e.key: e.value if isinstance(e.value, str) else "" for e in tensor.external_data
+    }  # bytes: no UTF-8
     what, location = f"{model.name}: {tensor.name}", where.get("location", "")
     folder = model.path.parent.resolve()
     path = folder / location
