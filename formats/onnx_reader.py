@@ -27,7 +27,16 @@ _DTYPES: Mapping[str, Dtype] = {
     "FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "INT64": "I64", "INT32": "I32", "INT8": "I8", "UINT8": "U8",
     "BOOL": "BOOL", "INT4": "I8", "UINT4": "U8", "UINT2": "U8", "FLOAT4E2M1": "U8", "FLOAT8E4M3FN": "U8",
 }  # fmt: skip
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "BOOL": "?"}
+_NUMPY = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
 #: Where small constants keep their numbers, by type, if not as raw bytes.
 _FIELDS = {"FLOAT": "float_data", "INT64": "int64_data"}
 _MOST = 1 << 40  # elements
@@ -118,13 +127,10 @@ def read(path: Path) -> OnnxFile:
     return OnnxFile(path, proto, tensors)
 
 
-def attributes(node: Any) -> dict[str, Any]:
-    """Attributes of a node by name; InputError for one without a type."""
-    helper = package().helper
-    try:
-        return {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    except ValueError as e:
-        raise InputError(f"node {_short(node.name)}: an attribute cannot be read ({_short(e)})") from None
+def integers(node: Any) -> dict[str, int]:
+    """Attributes of a node that are whole numbers, by name."""
+    kind = package().AttributeProto.INT
+    return {a.name: int(a.i) for a in node.attribute if a.type == kind}
 
 
 def _short(text: object) -> str:

@@ -7,7 +7,6 @@ from lconvert.validators import gates as gate_file
 from lconvert.validators import stored, tensors
 from lconvert.validators.proof import Proof
 
-
 #: Runtimes whose rounding is known by the dtype that they compute in.
 _BY_DTYPE = ("vllm", "transformers", "onnxruntime")
 

@@ -117,7 +117,11 @@ def _shape(port: Any) -> tuple[int | str, ...]:
 def positions(found: Found) -> int:
     """How many positions the graph was made for."""
     text = found.file.metadata.get("positions", "")
-    return min(int(text), found.model.arch.context) if text.isdigit() else found.model.arch.context
+    return (
+        min(int(text), found.model.arch.context)
+        if text.isascii() and text.isdigit() and len(text) < 12
+        else found.model.arch.context
+    )
 
 
 def ropes(d: Decoder) -> list[Rope]:
@@ -129,7 +133,9 @@ def _rotary(proof: Proof, found: Found) -> Iterator[str]:
     several = ropes(found.model.arch)
     count = positions(found)
     if count < found.model.arch.context:
-        proof.notes.append(f"the graph ends at {count} of the model's {found.model.arch.context} positions, by choice")
+        proof.notes.append(
+            f"the graph ends at {count} of the model's {found.model.arch.context} positions, by choice"
+        )
     for i, rope in enumerate(several):
         for long in (False, True)[: 1 + (rope.scaling == "longrope")]:
             for kind, expected in zip(("cos", "sin"), rotary.tables(rope, count, long=long), strict=True):
@@ -139,7 +145,9 @@ def _rotary(proof: Proof, found: Found) -> Iterator[str]:
                     yield f"there is no {name}"
                 elif t.shape != expected.shape:
                     yield f"{name} has {t.shape} numbers, {count} positions want {expected.shape}"
-                elif (off := _off(t, expected)) > _TABLE[found.dtype] * max(1.0, float(np.abs(expected).max())):
+                elif (off := _off(t, expected)) > _TABLE[found.dtype] * max(
+                    1.0, float(np.abs(expected).max())
+                ):
                     yield f"{name} is off by up to {off:.2g}"
 
 
@@ -164,7 +172,9 @@ def independent(found: Found) -> tuple[list[str], float]:
             wrong.append(f"{proto.name}: the onnx package does not read it ({short(e)})")
             continue
         if tuple(theirs.shape) != own.shape:
-            wrong.append(f"{proto.name}: the onnx package sees the shape {theirs.shape}, lconvert {own.shape}")
+            wrong.append(
+                f"{proto.name}: the onnx package sees the shape {theirs.shape}, lconvert {own.shape}"
+            )
             continue
         worst = max(worst, _distance(own.load(), theirs))
     return wrong, worst

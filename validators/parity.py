@@ -17,7 +17,15 @@ from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import Model
 from lconvert.validators import baseline as earlier
-from lconvert.validators import evaluation_text, layers, logit_tier, onnx_tier, stored, token_tier, weight_tiers
+from lconvert.validators import (
+    evaluation_text,
+    layers,
+    logit_tier,
+    onnx_tier,
+    stored,
+    token_tier,
+    weight_tiers,
+)
 from lconvert.validators import gates as gate_file
 from lconvert.validators.logit_cache import default_folder, model_hash
 from lconvert.validators.proof import Options, Proof

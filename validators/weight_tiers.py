@@ -9,7 +9,16 @@ from typing import Any
 
 from lconvert.errors import InputError
 from lconvert.plan import manifest_path
-from lconvert.validators import carried, documents, onnx_tier, quantized_tier, structure, tensors, traits, vllm_config
+from lconvert.validators import (
+    carried,
+    documents,
+    onnx_tier,
+    quantized_tier,
+    structure,
+    tensors,
+    traits,
+    vllm_config,
+)
 from lconvert.validators.proof import Proof
 
 #: structure.manifest_hashes
