@@ -19,6 +19,7 @@ VERBS: Mapping[str, str] = {
     "hf-to-gguf": "Convert a checkpoint to GGUF (llama.cpp) and prove it.",
     "gguf-to-hf": "Convert a GGUF file back to a Hugging Face folder.",
     "hf-to-vllm": "Convert any source to a folder that vLLM serves.",
+    "hf-to-onnx": "Convert any source to an ONNX decoder for ONNX Runtime or TensorRT.",
     "hf-to-trtllm": "Convert any source to a folder that TensorRT-LLM serves.",
     "build-engine": "Build a TensorRT engine from an ONNX file or any source.",
     "triton-repo": "Write a model repository for Triton Inference Server.",
