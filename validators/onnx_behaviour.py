@@ -63,7 +63,7 @@ def _judge(proof: Proof, name: str, of: str, measure: Callable[[], float], gate:
 
 def _length(proof: Proof, most: int) -> int:
     """As many tokens as do not change the factors of longrope on the way, which depend on the longest position of a run."""
-    ropes = (layer.attention.rope for _, layer in proof.source.arch.each())
+    ropes = (layer.attention.rope for _, layer in proof.source.decoder.each())
     limits = [r.original_context for r in ropes if r is not None and r.scaling == "longrope"]
     return min([most, *limits])
 

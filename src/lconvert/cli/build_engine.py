@@ -137,7 +137,7 @@ def _context(source: str) -> int | None:
         return positions(onnx_file.read(source))
     import lconvert
 
-    return int(lconvert.read(source).arch.context)
+    return int(lconvert.read(source).decoder.context)
 
 
 def spans(sequence: str | None, past: str | None, context: int | None) -> tuple[Any, Any]:
