@@ -66,7 +66,7 @@ def absorb(model: Model) -> tuple[Model, list[str]]:
     """The same function with every g_idx absorbed that the graph allows, and what was done."""
     new: dict[str, Entry] = {}
     done = 0
-    for i, layer in model.arch.each():
+    for i, layer in model.decoder.each():
         if not isinstance(layer.mlp, Mlp):
             prefixes = [f"layers.{i}.moe.experts.{e}" for e in range(layer.mlp.experts)]
             prefixes.append(f"layers.{i}.moe.shared")

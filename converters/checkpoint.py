@@ -132,7 +132,7 @@ def _fp8_ranges(model: Model, held: list[Linear]) -> dict[str, float]:
         ):
             top = float(np.abs(numbers(q.scale)).max()) * (1 << (q.grid.bits - 1))
             tops |= dict.fromkeys(h.roles, power_of_two_above(top / 448))
-    for group in fused.groups(model.arch):
+    for group in fused.groups(model.decoder):
         found = [tops[r] for r in group if r in tops]
         tops |= {r: max(found) for r in group if r in tops}
     return tops
@@ -147,7 +147,7 @@ def _for_module(fmt: Writer, linear: Linear, ranges: Mapping[str, float]) -> Wri
 def _tied_head(model: Model) -> dict[str, Held]:
     """The head of a model that shares the embedding's weights: a linear module without a tensor, which stays plain."""
     heads = [n.hf.removesuffix(".weight") for n in find(model.arch.family).names if n.roles == ("head",)]
-    return dict.fromkeys(heads, Held(None)) if model.arch.tied else {}
+    return dict.fromkeys(heads, Held(None)) if model.decoder.tied else {}
 
 
 def _kv_items(model: Model, fmt: Writer, attention: Mapping[int, str]) -> Iterator[Item]:

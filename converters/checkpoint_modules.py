@@ -156,7 +156,7 @@ def _carried(ready: Lowered, options: Options) -> dict[str, Carried]:
         if role in ready.done and found.verdict.kind in ("exact", "widened"):
             found = replace(found, verdict=ready.done[role])
         out[role] = found
-    for group in fused.groups(model.arch):
+    for group in fused.groups(model.decoder):
         members = {r: out[r].held for r in group if r in out}
         if len(members) < 2 or any(out[r].verdict.kind == "refused" for r in members):
             continue

@@ -46,7 +46,7 @@ def _into_norm(model: Model, new: dict[str, Entry], i: int, layer: Layer) -> Non
         if first is None or any(p is None or not np.array_equal(p, first) for p in params):
             continue
         home = model.entries[f"layers.{i}.{norm}"]
-        offset = np.float32(model.arch.norm_offset)
+        offset = np.float32(model.decoder.norm_offset)
         product = (values(home.data) + offset) * first
         stored = dense((product - offset).astype(np.float32), "F32", home.data.origin)
         new[home.name] = replace(
@@ -127,7 +127,7 @@ def transforms(model: Model, *, norms_only: bool = False) -> Folded:
         return Folded(model)
     new: dict[str, Entry] = {}
     rounded: list[str] = []
-    for i, layer in model.arch.each():
+    for i, layer in model.decoder.each():
         _into_norm(model, new, i, layer)
         if norms_only:
             continue

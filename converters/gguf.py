@@ -190,7 +190,7 @@ def _generated(d: Decoder) -> list[Item]:
 
 def hyper(arch: Arch, model: Model) -> gguf_mixture.Hyper:
     """What llama-quantize's rules look at."""
-    d = model.arch
+    d = model.decoder
     a = d.default.attention
     experts = getattr(d.default.mlp, "experts", 0)
     kv_heads = a.kv_heads if a.mla is None else 1  # llama.cpp holds one key for all heads
@@ -224,7 +224,7 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
     tokenizer or trait that llama.cpp does not have.
     """
     model, said = without_extras(model)
-    d = model.arch
+    d = model.decoder
     arch = find(d.family)
     stored = {s.name: s for s in gguf_names.layout(arch, d)}
     generated = _generated(d)

@@ -45,7 +45,7 @@ _FLOATS = ("F32", "F16", "BF16")
 
 def _find_arch(file: gguf.GGUFFile, meta: Meta) -> Arch:
     experts = meta.number("expert_count", 0) > 0
-    known = [find(n) for n in arch_names()]
+    known = [arch for n in arch_names() if (arch := find(n)).gguf.arch]
     found = [a for a in known if a.gguf.arch == meta.arch]
     if not found:
         raise UnsupportedError(

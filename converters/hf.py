@@ -31,6 +31,8 @@ from lconvert.forward import hf_tensor
 from lconvert.ir import (
     DTYPE_SIZE,
     NUMPY_DTYPE,
+    Convnet,
+    Decoder,
     Entry,
     Model,
     QTensor,
@@ -169,7 +171,7 @@ def read(source: str | Path) -> Model:
     keys = Keys(config, str(folder / "config.json"))
     decoder = arch.traits(keys)
     inert = keys.finish()
-    # Only the class with a language-model head is the function that is converted and proved.
+    # Only the class with a head (of a language model, of a classifier) is the function that is converted and proved.
     classes = keys.items("architectures", str) or [arch.hf_class]
     if arch.hf_class not in classes:
         raise UnsupportedError(f"{keys.where}: architectures is {show(classes)}, expected {arch.hf_class}")
@@ -199,9 +201,10 @@ def read(source: str | Path) -> Model:
             where = f"{found[0].path.name}:{found[1].name}"
             pieces.setdefault(role, []).append((Entry(role, tensor), where))
     entries = {role: _entry(role, *zip(*found, strict=True)) for role, found in pieces.items()}
-    kv = None if scheme is None else hf_quantized.kv(scheme, decoder.layers, tensors)
+    layers = 0 if isinstance(decoder, Convnet) else decoder.layers
+    kv = None if scheme is None else hf_quantized.kv(scheme, layers, tensors)
     left = sorted(tensors)
-    if decoder.tied and "lm_head.weight" in tensors:
+    if isinstance(decoder, Decoder) and decoder.tied and "lm_head.weight" in tensors:
         _same_as_embedding(folder, tensors["lm_head.weight"], entries["embed"])
         left.remove("lm_head.weight")
         report.append("inert tensor: lm_head.weight (tied, equal to the embedding)")
@@ -209,7 +212,7 @@ def read(source: str | Path) -> Model:
         hit = dict.fromkeys(n for n in left if re.fullmatch(pattern, n))
         report += [f"inert tensor: {n}" for n in hit]
         left = [n for n in left if n not in hit]
-    beyond = _beyond(left, decoder.layers, arch.extra_layers(config))
+    beyond = _beyond(left, layers, arch.extra_layers(config))
     counts = Counter(beyond.values()).items()
     report += [f"inert tensors: model.layers.{i}.* ({n}, multi-token prediction)" for i, n in counts]
     left = [n for n in left if n not in beyond]

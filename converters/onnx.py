@@ -7,31 +7,39 @@ from dataclasses import dataclass
 import numpy as np
 
 from lconvert import __version__
-from lconvert.converters import hf
-from lconvert.converters.onnx_decoder import Builder, Shape, Weight, build
+from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder
+from lconvert.converters.onnx_decoder import Builder, Shape, Weight
+from lconvert.converters.onnx_measured import measured
 from lconvert.converters.onnx_weights import DIALECTS
 from lconvert.errors import OptionError
 from lconvert.formats.onnx_graph import Graph
-from lconvert.ir import Model
+from lconvert.ir import Convnet, Decoder, Encoder, Model
 from lconvert.plan import SIDE, FilePlan, Item, Plan, Slab, sources
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+#: What draws the graph of each kind of model.
+_BUILD = {Decoder: onnx_decoder.build, Encoder: onnx_encoder.build, Convnet: onnx_cnn.build}
 
 
 @dataclass(frozen=True)
 class Options:
-    """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out.
+    """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out. static_cache: they lie in a cache of fixed length (onnx_static.py).
     last_logit: logits of the last position alone. positions: rows of the rotary tables, None: the model's context. rounding: inputs and
     the cache are rounded where the model says so; without it the plan says what is left out."""
 
     dialect: str = "ort"
     dtype: str | None = None
     prefill_only: bool = False
+    static_cache: bool = False
     last_logit: bool = False
     positions: int | None = None
     rounding: bool = True
 
     def __post_init__(self) -> None:
+        if self.prefill_only and self.static_cache:
+            raise OptionError(
+                "a graph without keys and values has no cache: --prefill-only or --static-cache"
+            )
         if self.dialect not in DIALECTS:
             raise OptionError(f"dialect {self.dialect!r}; choose {', '.join(DIALECTS)}")
         if self.dtype not in (None, "F32", "F16", "BF16"):
@@ -41,21 +49,35 @@ class Options:
 
 
 def plan(model: Model, options: Options = Options(), original: Model | None = None) -> Plan:
-    """The folder of an ONNX decoder. Execute it into the folder.
+    """The folder of an ONNX model. Execute it into the folder.
 
     original: the model before passes, against which roundings are measured.
     """
     dtype = options.dtype or ("F32" if options.dialect == "ort" else "F16")
-    shape = Shape(not options.prefill_only, options.last_logit, options.positions, options.rounding)
-    made = build(model, DIALECTS[options.dialect], dtype, shape)
+    shape = Shape(
+        not options.prefill_only,
+        options.static_cache,
+        options.last_logit,
+        options.positions,
+        options.rounding,
+    )
+    if options.prefill_only or options.static_cache or options.last_logit:
+        assert model.decoder, "which has something to say to a model of another kind"
+    made = _BUILD[type(model.arch)](model, DIALECTS[options.dialect], dtype, shape)
     metadata = {
         "lconvert": __version__,
         "dialect": options.dialect,
         "source": model.name or model.source,
         "family": model.arch.family,
     }
+    if isinstance(model.arch, Decoder):
+        metadata["positions"] = str(options.positions or model.arch.context)
     graph = FilePlan(MODEL, head := made.graph.model(DATA, metadata), (), len(head))
-    files = (graph, _data(made.graph, made.weights), *hf.text_files(model, hf.config(model, dtype)))
+    files = (
+        graph,
+        _data(made.graph, made.weights, model, original),
+        *hf.text_files(model, hf.config(model, dtype)),
+    )
     said = {k: v for k, v in vars(options).items() if v}
     return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes, *advice(made)))
 
@@ -74,9 +96,9 @@ def advice(made: Builder) -> list[str]:
     return out
 
 
-def _data(graph: Graph, weights: list[Weight]) -> FilePlan:
+def _data(graph: Graph, weights: list[Weight], model: Model, original: Model | None) -> FilePlan:
     offsets = graph.layout()
-    items = [_item(w, offsets[w.made.name]) for w in weights]
+    items = [measured(_item(w, offsets[w.made.name]), model, original) for w in weights]
     return FilePlan(DATA, b"", tuple(items), offsets[""])
 
 

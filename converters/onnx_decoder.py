@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lconvert.converters import onnx_activations as activations
-from lconvert.converters import onnx_experts, regrid, rotary
+from lconvert.converters import onnx_experts, onnx_static, onnx_trt, regrid, rotary
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_weights import FLOATS, Dialect, Form, Held
 from lconvert.errors import UnsupportedError
@@ -37,10 +37,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Shape:
-    """What kind of graph: with keys and values (`cache`), logits of the last position alone, positions that tables hold, inputs and
-    keys and values rounded as the model says (`rounding`)."""
+    """What kind of graph: with keys and values (`cache`) that grow or lie in a cache of fixed length (`static`), logits of the last
+    position alone, positions that tables hold, inputs and keys and values rounded as the model says (`rounding`)."""
 
     cache: bool = True
+    static: bool = False
     last_logit: bool = False
     positions: int | None = None
     rounding: bool = True
@@ -162,8 +163,15 @@ class Builder:
             shape = g.op("Concat", g.op("Shape", x, end=-1), g.constant([groups, width]), axis=0)
             return str(g.op("ReduceSum", g.op("Reshape", x, shape), g.constant([self.rank]), keepdims=0))
 
+        found = g.once(("sums", x, groups), sums)
+        if self.dialect.tensorrt and not regrid.holds(minimum, self.dtype):
+            made = weights.transposed(role + ".minimum", minimum, "F32")
+            wide = g.op(
+                "MatMul", g.op("Cast", found, to=1), self._add(made, role, Verdict("exact"), side=True)
+            )
+            return onnx_trt.cast(self, wide)
         made = weights.transposed(role + ".minimum", minimum, self.dtype)
-        return str(g.op("MatMul", g.once(("sums", x, groups), sums), self._side(made, role, minimum)))
+        return str(g.op("MatMul", found, self._side(made, role, minimum)))
 
     def _side(self, made: Initializer, role: str, t: Tensor) -> str:
         """A side tensor in the graph's dtype, with what that does to it."""
@@ -174,6 +182,7 @@ class Builder:
         """The matrix (input, output) behind a DequantizeLinear."""
         g, q = self.graph, form.codes
         text = weights.describe(form)
+        number, dtype = ("FLOAT", "F32") if form.wide else (self.number_type, self.dtype)
         w = self._add(weights.codes(role, q.codes, form.type), role, found.verdict, text)
         inputs = [w]
         if isinstance(q.scale, QTensor):  # FP8 scales above a global one
@@ -181,12 +190,12 @@ class Builder:
             fine = self._add(
                 weights.codes(role + ".scale", q.scale.codes, "FLOAT8E4M3FN"), role, found.verdict, side=True
             )
-            coarse = g.constant(float(weights.numbers(q.scale.scale).reshape(-1)[0]), self.number_type)
+            coarse = g.constant(float(weights.numbers(q.scale.scale).reshape(-1)[0]), number)
             inputs.append(g.op("DequantizeLinear", fine, coarse, name="scales"))
         elif q.block == (-1, -1):
-            inputs.append(g.constant(float(weights.numbers(q.scale).reshape(-1)[0]), self.number_type))
+            inputs.append(g.constant(float(weights.numbers(q.scale).reshape(-1)[0]), number))
         else:
-            made = weights.transposed(role + ".scale", q.scale, self.dtype)
+            made = weights.transposed(role + ".scale", q.scale, dtype)
             inputs.append(
                 self._add(weights.flat(made) if q.block[1] == -1 else made, role, found.verdict, side=True)
             )
@@ -195,11 +204,11 @@ class Builder:
             inputs.append(
                 self._add(weights.flat(zero) if q.block[1] == -1 else zero, role, found.verdict, side=True)
             )
-        if q.block == (-1, -1):
-            return str(g.op("DequantizeLinear", *inputs))
+        where: dict[str, Any] = {"axis": 0, "block_size": q.block[1]}
         if q.block[1] == -1:
-            return str(g.op("DequantizeLinear", *inputs, axis=1))
-        return str(g.op("DequantizeLinear", *inputs, axis=0, block_size=q.block[1]))
+            where = {} if q.block == (-1, -1) else {"axis": 1}
+        matrix = str(g.op("DequantizeLinear", *inputs, **where))
+        return onnx_trt.cast(self, matrix) if form.wide else matrix
 
     def _quantized(self, x: str, entry: Entry) -> str:
         """The input after rounding, where the entry's activations are quantized."""
@@ -210,6 +219,8 @@ class Builder:
 
     def rounded(self, x: str, a: ActSpec, what: str, powers: bool = False) -> str:
         """x as `a` rounds it; where the graph leaves that out, a note says so."""
+        if self.dialect.tensorrt and self.shape.rounding:
+            return self.graph.once(("rounded", x, _key(a)), lambda: onnx_trt.quantized_input(self, x, a))
         why = activations.reason(a, self, powers) if self.shape.rounding else "asked for"
         if why:
             self.notes[
@@ -223,12 +234,12 @@ class Builder:
     # --- parts of a layer ----------------------------------------------------------------------------------
 
     def norm(self, x: str, role: str) -> str:
-        d = self.model.arch
+        d = self.model.decoder
         with self.graph.scope(role.rpartition(".")[2]):
             return self.normed(x, role, d.norm_eps, d.norm)
 
     def normed(self, x: str, role: str, eps: float, kind: str) -> str:
-        g, d = self.graph, self.model.arch
+        g, d = self.graph, self.model.decoder
         w = self.vector(role, d.norm_offset)
         if kind == "rms":
             return str(g.op("RMSNormalization", x, w, axis=-1, epsilon=eps))
@@ -237,7 +248,7 @@ class Builder:
 
     def head_norm(self, x: str, role: str, a: Attention) -> str:
         """qk_norm of (batch, sequence, heads, width); `full` acts on all heads together, before they are cut."""
-        g, d = self.graph, self.model.arch
+        g, d = self.graph, self.model.decoder
         if a.qk_norm != "per_head":
             return self.normed(x, role, d.norm_eps, d.norm)
         kind = "RMSNormalization" if d.norm == "rms" else "LayerNormalization"
@@ -298,11 +309,14 @@ class Builder:
         """
         g = self.graph
 
-        def made() -> str:
+        def places() -> tuple[str, str]:
             past, total = self.lengths()
             one = g.constant(1)
             columns = g.op("Unsqueeze", g.op("Range", g.constant(0), total, one), g.constant([0]))
-            rows = g.op("Unsqueeze", g.op("Range", past, total, one), g.constant([1]))
+            return g.op("Unsqueeze", g.op("Range", past, total, one), g.constant([1])), columns
+
+        def made() -> str:
+            rows, columns = onnx_static.rows_and_columns(self) if self.shape.static else places()
             seen = g.op("LessOrEqual", columns, rows)
             if window is not None:
                 near = g.op("Less", g.op("Sub", rows, columns), g.constant(window))
@@ -320,7 +334,7 @@ class Builder:
     def rotary(self, rope: Rope) -> tuple[str, str]:
         """cos and sin of the tokens' positions, (batch, sequence, dim / 2)."""
         g = self.graph
-        positions = self.shape.positions or self.model.arch.context
+        positions = self.shape.positions or self.model.decoder.context
 
         def of(which: int, long: bool) -> str:
             name = f"rotary.{('cos', 'sin')[which]}{'.long' if long else ''}"
@@ -355,6 +369,10 @@ class Builder:
         """x (batch, heads, sequence, width) with its first rope.dim dimensions turned."""
         if rope is None:
             return x
+        if self.dialect.tensorrt and rope.layout == "interleaved":
+            x, turning = onnx_trt.halves(self, x, rope, width)
+        else:
+            turning = rope
         cos, sin = self.rotary(rope)
         return str(
             self.graph.op(
@@ -362,7 +380,7 @@ class Builder:
                 x,
                 cos,
                 sin,
-                interleaved=int(rope.layout == "interleaved"),
+                interleaved=int(turning.layout == "interleaved"),
                 rotary_embedding_dim=rope.dim if rope.dim != width else None,
             )
         )
@@ -377,7 +395,7 @@ def _key(a: ActSpec) -> Any:
 def _suffix(b: Builder, rope: Rope) -> str:
     """Tables of a second rope get a number."""
     ropes = list(
-        dict.fromkeys(layer.attention.rope for _, layer in b.model.arch.each() if layer.attention.rope)
+        dict.fromkeys(layer.attention.rope for _, layer in b.model.decoder.each() if layer.attention.rope)
     )
     return f".{ropes.index(rope)}" if len(ropes) > 1 else ""
 
@@ -466,12 +484,16 @@ def cached(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str, str]:
     out = []
     for side, new in (("key", k), ("value", v)):
         width = a.mla.v_dim if a.mla is not None and side == "value" else a.head_dim
+        before, after = (onnx_static.CAPACITY,) * 2 if b.shape.static else ("past", "total")
         past = b.graph.input(
-            f"past_key_values.{i}.{side}", b.number_type, ("batch", a.kv_heads, "past", width)
+            f"past_key_values.{i}.{side}", b.number_type, ("batch", a.kv_heads, before, width)
         )
         name = f"present.{i}.{side}"
-        out.append(b.graph.op("Concat", past, new, axis=2, name=side, output=name))
-        b.graph.output(name, b.number_type, ("batch", a.kv_heads, "total", width))
+        if b.shape.static:
+            out.append(onnx_static.written(b, past, new, name))
+        else:
+            out.append(b.graph.op("Concat", past, new, axis=2, name=side, output=name))
+        b.graph.output(name, b.number_type, ("batch", a.kv_heads, after, width))
     return out[0], out[1]
 
 
@@ -487,7 +509,7 @@ def rounded_cache(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str
     out = []
     for x, side, name in ((k, spec.k, "keys"), (v, spec.v, "values")):
         with b.ranked(4):
-            made = b.rounded(x, of_layer(side, i, b.model.arch.layers), name)
+            made = b.rounded(x, of_layer(side, i, b.model.decoder.layers), name)
         if made != x:
             b.notes[f"{name} are rounded to {activations.text(side)} and held in {b.dtype}"] = None
         out.append(made)
@@ -504,7 +526,7 @@ def of_layer(a: ActSpec, i: int, layers: int) -> ActSpec:
 def attend(b: Builder, q: str, k: str, v: str, a: Attention) -> str:
     """softmax(q k^T scale + mask) v, heads of keys shared by groups of queries."""
     mask = b.mask(a.window)
-    if a.softcap is None:
+    if a.softcap is None and (not b.dialect.tensorrt or onnx_trt.fused(a)):
         return str(b.graph.op("Attention", q, k, v, mask, scale=a.scale))
     return str(b.graph.op("MatMul", b.graph.op("Softmax", _scores(b, q, k, a), axis=-1), repeated(b, v, a)))
 
@@ -559,7 +581,7 @@ def feed_forward(b: Builder, x: str, i: int, layer: Layer) -> str:
 
 def block(b: Builder, x: str, i: int, layer: Layer) -> str:
     """One decoder layer: attention and MLP with norms where the block has them."""
-    g, d, p = b.graph, b.model.arch, f"layers.{i}."
+    g, d, p = b.graph, b.model.decoder, f"layers.{i}."
 
     def branch(kind: str, y: str, normed: bool, post: str = "") -> str:
         with g.scope(kind):
@@ -582,7 +604,7 @@ def block(b: Builder, x: str, i: int, layer: Layer) -> str:
 
 def embedded(b: Builder) -> str:
     """Rows of the embedding table, and of learned positions."""
-    g, d = b.graph, b.model.arch
+    g, d = b.graph, b.model.decoder
     with g.scope("embed"):
         x = weights_rows(b, "embed", "input_ids")
         if d.embed_scale != 1:
@@ -599,6 +621,8 @@ def weights_rows(b: Builder, role: str, ids: str) -> str:
     if found.form is None:
         made = weights.rows(role, entry, b.dtype)
         return str(g.op("Gather", b._add(made, role, found.verdict), ids))
+    if b.dialect.tensorrt:
+        return onnx_trt.quantized_rows(b, role, found, ids)
     q = found.form.codes
     parts = [
         g.op(
@@ -626,7 +650,7 @@ def weights_rows(b: Builder, role: str, ids: str) -> str:
 
 def logits(b: Builder, x: str) -> None:
     """The head: hidden states to logits, the graph's first output."""
-    g, d = b.graph, b.model.arch
+    g, d = b.graph, b.model.decoder
     x = b.norm(x, "norm")
     if b.shape.last_logit:
         x = g.op("Gather", x, g.constant([-1]), axis=1, name="last")
@@ -647,7 +671,7 @@ def logits(b: Builder, x: str) -> None:
 
 
 def head(b: Builder, x: str, output: str) -> str:
-    d, g = b.model.arch, b.graph
+    d, g = b.model.decoder, b.graph
     if not d.tied:
         return b.linear(x, "head", output)
     entry = b.model.entries["embed"]
@@ -674,9 +698,12 @@ def head(b: Builder, x: str, output: str) -> str:
 def build(model: Model, dialect: Dialect, dtype: str, shape: Shape = Shape()) -> Builder:
     """The whole graph of a decoder. Raises UnsupportedError naming a trait that has no graph."""
     b = Builder(model, dialect, dtype, shape)
-    g, d = b.graph, model.arch
-    for name, dim in (("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")):
+    g, d = b.graph, model.decoder
+    seen = onnx_static.CAPACITY if shape.static else "total"
+    for name, dim in (("input_ids", "sequence"), ("attention_mask", seen), ("position_ids", "sequence")):
         g.input(name, "INT64", ("batch", dim))
+    if shape.static:
+        g.input(onnx_static.POSITION, "INT64", ("batch",))
     g.output("logits", b.number_type, ("batch", 1 if shape.last_logit else "sequence", d.vocab))
     x = embedded(b)
     for i, layer in d.each():

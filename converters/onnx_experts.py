@@ -21,7 +21,7 @@ FLOAT = 1  # TensorProto.FLOAT
 
 def routed(b: Builder, x: str, prefix: str, m: Moe) -> str:
     """x (batch, sequence, hidden) through the experts that the router chooses for each token, and the shared one."""
-    rows = b.graph.op("Reshape", x, b.graph.constant([-1, b.model.arch.hidden]), name="tokens")
+    rows = b.graph.op("Reshape", x, b.graph.constant([-1, b.model.decoder.hidden]), name="tokens")
     with b.ranked(2):
         out = _mixed(b, rows, prefix, m)
     return str(b.graph.op("Reshape", out, b.graph.op("Shape", x), name="out"))

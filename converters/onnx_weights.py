@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert import kernels
-from lconvert.converters import act_order, regrid
+from lconvert.converters import act_order, onnx_trt, regrid
 from lconvert.formats.kept import Kept
 from lconvert.formats.onnx_graph import Initializer
 from lconvert.ir import E2M1, E4M3, UE4M3, Entry, QTensor, Tensor, as_f32, dense, int_grid, row_blocks
@@ -32,10 +32,10 @@ FLOATS: Mapping[str, str] = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16
 class Dialect:
     """What a consumer's graphs may hold.
 
-    symmetric, asymmetric: widths and their ONNX types, narrowest first. small_floats: FP8 and FP4 weights that it runs. scales: their
-    dtype, None for the graph's own. minima: whether a zero point or minimum that has no type becomes a second product. branches: operators whose
-    shapes depend on data (NonZero) are at hand. dynamic_inputs: scales of inputs may be found while the graph runs. nodes: FP8 inputs are
-    QuantizeLinear.
+    symmetric, asymmetric: widths and their ONNX types, narrowest first. small_floats: FP8 and FP4 weights that it runs. minima: whether
+    a zero point or minimum that has no type becomes a second product. branches: operators whose shapes depend on data (NonZero) are at
+    hand. dynamic_inputs: scales of inputs may be found while the graph runs. nodes: FP8 inputs are QuantizeLinear. tensorrt: rules of its
+    parser and builder apply (onnx_trt.py).
     """
 
     symmetric: Mapping[int, str]
@@ -45,6 +45,7 @@ class Dialect:
     branches: bool = True
     dynamic_inputs: bool = True
     nodes: bool = False
+    tensorrt: bool = False
 
 
 DIALECTS: Mapping[str, Dialect] = {
@@ -56,6 +57,7 @@ DIALECTS: Mapping[str, Dialect] = {
         branches=False,
         dynamic_inputs=False,
         nodes=True,
+        tensorrt=True,
     ),
 }
 
@@ -66,13 +68,14 @@ class Form:
 
     minimum: subtracted from the product, per block, shape of the scales. order: columns are taken in this order, and so must be
     the input's. factor: a number that the product is multiplied by, or divided where `divisor`: the outer scale of two whose product
-    fp32 would round.
+    fp32 would round. wide: scales stay in F32, and the matrix is cast to the graph's dtype.
     """
 
     codes: QTensor
     type: str
     minimum: Tensor | None = None
     order: NDArray[np.int64] | None = None
+    wide: bool = False
     factor: Tensor | None = None
     divisor: bool = False
 
@@ -103,16 +106,25 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
         if order is None:
             return Held(None, _values(dtype, "its groups are of unequal sizes"))
         q = act_order.contiguous(q, order)
-    reasons = []
-    for form in _forms(q, dialect):
+    reasons, changed = [], False
+    found = list(_forms(q, dialect)) if dialect.tensorrt else _forms(q, dialect)
+    if isinstance(found, list) and found:
+        reasons.append("TensorRT takes no scales below zero")
+    for form in onnx_trt.legal(found, q) if isinstance(found, list) else found:
         sides = (form.minimum, form.factor)
-        if not _scales_fit(form, dtype) or not all(s is None or regrid.holds(s, dtype) for s in sides):
+        if isinstance(found, list):
+            if form.factor is not None:
+                continue
+            changed = not any(form is f for f in found)
+            form = replace(form, wide=not _scales_fit(form, dtype))
+        elif not _scales_fit(form, dtype) or not all(s is None or regrid.holds(s, dtype) for s in sides):
             reasons.append(f"scales that {dtype} does not hold")
             continue
         if form.factor is not None and dtype == "F16":
             reasons.append("a product without its global scale is beyond F16")
             continue
-        return Held(replace(form, order=order), Verdict("exact" if _same(q, form) else "widened"))
+        exact = _same(q, form) and not changed
+        return Held(replace(form, order=order), Verdict("exact" if exact else "widened"))
     return Held(None, _values(dtype, reasons[0] if reasons else "no type of ONNX has this grid"))
 
 
@@ -149,6 +161,7 @@ def _forms(q: QTensor, dialect: Dialect) -> Iterator[Form]:
     if not regrid.is_plain(q):
         return
     yield from _small_floats(q, dialect)
+    yield from _one_scale(q, dialect)
     whole = regrid.integers(q)
     if whole is not None:
         whole = _even(row_blocks(whole))
@@ -162,6 +175,14 @@ def _forms(q: QTensor, dialect: Dialect) -> Iterator[Form]:
     if dialect.minima:
         yield from _with_minima(q, whole, dialect)
     yield from _with_factor(q, dialect)
+
+
+def _one_scale(q: QTensor, dialect: Dialect) -> Iterator[Form]:
+    """int8 with one scale for the whole matrix, as it is."""
+    plain = isinstance(q.scale, Tensor) and q.zero is None and q.offset is None and not q.divisor
+    int8 = q.grid.kind == "int" and q.grid.signed and q.grid.bits == 8
+    if plain and int8 and q.block == (-1, -1) and 8 in dialect.symmetric:
+        yield Form(q, dialect.symmetric[8])
 
 
 def _widths(dialect: Dialect) -> list[tuple[int, str]]:
@@ -425,7 +446,13 @@ def table_form(entry: Entry, dialect: Dialect, dtype: str) -> Held:
     q = entry.data
     if not isinstance(q, QTensor):
         return Held(None, plain(q.dtype, dtype))
-    wide = replace(dialect, symmetric={8: "INT8"}, asymmetric={8: "UINT8"}, small_floats=(), minima=False)
+    wide = replace(
+        dialect,
+        symmetric={8: "INT8"},
+        asymmetric={} if dialect.tensorrt else {8: "UINT8"},
+        small_floats=(),
+        minima=False,
+    )
     found = held(entry, wide, dtype)
     if found.form is None or found.form.order is not None:
         return Held(None, found.verdict)

@@ -3,7 +3,8 @@
 lcir.json, schema "lcir/1":
   schema      "lcir/1"; another number is refused by name
   lconvert    version that wrote it
-  arch        the Decoder's traits, field by field; `overrides` maps layer numbers to layers
+  arch        the Decoder's traits, field by field; `overrides` maps layer numbers to layers. An Encoder's have "kind": "encoder"
+              beside them, a Convnet is its config.json (archs/convnet.py)
   config, tokenizer, generation, name, report    as in the Model
   entries     canonical name -> node
   node        {"tensor": NAME}                   a dense array, stored under NAME
@@ -28,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert import __version__
-from lconvert.archs.common import F32_MAX, plausible
+from lconvert.archs import find
+from lconvert.archs.common import F32_MAX, Keys, plausible
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import safetensors
 from lconvert.formats.files import show
@@ -37,7 +39,9 @@ from lconvert.formats.scheme import Stored
 from lconvert.ir import (
     ActSpec,
     Attention,
+    Convnet,
     Decoder,
+    Encoder,
     Entry,
     Grid,
     KVSpec,
@@ -49,6 +53,7 @@ from lconvert.ir import (
     Rope,
     Tensor,
     Tokenizer,
+    Traits,
     Transform,
     as_f32,
 )
@@ -127,6 +132,15 @@ def _extras(entry: Entry, out: dict[str, Stored]) -> dict[str, Any]:
     return node
 
 
+def _described(traits: Traits) -> dict[str, Any]:
+    if isinstance(traits, Convnet):
+        return find(traits.family).config(traits)
+    out = dataclasses.asdict(traits)
+    if isinstance(traits, Encoder):
+        return {"kind": "encoder", **out}
+    return out | {"overrides": {str(i): o for i, o in out["overrides"].items()}}
+
+
 def describe(model: Model) -> tuple[dict[str, Any], dict[str, Stored]]:
     """lcir.json's content and the arrays to store by name, in order."""
     if any(not t.folded for t in model.transforms):
@@ -144,8 +158,7 @@ def describe(model: Model) -> tuple[dict[str, Any], dict[str, Stored]]:
             "residual_window": c.residual_window,
         }
         kv |= {"sinks": c.sinks, "pre_rope": c.pre_rope}
-    arch = dataclasses.asdict(model.arch)
-    arch["overrides"] = {str(i): o for i, o in arch["overrides"].items()}
+    arch = _described(model.arch)
     meta = {
         "schema": SCHEMA,
         "lconvert": __version__,
@@ -219,9 +232,19 @@ def _layer(data: Any, where: str) -> Layer:
     return layer
 
 
-def _arch(data: Any, where: str) -> Decoder:
+def _arch(data: Any, where: str) -> Traits:
+    if isinstance(data, dict) and data.get("model_type") == "convnet":
+        keys = Keys(data, f"{where}: arch")
+        made = find("convnet").traits(keys)
+        keys.finish()
+        return made
     if not isinstance(data, dict) or "default" not in data:
         raise InputError(f"{where}: the traits are missing")
+    if data.get("kind") == "encoder":
+        given = {k: v for k, v in data.items() if k != "kind"}
+        encoder = _build(Encoder, given, where, default=_layer(data["default"], where))
+        assert isinstance(encoder, Encoder)
+        return encoder
     listed = data.get("overrides", {})
     if not isinstance(listed, dict) or not all(i.isdecimal() and len(i) < 10 for i in listed):
         raise InputError(f"{where}: overrides must map layer numbers to layers")

@@ -35,6 +35,8 @@ BITS = {
 }
 #: Lowest opset whose DequantizeLinear takes a type, where it is above the graph's (onnx/docs/Changelog.md).
 _OPSETS = {"UINT2": 25}
+#: Opsets in which operators first appear, where they are above the graph's.
+_FIRST = {"TensorScatter": 24}
 #: External tensors of a page or more start at a page, so that they can be mapped (onnx/docs/ExternalData.md).
 PAGE = 4096
 _SMALL = 64
@@ -127,6 +129,7 @@ class Graph:
         own = self._name(self._scope + (name or kind.lower()))
         names = [output] if output else [own if i == 0 else f"{own}.{i}" for i in range(outputs)]
         kept = {k: v for k, v in attributes.items() if v is not None}
+        self.opset = max(self.opset, _FIRST.get(kind, 0))
         if domain:
             self._domains.setdefault(domain, 1)
         self._nodes.append(

@@ -1,6 +1,6 @@
 from typing import Any
 
-from numpy import float32, uint8
+from numpy import float32, int8, uint8
 from numpy.typing import NDArray
 
 def isas() -> list[str]: ...
@@ -38,4 +38,14 @@ def unpack_blocks(
     codes: NDArray[uint8],
     scale: NDArray[uint8],
     offset: NDArray[uint8] | None,
+) -> None: ...
+def group_extent(x: NDArray[float32], group: int, low: NDArray[float32], high: NDArray[float32]) -> bool: ...
+def round_groups(
+    x: NDArray[float32],
+    group: int,
+    scale: NDArray[float32],
+    zero: NDArray[float32] | None,
+    least: float,
+    most: float,
+    codes: NDArray[int8],
 ) -> None: ...

@@ -23,6 +23,7 @@
 namespace nb = nanobind;
 
 void bind_packing(nb::module_& m);  // packing.cpp
+void bind_rounding(nb::module_& m);
 
 namespace {
 
@@ -184,4 +185,5 @@ NB_MODULE(_native, m) {
     m.def("dequantize", &dequantize, nb::arg("isa"), nb::arg("type"), nb::arg("blocks"), nb::arg("out"),
           "Fills out (rows, cols) with the values of blocks (rows, row_bytes).");
     bind_packing(m);
+    bind_rounding(m);
 }

@@ -146,3 +146,36 @@ def test_rotary_tables_are_bounded_by_an_option(tmp_path: Path) -> None:
     assert rope is not None and set(shapes.values()) == {(100, rope.dim // 2)}
     cos, sin = rotary.tables(rope, 100)
     assert np.allclose(cos**2 + sin**2, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gemma2-alternating", "deepseek_v2-lite"])
+def test_a_cache_of_fixed_length(name: str, tmp_path: Path) -> None:
+    """Two sequences of different lengths in one batch, each at its own place in the cache; what is beyond it is never seen."""
+    model = lconvert.read(case_models.folder(name))
+    session = Session(exported(model, tmp_path / "m", static_cache=True)).session
+    capacity, chunks = 96, (40, 1, 7, 1)
+    ids = [tokens(model, sum(chunks), seed=s) for s in (1, 2)]
+    rng = np.random.default_rng(0)
+    past = {
+        i.name: rng.standard_normal((2, i.shape[1], capacity, i.shape[3])).astype(np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past")
+    }
+    starts = np.array([0, 0])
+    seen: list[list[Any]] = [[], []]
+    names = [o.name for o in session.get_outputs()]
+    mask = np.ones((2, capacity), np.int64)
+    for at, n in zip(np.cumsum((0, *chunks)), chunks, strict=False):
+        feed: dict[str, Any] = {
+            "input_ids": np.array([row[at : at + n] for row in ids]),
+            "position_ids": starts[:, None] + np.arange(n),
+            "cache_position": starts,
+            "attention_mask": mask,
+        }
+        out = session.run(names, feed | past)
+        past = {k.replace("present", "past_key_values"): v for k, v in zip(names[1:], out[1:], strict=True)}
+        starts = starts + n
+        for row, logits in zip(seen, out[0], strict=True):
+            row.append(logits)
+    for row, one in zip(ids, seen, strict=True):
+        assert np.abs(np.concatenate(one) - Forward(model).logits(row)).max() < CLOSE

@@ -38,11 +38,13 @@ def is_quantized(model: Model) -> bool:
 
 
 def expected(source: Model, artifact: Model, kind: str) -> Model:
-    """The source restated for this kind of artifact: gguf, lcir or hf. What the artifact still states stays as it is."""
+    """The source restated for this kind of artifact: gguf, lcir, onnx or hf. What the artifact still states stays as it is."""
     if not is_quantized(source):
         return source
     if kind == "gguf":
         return gguf.without_extras(source)[0]
+    if kind == "onnx":  # scales of inputs are in the graph, or in plain values; so are orders of columns
+        return _materialized(source, artifact)
     entries = artifact.entries.values()
     if not any(isinstance(e.data, QTensor) for e in entries):
         return fold.materialized(source)[0]

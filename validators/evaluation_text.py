@@ -7,6 +7,7 @@ import numpy as np
 from lconvert.archs import find
 from lconvert.archs.common import Loss
 from lconvert.errors import InputError
+from lconvert.validators import onnx_tier
 from lconvert.validators.logits import LEAST, windows
 from lconvert.validators.proof import Proof
 from lconvert.validators.runtimes.hf import encode
@@ -17,8 +18,10 @@ _FEW = 256
 
 def window(proof: Proof) -> int:
     """Tokens per window: as asked for, as the model has, and as far as the artifact is exact."""
-    limits = (loss.limit for loss in _losses(proof) if loss.limit)
-    return min(proof.options.context, proof.source.arch.context, *limits)
+    limits = [loss.limit for loss in _losses(proof) if loss.limit]
+    if proof.graph is not None:
+        limits.append(onnx_tier.positions(proof.graph))
+    return min(proof.options.context, proof.source.decoder.context, *limits)
 
 
 def shown(proof: Proof, context: int) -> list[list[int]]:
@@ -42,7 +45,7 @@ def shown(proof: Proof, context: int) -> list[list[int]]:
 
 def _losses(proof: Proof) -> tuple[Loss, ...]:
     """What the artifact's format lacks of the source's traits."""
-    d = proof.source.arch
+    d = proof.source.decoder
     return find(d.family).gguf.losses(d) if proof.kind == "gguf" else ()
 
 
@@ -59,7 +62,7 @@ def token_ids(proof: Proof) -> list[int]:
     """Ids of the evaluation text."""
     if proof.tokenizer is None:
         proof.notes.append("no tokenizer: logits are compared on random token ids")
-        return [int(i) for i in np.random.default_rng(0).integers(0, proof.source.arch.vocab, 4096)]
+        return [int(i) for i in np.random.default_rng(0).integers(0, proof.source.decoder.vocab, 4096)]
     return encode(proof.tokenizer, proof.corpus, special=True)
 
 

@@ -111,14 +111,14 @@ def compare(
     which the artifact is exact (`Loss.limit`). Raises InputError for models of different shape.
     """
     same_shapes(original, artifact)
-    losses = find(original.arch.family).gguf.losses(original.arch) if _is_gguf(artifact) else ()
+    losses = find(original.arch.family).gguf.losses(original.decoder) if _is_gguf(artifact) else ()
     candidate = _runnable(original, artifact, losses)
     ids = ids[: min((loss.limit for loss in losses if loss.limit), default=None)]
     if not ids:
         raise InputError("no tokens to compare layers on")
     expected = original.with_entries(dict(_rounded(original, artifact)))
     with tempfile.TemporaryDirectory(prefix="lconvert-") as folder:
-        shape = (original.arch.layers + 1, len(ids), original.arch.hidden)
+        shape = (original.decoder.layers + 1, len(ids), original.decoder.hidden)
         states = np.lib.format.open_memmap(Path(folder, "states.npy"), "w+", np.float32, shape)
         logits = _record(Forward(original), ids, states, progress)
         gc.collect()  # a Forward and its hooks refer to each other; its embedding and head would stay
@@ -149,7 +149,7 @@ def compare(
         reference=str(original.source),
         tokens=len(ids),
         layers=tuple(layers),
-        differences=tuple(_unaccepted(differences(original.arch, artifact.arch), losses)),
+        differences=tuple(_unaccepted(differences(original.decoder, artifact.decoder), losses)),
         notes=tuple(f"{loss.name}: {loss.reason}" for loss in losses),
     )
 
@@ -159,8 +159,8 @@ def _runnable(original: Model, artifact: Model, losses: tuple[Loss, ...]) -> Mod
     as the original's, or every layer would be named for it."""
     if all(loss.cost is None for loss in losses):
         return artifact
-    activation = original.arch.default.mlp.activation
-    arch = map_layers(artifact.arch, lambda x: replace(x, mlp=replace(x.mlp, activation=activation)))
+    activation = original.decoder.default.mlp.activation
+    arch = map_layers(artifact.decoder, lambda x: replace(x, mlp=replace(x.mlp, activation=activation)))
     return replace(artifact, arch=arch, config=find(arch.family).config(arch))
 
 
@@ -351,7 +351,7 @@ _PARTS: Mapping[int | str, tuple[str, ...]] = {
 
 def _suspects(original: Model, artifact: Model, expected: Model, layer: int | str) -> Iterator[str]:
     """Roles of a layer whose weights differ by more than the same rounding of the original's does."""
-    tied = ("embed",) if layer == "head" and original.arch.tied else ()
+    tied = ("embed",) if layer == "head" and original.decoder.tied else ()
     for role, entry in artifact.entries.items():
         if role not in (*_PARTS.get(layer, ()), *tied) and not role.startswith(f"layers.{layer}."):
             continue

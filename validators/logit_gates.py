@@ -7,6 +7,9 @@ from lconvert.validators import gates as gate_file
 from lconvert.validators import stored, tensors
 from lconvert.validators.proof import Proof
 
+#: Runtimes whose rounding is known by the dtype that they compute in.
+_BY_DTYPE = ("vllm", "transformers", "onnxruntime")
+
 
 def typical_bits(proof: Proof) -> float:
     """Bits per weight of the layers; by the file's size, where tensors are not read."""
@@ -18,7 +21,7 @@ def typical_bits(proof: Proof) -> float:
 
 def floor(proof: Proof, runtime: str) -> float:
     """Mean KLD that the runtime may cost where no weight is rounded."""
-    least = gate_file.float_gate(proof.gates, proof.source.arch.default.mlp.activation, runtime)
+    least = gate_file.float_gate(proof.gates, proof.source.decoder.default.mlp.activation, runtime)
     return max([least, *(float(proof.gates["float_halves"][d]) for d in halves(proof, runtime))])
 
 
@@ -32,7 +35,7 @@ def halves(proof: Proof, runtime: str) -> set[str]:
 
 def noise(proof: Proof, runtime: str, dtype: str) -> float:
     """Mean KLD that the runtime's own rounding may cost on the artifact's numbers."""
-    if proof.kind == "hf" and runtime in ("vllm", "transformers") and proof.artifact is not None:
+    if proof.kind in ("hf", "onnx") and runtime in _BY_DTYPE and proof.artifact is not None:
         return gate_file.folder_gate(proof.gates, dtype, _features(proof.artifact), floor(proof, runtime))
     return gate_file.fidelity_gate(proof.gates, runtime, typical_bits(proof))
 

@@ -19,13 +19,14 @@ from lconvert.errors import InputError, RuntimeFailure
 from lconvert.executor import execute
 from lconvert.ir import Model, QTensor
 from lconvert.validators import gates as gate_file
-from lconvert.validators import greedy, logit_gates, stock, stored
+from lconvert.validators import greedy, logit_gates, onnx_behaviour, stock, stored
 from lconvert.validators.evaluation_text import shown, window
 from lconvert.validators.logits import Logits, LogitStats, compare, paired
 from lconvert.validators.proof import Proof
 from lconvert.validators.reference import Reference
 from lconvert.validators.runtimes import Purpose, Runtime, llamacpp, open_runtime
 from lconvert.validators.runtimes.config import settings
+from lconvert.validators.runtimes.onnxruntime import OnnxRuntime
 
 #: Largest temporary file for the check of the graph with F32 weights, and largest model given to the stock encoder.
 _GRAPH_LIMIT = 8 << 30
@@ -65,9 +66,12 @@ def _run_in(proof: Proof, reference: Reference, name: str, texts: list[list[int]
     try:
         proof.guarded("logits", f"logits in {name}", work.run, runtime=name)
     except _NoKernel as e:
-        proof.not_proven.append(
-            f"logits in {name}: {e}; it needs a GPU that has them (--python vllm=PATH there)"
+        where = (
+            f"a GPU that has them (--python {name}=PATH there)"
+            if name == "vllm"
+            else "another provider or engine"
         )
+        proof.not_proven.append(f"logits in {name}: {e}; it needs {where}")
         proof.missing_required |= name in proof.options.require
         if proof.substitute and not proof.options.runtimes:
             _instead(proof, reference, proof.substitute, texts, context)
@@ -80,6 +84,10 @@ def _instead(proof: Proof, reference: Reference, name: str, texts: list[list[int
         proof.guarded("logits", f"logits in {name}", work.run, runtime=name)
     except InputError as e:
         proof.not_proven.append(f"logits in {name}: {e}")
+
+
+#: What ONNX Runtime says of types that its CPU provider does not multiply: BF16, FP4.
+_NO_OPERATOR = "NOT_IMPLEMENTED"
 
 
 class _NoKernel(Exception):
@@ -168,6 +176,8 @@ class _Comparison:
             if made is not None:
                 self._relative(cost, stats["reference", "stock"], made)
             self._greedy(candidate)
+            if isinstance(candidate, OnnxRuntime):
+                onnx_behaviour.run(p, candidate, self.texts, self.dtype)
             if self.name in _SERVED:
                 self._served(stack)
             if encoder is not None and p.options.curve:
@@ -176,8 +186,11 @@ class _Comparison:
             self._graph(own)
 
     def _explained(self, e: Exception) -> None:
-        """_NoKernel for a failure of vLLM that is the machine's."""
+        """_NoKernel for a failure of vLLM, or of ONNX Runtime's CPU provider, that is the machine's."""
         text = str(e)
+        if self.name == "onnxruntime" and self.proof.graph is not None and _NO_OPERATOR in text:
+            reason = text[text.index(_NO_OPERATOR) :].partition(". ")[0].rstrip(")")
+            raise _NoKernel(f"its CPU provider has no kernel for these types ({reason})") from None
         known = _NO_KERNEL if self.proof.options.runtimes else (*_NO_KERNEL, *_NO_LOADER)
         if self.name == "vllm" and self.proof.quantized and any(part in text for part in known):
             reason = next((line for line in text.splitlines() if any(p in line for p in known)), text)
@@ -245,7 +258,7 @@ class _Comparison:
                 )
             if p.exactly_carried:
                 gate = logit_gates.noise(p, self.name, self.dtype)
-            elif p.kind == "hf":  # both what the grid loses and what the runtime does
+            elif p.kind == "hf" or p.graph is not None:  # both what the grid loses and what the runtime does
                 gate += logit_gates.noise(p, self.name, self.dtype)
             if rival is not None and p.gates["cost_follows_stock"]:
                 gate = max(gate, rival.kld_mean * float(p.gates["relative"]["factor"]))
@@ -405,19 +418,19 @@ class _Comparison:
             )
             return
         p.progress("graph")
-        options = stock.options(p.artifact.arch, "F32")
+        options = stock.options(p.artifact.decoder, "F32")
         with tempfile.TemporaryDirectory(prefix="lconvert-") as folder, ExitStack() as stack:
             wide = execute(gguf.plan(p.artifact, "f32.gguf", options), Path(folder)).paths[0]
             runtime = self._opened(stack, "llama.cpp", wide)
             models = {"own": own.logits, "wide": runtime.logits}
             stats = compare(models, [("own", "wide")], self.texts[:2])["own", "wide"]
         self._record("graph", stats, "the artifact's numbers in fp32", "the artifact's numbers as F32 blocks")
-        gate = gate_file.float_gate(p.gates, p.source.arch.default.mlp.activation, "llama.cpp")
+        gate = gate_file.float_gate(p.gates, p.source.decoder.default.mlp.activation, "llama.cpp")
         value = f"mean {stats.kld_mean:.2e}  max {stats.kld_max:.2e}"
         self._add("graph with F32 weights", value, f"mean <= {gate:.1e}", stats.kld_mean, gate)
 
 
 def dequantized(source: Model, artifact: Model) -> Model:
     """The artifact's numbers in the source's architecture and configuration."""
-    arch = replace(source.arch, norm_offset=artifact.arch.norm_offset)
+    arch = replace(source.decoder, norm_offset=artifact.decoder.norm_offset)
     return replace(artifact, arch=arch, config=source.config)

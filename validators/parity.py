@@ -17,12 +17,20 @@ from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import Model
 from lconvert.validators import baseline as earlier
-from lconvert.validators import evaluation_text, layers, logit_tier, stored, token_tier, weight_tiers
+from lconvert.validators import (
+    evaluation_text,
+    layers,
+    logit_tier,
+    onnx_tier,
+    stored,
+    token_tier,
+    weight_tiers,
+)
 from lconvert.validators import gates as gate_file
 from lconvert.validators.logit_cache import default_folder, model_hash
 from lconvert.validators.proof import Options, Proof
 from lconvert.validators.report import OPTIONAL_TIERS, TIERS, Check, Report
-from lconvert.validators.runtimes import RUNTIMES, kind
+from lconvert.validators.runtimes import RUNTIMES, graph, kind
 from lconvert.validators.traits import same_shapes
 
 __all__ = ["TIERS", "Check", "Report", "validate"]
@@ -66,7 +74,7 @@ def validate(
         known = ", ".join((*TIERS, *OPTIONAL_TIERS))
         raise OptionError(f"unknown tier {', '.join(sorted(unknown))}; tiers: {known}")
     thresholds = gate_file.load(gates) if gates else gate_file.shipped()
-    path = Path(candidate)
+    path = graph(Path(candidate))
     what = kind(path)
     for name in runtimes:
         if name not in RUNTIMES:
@@ -76,9 +84,11 @@ def validate(
     old = None if baseline is None else earlier.load(baseline)
     progress("reading")
     source = read(reference)
+    onnx = onnx_tier.read(path) if what == "onnx" else None
     proof = Proof(
         source=source,
-        artifact=None if what == "onnx" else read(path),
+        artifact=read(path) if what != "onnx" else onnx.model if onnx else None,
+        graph=onnx,
         path=path,
         kind=what,
         gates=thresholds,
@@ -155,7 +165,7 @@ def _default(proof: Proof) -> str:
 def _describe(proof: Proof, reference: str | Path, manifest: Mapping[str, Any] | None) -> None:
     """What is compared with what, for the report."""
     source, options = proof.source, proof.options
-    d, text = source.arch, proof.corpus.encode()
+    d, text = source.decoder, proof.corpus.encode()
     proof.details |= {
         "reference": {
             "path": str(reference),
@@ -200,7 +210,7 @@ def _describe(proof: Proof, reference: str | Path, manifest: Mapping[str, Any] |
 def _layers(proof: Proof) -> None:
     """Hidden states after every layer, so that the first broken one has a name."""
     if proof.artifact is None:
-        proof.not_proven.append("layers: ONNX graphs are not read into the IR")
+        proof.not_proven.append("layers: only graphs that lconvert wrote are read into the IR")
         return
     proof.progress("layers")
     ids = evaluation_text.token_ids(proof)[: min(proof.options.context, 256)]

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lconvert.converters.onnx_source import Found
 from lconvert.errors import InputError, MissingPackageError, RuntimeFailure
 from lconvert.formats import gguf as container
 from lconvert.formats.json_object import read_object
@@ -46,7 +47,8 @@ class Options:
 
 @dataclass
 class Proof:
-    """What is known so far. `artifact` is None for formats that are not read into the IR. `sha256` hashes a file once."""
+    """What is known so far. `artifact` is None for formats that are not read into the IR, `graph` is where it came out of an ONNX
+    file. `sha256` hashes a file once."""
 
     source: Model
     artifact: Model | None
@@ -55,6 +57,7 @@ class Proof:
     gates: dict[str, Any]
     options: Options
     progress: Callable[[str], None]
+    graph: Found | None = None
     checks: list[Check] = field(default_factory=list)
     not_proven: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -131,7 +134,7 @@ class Proof:
     @cached_property
     def quantized(self) -> bool:
         """Whether the artifact holds tensors on a grid, or states that activations or caches are quantized."""
-        if self.kind == "onnx":
+        if self.kind == "onnx" and self.artifact is None:
             return _quantized_graph(self.path)
         return self.artifact is not None and carried.is_quantized(self.artifact)
 

@@ -150,7 +150,7 @@ def _all_middle(model: Model) -> bool:
 
 def untied(model: Model) -> Iterator[str]:
     """Fused modules whose parts are quantized differently, or whose scales of one number differ."""
-    for group in fused.groups(model.arch):
+    for group in fused.groups(model.decoder):
         members = {
             r: Held(e.data if isinstance(e.data, QTensor) else None, e.activation, e.transform)
             for r in group
@@ -198,7 +198,7 @@ def _folder(proof: Proof, folder: Path, model: Model, name: str) -> None:
     about = quantization_config(folder)
     if not any(isinstance(e.data, QTensor) for e in model.entries.values()):
         return
-    matrices = {b.hf.removesuffix(".weight"): b for b in binds(find(model.arch.family).names, model.arch)}
+    matrices = {b.hf.removesuffix(".weight"): b for b in binds(find(model.arch.family).names, model.decoder)}
     if about.get("quant_method") == "compressed-tensors" and folder == proof.path:
         if (python := package_python(proof)) is None:
             proof.not_proven.append(

@@ -88,7 +88,7 @@ def _read(path: Path) -> tuple[Tokenizer | None, int]:
     if path.suffix == ".onnx":
         raise InputError(f"{path}: config.json beside it must say how many tokens the model was made for")
     model = read(path)
-    return model.tokenizer, model.arch.context
+    return model.tokenizer, model.decoder.context
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class StockEncoder:
         """llama.cpp's file of this mixture ("Q4_K_M"); RuntimeFailure where its quantizer refuses the model."""
         if self._floats is None:
             self._floats = execute(
-                gguf.plan(self._source, "floats.gguf", options(self._source.arch, "COPY")),
+                gguf.plan(self._source, "floats.gguf", options(self._source.decoder, "COPY")),
                 self._folder,
                 threads=self._threads,
                 force=True,
@@ -99,5 +99,5 @@ def rival(source: Model, named: str | None, bits: float) -> str | None:
 
 def _planned_bits(source: Model, type_: str) -> float:
     """Bits per weight that the mixture will have, from headers alone."""
-    plan = gguf.plan(source, "m.gguf", options(source.arch, type_))
+    plan = gguf.plan(source, "m.gguf", options(source.decoder, type_))
     return stored.bits_per_weight((i.nbytes, i.shape) for i in plan.items()) or 0.0

@@ -199,8 +199,8 @@ def gguf_claims(file: GGUFFile, model: Model) -> tuple[list[str], list[str]]:
     arch = find(model.arch.family).gguf.arch
     rows = file.metadata.get(f"{arch}.vocab_size")
     out = []
-    if rows is not None and rows.data != model.arch.vocab:
-        out.append(f"{arch}.vocab_size is {_short(rows.data)}, the embedding has {model.arch.vocab} rows")
+    if rows is not None and rows.data != model.decoder.vocab:
+        out.append(f"{arch}.vocab_size is {_short(rows.data)}, the embedding has {model.decoder.vocab} rows")
     value, claimed = file.metadata.get("general.file_type"), stored.gguf_file_type(file)
     if claimed is None:
         if value is not None:

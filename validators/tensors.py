@@ -203,7 +203,7 @@ def _as_stored(
     """Both sides with the rows of the file, so that its blocks can be compared: latent attention's keys stand transposed."""
     if not role.endswith("attn.k_b") or not isinstance(data, QTensor) or data.block[1] != 1:
         return data, original
-    rows = data.rows // artifact.arch.layer(int(role.split(".")[1])).attention.heads
+    rows = data.rows // artifact.decoder.layer(int(role.split(".")[1])).attention.heads
     turned = gguf_names.transposed_codes(data, rows)
     if turned is None:
         return data, original
@@ -212,7 +212,7 @@ def _as_stored(
 
 def norm_shift(role: str, artifact: Model, source: Model) -> float:
     """What the artifact's values of a role are above the source's: norms may be stored with another offset."""
-    return source.arch.norm_offset - artifact.arch.norm_offset if "norm" in role else 0.0
+    return source.decoder.norm_offset - artifact.decoder.norm_offset if "norm" in role else 0.0
 
 
 def typical_bits(artifact: Model) -> float:

@@ -18,15 +18,15 @@ def run(proof: Proof) -> None:
         proof.not_proven.append("tokens: the source has no tokenizer")
         return
     if artifact is None:
-        proof.not_proven.append("tokens: an ONNX file holds no tokenizer")
+        proof.not_proven.append("tokens: the ONNX file has no tokenizer beside it that belongs to it")
         return
     proof.progress("tokens")
     found = (
-        structure.gguf_vocabulary(source.tokenizer, artifact.tokenizer, source.arch)
+        structure.gguf_vocabulary(source.tokenizer, artifact.tokenizer, source.decoder)
         if proof.kind == "gguf"
         else structure.same_tokenizer(source.tokenizer, artifact.tokenizer)
     )
-    if proof.kind == "hf":
+    if proof.kind in ("hf", "onnx"):
         found["special ids"] += structure.same_ids(source.config, artifact.config)
     for name, wrong in found.items():
         proof.count("tokens", name, wrong, "as in the source")

@@ -9,7 +9,16 @@ from typing import Any
 
 from lconvert.errors import InputError
 from lconvert.plan import manifest_path
-from lconvert.validators import carried, documents, quantized_tier, structure, tensors, traits, vllm_config
+from lconvert.validators import (
+    carried,
+    documents,
+    onnx_tier,
+    quantized_tier,
+    structure,
+    tensors,
+    traits,
+    vllm_config,
+)
 from lconvert.validators.proof import Proof
 
 #: structure.manifest_hashes
@@ -22,11 +31,13 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
     if not wanted:
         return None
     if proof.artifact is None:
-        proof.not_proven.append("structure and tensors: ONNX graphs are not read into the IR")
+        proof.not_proven.append("structure and tensors: only graphs that lconvert wrote are read into the IR")
         return None
     proof.progress("tensors")
     if proof.kind == "gguf":
         found = tensors.check_gguf(proof.path, proof.artifact, proof.expected)
+    elif proof.graph is not None:
+        found = onnx_tier.check(proof, proof.graph)
     else:
         found = tensors.check_folder(proof.path, proof.artifact, proof.expected)
     files, hashes = _files(proof), {}
@@ -44,6 +55,8 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
         if proof.kind == "hf":
             quantized_tier.structure(proof)
             vllm_config.check(proof, str(plan.get("target", "")))
+        elif proof.graph is not None:
+            onnx_tier.structure(proof, proof.graph)
     if "tensors" in wanted:
         _values(proof, found)
         if proof.kind == "hf":
@@ -54,6 +67,8 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
 
 
 def _files(proof: Proof) -> list[Path]:
+    if proof.graph is not None and manifest_path(proof.path).is_file():
+        return sorted(p for p in proof.path.parent.rglob("*") if p.is_file())
     return sorted(p for p in proof.path.rglob("*") if p.is_file()) if proof.path.is_dir() else proof.files
 
 
@@ -61,7 +76,7 @@ def _structure(proof: Proof, found: tensors.TensorCheck, hashes: Hashes, options
     assert proof.artifact is not None
     types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))
     proof.count("structure", "independent reader", found.structure, f"{found.tensors} tensors: {types}")
-    source, artifact = proof.source.arch, proof.artifact.arch
+    source, artifact = proof.source.decoder, proof.artifact.decoder
     compared = structure.gguf_traits if proof.kind == "gguf" else traits.differences
     proof.count("structure", "traits", compared(source, artifact), "as the source says")
     _hashes(proof, hashes)
@@ -182,7 +197,7 @@ def _carried(proof: Proof, found: tensors.TensorCheck) -> None:
                 f"{worst.relative_error:.2e} ({worst.name})"
             )
     left = carried.unstated(proof.expected, proof.artifact)
-    if proof.kind == "gguf" or quantized_tier.weights_alone(proof):
+    if proof.kind == "gguf" or (proof.kind == "hf" and quantized_tier.weights_alone(proof)):
         proof.notes += left
     else:
         again = {r.name for r in rows if r.carried == "requantized"}

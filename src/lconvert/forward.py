@@ -8,7 +8,7 @@ dequantized reference use it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from .archs import find
 from .archs.common import binds
 from .errors import InputError, LconvertError, MissingPackageError, UnsupportedError
-from .ir import Model
+from .ir import Conv, Convnet, Decoder, Linear, Model, Plain, Pool
 from .kernels.qtensor import effective
+from .spec import shapes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +79,7 @@ def hf_tensor(model: Model, bind: Any) -> NDArray[np.float32]:
     out = np.empty(bind.stored, np.float32)
     for role, ranges in bind.parts:
         part = effective(model.entries[role])
-        if "norm" in role and model.arch.norm_offset != target:
+        if "norm" in role and isinstance(model.arch, Decoder) and model.arch.norm_offset != target:
             part = part + np.float32(model.arch.norm_offset) - np.float32(target)
         if bind.row is not None:
             part = part[bind.row]
@@ -114,6 +115,8 @@ class Forward:
                 self.module = module(hf_config).eval()
         self._model = model
         self._binds = {n: b for b in binds(arch.names, model.arch) for n in (b.hf, b.other)}
+        if isinstance(model.arch, Convnet):
+            raise UnsupportedError(f"{model.source}: transformers has no convolutional networks of this kind")
         self.layers = self._find_layers(model.arch.layers)
         self._attach()
 
@@ -121,9 +124,7 @@ class Forward:
         for part in self.module.modules():
             if isinstance(part, self._torch.nn.ModuleList) and len(part) == count:
                 return list(part)
-        raise UnsupportedError(
-            f"{type(self.module).__name__}: its list of {count} decoder layers was not found"
-        )
+        raise UnsupportedError(f"{type(self.module).__name__}: its list of {count} layers was not found")
 
     def _fill(self, prefix: str, part: Any) -> None:
         """Real weights for the meta parameters under `part`."""
@@ -163,7 +164,7 @@ class Forward:
 
     def _attach(self) -> None:
         inside = {id(p) for layer in self.layers for p in layer.parameters()}
-        tied = self._model.arch.tied
+        tied = isinstance(self._model.arch, Decoder) and self._model.arch.tied
         for name, parameter in list(self.module.named_parameters()):
             if id(parameter) in inside or (tied and name == "lm_head.weight"):
                 continue
@@ -203,3 +204,38 @@ class Forward:
         with self._torch.no_grad():
             out = self.module(self._torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
         return np.ascontiguousarray(out)
+
+    def classify(self, example: Mapping[str, Any]) -> NDArray[np.float32]:
+        """fp32 logits (batch, labels) of an encoder. example: input_ids and what else its forward takes, as integers."""
+        import numpy as np
+
+        with self._torch.no_grad():
+            feed = {k: self._torch.as_tensor(np.asarray(v, np.int64)) for k, v in example.items()}
+            return np.ascontiguousarray(self.module(**feed).logits.float().numpy())
+
+
+def sequential(model: Model) -> Any:
+    """A convolutional network as a torch.nn.Sequential with the model's weights."""
+    torch, _ = packages()
+    from torch import nn
+
+    assert isinstance(model.arch, Convnet)
+    plain = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "flatten": nn.Flatten}
+    pools = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
+    entering, steps = shapes(model.arch), []
+    for i, step in enumerate(model.arch.steps):
+        match step:
+            case Conv():
+                options = {"stride": step.stride, "padding": step.padding, "bias": step.bias}
+                steps.append(nn.Conv2d(entering[i][0], step.out, step.kernel, **options))
+            case Linear():
+                steps.append(nn.Linear(entering[i][0], step.out, bias=step.bias))
+            case Pool():
+                steps.append(pools[step.kind](step.size))
+            case Plain():
+                steps.append(plain[step.kind]())
+    made = nn.Sequential(*steps).eval()
+    made.load_state_dict(
+        {b.hf: torch.from_numpy(hf_tensor(model, b).copy()) for b in binds((), model.arch)}, strict=True
+    )
+    return made

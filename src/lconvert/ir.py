@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from .errors import UnsupportedError
+
 if TYPE_CHECKING:  # numpy is imported by whoever reads data, never by `lconvert --help`
     import numpy as np
     from numpy.typing import NDArray
@@ -538,12 +540,12 @@ class Layer:
 
     pre: x += attn(n1(x)); x += mlp(n2(x))                 post: x += n1(attn(x)); x += n2(mlp(x))
     sandwich: x += n1b(attn(n1(x))); x += n2b(mlp(n2(x)))  parallel: x += attn(n1(x)) + mlp(n2(x))
-    parallel_shared: x += attn(n1(x)) + mlp(n1(x))
+    parallel_shared: x += attn(n1(x)) + mlp(n1(x))         after: x = n1(x + attn(x)); x = n2(x + mlp(x)) (encoders)
     """
 
     attention: Attention
     mlp: Mlp | Moe
-    block: Literal["pre", "post", "sandwich", "parallel", "parallel_shared"] = "pre"
+    block: Literal["pre", "post", "sandwich", "parallel", "parallel_shared", "after"] = "pre"
 
 
 @dataclass(frozen=True)
@@ -576,6 +578,83 @@ class Decoder:
         return ((i, self.layer(i)) for i in range(self.layers))
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """A bidirectional transformer that classifies a sequence by its first token (BERT, DistilBERT).
+
+    The sum of word, position and type embeddings is normed; every layer is `default`, whose norms come after the sums; the pooler
+    (a square matrix and `pooler`, its activation) and the head act on the first token alone. Norms are layer norms with bias.
+    """
+
+    family: str  # the architecture file's model_type
+    hidden: int
+    layers: int
+    vocab: int
+    context: int  # rows of the position embeddings
+    labels: int
+    norm_eps: float
+    default: Layer
+    pooler: Literal["tanh", "relu"]
+    token_types: int = 0  # rows of the type embeddings; 0: there are none
+
+    norm_bias = True
+
+    def each(self) -> Iterator[tuple[int, Layer]]:
+        return ((i, self.default) for i in range(self.layers))
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A 2-D convolution: `out` channels, kernel (height, width), the same stride and zero padding on both sides of both axes."""
+
+    out: int
+    kernel: tuple[int, int]
+    stride: int = 1
+    padding: int = 0
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix on the features of an image that has been flattened."""
+
+    out: int
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The largest or the mean value of squares that do not overlap."""
+
+    kind: Literal["max", "average"]
+    size: int
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A step without weights or options: an activation, or flatten (channels, rows, columns in this order)."""
+
+    kind: Literal["relu", "tanh", "gelu", "flatten"]
+
+
+Step = Conv | Linear | Pool | Plain
+
+
+@dataclass(frozen=True)
+class Convnet:
+    """A small convolutional network: one step after another, from images (channels, height, width) to logits."""
+
+    family: str
+    image: tuple[int, int, int]
+    steps: tuple[Step, ...]
+
+    def weighted(self) -> Iterator[tuple[int, Conv | Linear]]:
+        return ((i, s) for i, s in enumerate(self.steps) if isinstance(s, Conv | Linear))
+
+
+Traits = Decoder | Encoder | Convnet
+
+
 # --- tokenizer and model ---------------------------------------------------------------------------------
 
 
@@ -598,7 +677,7 @@ class Tokenizer:
 class Model:
     """The whole model. `report` collects what readers and passes have to say (inert keys, rebuilt files)."""
 
-    arch: Decoder
+    arch: Traits
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
     tokenizer: Tokenizer | None = None
@@ -608,6 +687,17 @@ class Model:
     name: str = ""
     source: str = ""
     report: tuple[str, ...] = ()
+
+    @property
+    def decoder(self) -> Decoder:
+        """The traits of a decoder; UnsupportedError for a model that is none, from whatever only language models have."""
+        if isinstance(self.arch, Decoder):
+            return self.arch
+        what = "an encoder" if isinstance(self.arch, Encoder) else "a convolutional network"
+        raise UnsupportedError(
+            f"{self.source or self.name or 'the model'}: {self.arch.family} is {what}, and this works on decoders (language models) "
+            "only; what lconvert does with it is an ONNX graph, in floats or static int8"
+        )
 
     def with_entries(self, new: Mapping[str, Entry], note: str = "") -> Model:
         """This model with some entries replaced."""

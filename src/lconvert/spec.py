@@ -7,23 +7,41 @@ share one definition of what an architecture consists of.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 from .errors import SpecError
-from .ir import Attention, Decoder, Layer, Mla, Model, Moe, QTensor, Tensor, Transform
+from .ir import (
+    Attention,
+    Conv,
+    Convnet,
+    Decoder,
+    Encoder,
+    Layer,
+    Mla,
+    Model,
+    Moe,
+    Plain,
+    Pool,
+    QTensor,
+    Tensor,
+    Traits,
+    Transform,
+)
 
-#: Norms of a decoder layer by block kind, in the order in which they act.
+#: Norms of a layer by block kind, in the order in which they act.
 NORMS: Mapping[str, tuple[str, ...]] = {
     "pre": ("attn_norm", "mlp_norm"),
     "post": ("attn_post_norm", "mlp_post_norm"),
     "sandwich": ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"),
     "parallel": ("attn_norm", "mlp_norm"),
     "parallel_shared": ("attn_norm",),
+    "after": ("attn_post_norm", "mlp_post_norm"),
 }
 
 FLOATS = ("F32", "F16", "BF16")
 
 
-def _layer_roles(d: Decoder, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer_roles(d: Decoder | Encoder, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
     a, h = layer.attention, d.hidden
     for norm in NORMS[layer.block]:
         yield norm, (h,)
@@ -88,8 +106,68 @@ def _latent(a: Attention, m: Mla, hidden: int) -> Iterator[tuple[str, int, int, 
     yield "attn.o", hidden, a.heads * m.v_dim, a.o_bias
 
 
-def roles(d: Decoder) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every entry that a decoder with these traits has."""
+def _encoder_roles(e: Encoder) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "embed", (e.vocab, e.hidden)
+    yield "pos_embed", (e.context, e.hidden)
+    if e.token_types:
+        yield "type_embed", (e.token_types, e.hidden)
+    yield "embed_norm", (e.hidden,)
+    yield "embed_norm.bias", (e.hidden,)
+    for i, layer in e.each():
+        yield from ((f"layers.{i}.{name}", shape) for name, shape in _layer_roles(e, layer))
+    for name, rows in (("pooler", e.hidden), ("head", e.labels)):
+        yield name, (rows, e.hidden)
+        yield name + ".bias", (rows,)
+
+
+def shapes(c: Convnet) -> list[tuple[int, ...]]:
+    """What enters every step, and last what comes out: (channels, height, width), or (features,) once it is flat.
+
+    SpecError for a step that cannot act on what it gets.
+    """
+    out: list[tuple[int, ...]] = [c.image]
+    for i, step in enumerate(c.steps):
+        now = out[-1]
+        flat = len(now) == 1
+        if isinstance(step, Plain):
+            out.append((prod(now),) if step.kind == "flatten" else now)
+            continue
+        if flat != (not isinstance(step, Conv | Pool)):
+            raise SpecError(
+                f"step {i}: a {type(step).__name__.lower()} cannot act on {'features' if flat else 'images; flatten them first'}"
+            )
+        if isinstance(step, Conv):
+            sides = tuple(
+                (n + 2 * step.padding - k) // step.stride + 1
+                for n, k in zip(now[1:], step.kernel, strict=True)
+            )
+            out.append((step.out, *sides))
+        elif isinstance(step, Pool):
+            out.append((now[0], *(n // step.size for n in now[1:])))
+        else:
+            out.append((step.out,))
+        if min(out[-1]) <= 0:
+            raise SpecError(f"step {i}: {step} leaves nothing of {now}")
+    return out
+
+
+def _convnet_roles(c: Convnet) -> Iterator[tuple[str, tuple[int, ...]]]:
+    entering = shapes(c)
+    for i, step in c.weighted():
+        yield (
+            f"steps.{i}",
+            (step.out, entering[i][0], *(step.kernel if isinstance(step, Conv) else ())),
+        )
+        if step.bias:
+            yield f"steps.{i}.bias", (step.out,)
+
+
+def roles(d: Traits) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every entry that a model with these traits has."""
+    if isinstance(d, Encoder):
+        return dict(_encoder_roles(d))
+    if isinstance(d, Convnet):
+        return dict(_convnet_roles(d))
     out: dict[str, tuple[int, ...]] = {"embed": (d.vocab, d.hidden)}
     if d.learned_positions:
         out["pos_embed"] = (d.learned_positions, d.hidden)
@@ -132,7 +210,48 @@ def _check_quantized(name: str, q: QTensor) -> Iterator[str]:
         yield f"{name}: a codebook grid without values"
 
 
-def _check_traits(d: Decoder) -> Iterator[str]:
+def _check_encoder(e: Encoder) -> Iterator[str]:
+    for key in ("hidden", "layers", "vocab", "context", "labels"):
+        if getattr(e, key) <= 0:
+            yield f"traits: {key} is {getattr(e, key)}, must be positive"
+    a = e.default.attention
+    if e.default.block != "after" or isinstance(e.default.mlp, Moe):
+        yield "traits: an encoder's layers are dense and normed after the sums"
+    if (a.heads, a.rope, a.window, a.mla) != (
+        a.kv_heads,
+        None,
+        None,
+        None,
+    ) or a.heads * a.head_dim != e.hidden:
+        yield "traits: an encoder's attention is full, without rotary positions, and its heads share the hidden size"
+
+
+def _check_convnet(c: Convnet) -> Iterator[str]:
+    for i, step in enumerate(c.steps):
+        numbers = [step.out, step.stride, *step.kernel] if isinstance(step, Conv) else []
+        numbers += [step.size] if isinstance(step, Pool) else []
+        if min(numbers, default=1) <= 0 or (isinstance(step, Conv) and step.padding < 0):
+            yield f"traits: step {i} is {step}, whose sizes are impossible"
+            return
+    try:
+        if not c.steps or len(shapes(c)[-1]) != 1:
+            yield "traits: a convolutional network ends in features, after flatten"
+    except SpecError as e:
+        yield f"traits: {e}"
+
+
+def impossible(d: Traits) -> list[str]:
+    """What is wrong with traits by themselves, in words."""
+    return list(_check_traits(d))
+
+
+def _check_traits(d: Traits) -> Iterator[str]:
+    if isinstance(d, Encoder):
+        yield from _check_encoder(d)
+        return
+    if isinstance(d, Convnet):
+        yield from _check_convnet(d)
+        return
     for key in ("hidden", "layers", "vocab", "context"):
         if getattr(d, key) <= 0:
             yield f"traits: {key} is {getattr(d, key)}, must be positive"
@@ -144,6 +263,8 @@ def _check_traits(d: Decoder) -> Iterator[str]:
         if layer in seen:
             continue
         seen.append(layer)
+        if layer.block == "after":
+            yield f"layer {i}: norms after the sums are for encoders"
         a = layer.attention
         if a.kv_heads <= 0 or a.heads % a.kv_heads:
             yield f"layer {i}: {a.heads} heads are not a multiple of {a.kv_heads} key-value heads"
@@ -177,15 +298,18 @@ def _fits_input(t: Transform, shape: tuple[int, ...]) -> bool:
 def _check_cache(model: Model) -> Iterator[str]:
     if model.kv is None:
         return
+    if not isinstance(model.arch, Decoder):
+        yield "kv: only decoders have a cache of keys and values"
+        return
     for side, spec in (("k", model.kv.k), ("v", model.kv.v)):
-        if spec.scale is not None and spec.scale.shape != (model.arch.layers,):
-            yield f"kv: {side} has scales of shape {spec.scale.shape}, expected one for each of {model.arch.layers} layers"
+        if spec.scale is not None and spec.scale.shape != (model.decoder.layers,):
+            yield f"kv: {side} has scales of shape {spec.scale.shape}, expected one for each of {model.decoder.layers} layers"
 
 
 def problems(model: Model) -> list[str]:
     """Everything that makes this Model illegal, in words; empty when it is legal."""
     d = model.arch
-    found = list(_check_traits(d))
+    found = impossible(d)
     if found:
         return found
     want = roles(d)

@@ -76,7 +76,7 @@ DEFAULT: Mapping[str, str] = {
 
 def kind(path: str | Path) -> str:
     """gguf, onnx, lcir or hf (a folder with config.json); OptionError for anything else."""
-    p = Path(path)
+    p = graph(Path(path))
     if p.suffix in (".gguf", ".onnx"):
         return p.suffix[1:]
     if p.suffix == ".lcir":
@@ -86,6 +86,13 @@ def kind(path: str | Path) -> str:
     raise OptionError(
         f"{p}: not an artifact that a runtime loads (.gguf, .onnx, .lcir or a folder with config.json)"
     )
+
+
+def graph(path: Path) -> Path:
+    """The model.onnx of a folder that holds its weights in it; any other path as it is."""
+    if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
+        return path / "model.onnx"
+    return path
 
 
 def installed(*distributions: str) -> str | None:

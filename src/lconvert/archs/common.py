@@ -11,10 +11,10 @@ import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lconvert.errors import InputError, UnsupportedError
-from lconvert.ir import Decoder, Moe, Rope
+from lconvert.ir import Convnet, Decoder, Encoder, Moe, Rope, Traits
 from lconvert.spec import roles
 
 # --- config keys -----------------------------------------------------------------------------------------
@@ -483,9 +483,15 @@ def _ranges(
     return [(p, tuple(r)) for p, r in out.items()]
 
 
-def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
-    """Every source tensor that a decoder with these traits consists of, weights and biases."""
+def binds(names: tuple[Name, ...], d: Traits) -> Iterator[Bind]:
+    """Every source tensor that a model with these traits consists of, weights and biases."""
     shapes = roles(d)
+    if isinstance(d, Convnet):  # whose tensors are called as in a torch.nn.Sequential
+        for role, shape in shapes.items():
+            own = role.removeprefix("steps.")
+            name = own if own.endswith(".bias") else own + ".weight"
+            yield Bind(name, ((role, ((0, shape[0]),)),), shape)
+        return
 
     def each_row(n: Name, role: str, i: int) -> Iterator[Bind]:
         for h in range(shapes[role][0] if role in shapes else 0):
@@ -533,11 +539,16 @@ def binds(names: tuple[Name, ...], d: Decoder) -> Iterator[Bind]:
                 yield from one(n, parts, layer.attention.kv_heads, i, e)
 
 
-def plausible(d: Decoder, where: str, *, layers: int, experts: int) -> Decoder:
+_Some = TypeVar("_Some", Decoder, Encoder, Convnet, Traits)
+
+
+def plausible(d: _Some, where: str, *, layers: int, experts: int) -> _Some:
     """The traits, unless they claim more layers or experts in all than the source's tensors can hold.
 
     Everything that lists roles costs their number: this comes first, so that a lying count costs nothing.
     """
+    if isinstance(d, Convnet):
+        return d
     if d.layers > layers:
         raise InputError(f"{where}: {d.layers} layers are claimed, but there are only {layers} tensors")
     claimed = sum(layer.mlp.experts for _, layer in d.each() if isinstance(layer.mlp, Moe))
@@ -614,6 +625,10 @@ class Gguf:
     scales: bool = True
 
 
+#: Of encoders and convolutional networks: no file of llama.cpp is read or written for them.
+NO_GGUF = Gguf("")
+
+
 @dataclass(frozen=True)
 class Arch:
     """An architecture: config and names both ways, and the targets' quirks.
@@ -624,8 +639,8 @@ class Arch:
 
     model_type: str
     hf_class: str
-    traits: Callable[[Keys], Decoder]
-    config: Callable[[Decoder], dict[str, Any]]
+    traits: Callable[[Keys], Traits]
+    config: Callable[[Any], dict[str, Any]]
     names: tuple[Name, ...]
     gguf: Gguf
     traits_offset: float = 0.0  # norm offset of the Hugging Face class

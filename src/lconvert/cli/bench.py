@@ -153,7 +153,7 @@ def _fitting(artifacts: tuple[str, ...], tokens: int) -> int:
     contexts = []
     for text in artifacts:
         try:
-            contexts.append(lconvert.read(_entry(text, None).path).arch.context)
+            contexts.append(lconvert.read(_entry(text, None).path).decoder.context)
         except LconvertError:  # the runtime will say what is wrong with it
             continue
     return max(1, min([512, *(c - tokens for c in contexts)]))

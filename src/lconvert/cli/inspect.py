@@ -75,17 +75,23 @@ def _kind(data: Tensor | QTensor) -> str:
 
 
 def _trait_rows(model: Model) -> list[tuple[str, str]]:
+    from lconvert.ir import Convnet, Decoder
+
     d = model.arch
     rows = [
         (f.name, getattr(d, f.name)) for f in dataclasses.fields(d) if f.name not in ("default", "overrides")
     ]
+    if isinstance(d, Convnet):
+        return [(k, _shown(v)) for k, v in rows if k != "steps"] + [
+            (f"steps.{i}", f"{type(s).__name__.lower()} {_shown(s)}") for i, s in enumerate(d.steps)
+        ]
     layer = d.default
     rows.append(("block", layer.block))
     for part in (layer.attention, layer.mlp):
         kind = type(part).__name__.lower()
         rows += [(f"{kind}.{f.name}", getattr(part, f.name)) for f in dataclasses.fields(part)]
     shown = [(k, _shown(v)) for k, v in rows]
-    if d.overrides:
+    if isinstance(d, Decoder) and d.overrides:
         shown.append(("layers that differ", ", ".join(map(str, sorted(d.overrides)))))
     return shown
 

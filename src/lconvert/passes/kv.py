@@ -27,7 +27,7 @@ def run(model: Model, options: Options) -> Model:
     """The model with a KVSpec; scales are rounded to 8 significant bits."""
     import numpy as np
 
-    layers = model.arch.layers
+    layers = model.decoder.layers
     keys, values = dict.fromkeys(range(layers), 448.0), dict.fromkeys(range(layers), 448.0)
     if options.text:
         from lconvert.passes import observe

@@ -40,7 +40,7 @@ def windows(model: Model, text: str | Path, context: int, count: int) -> list[li
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({e})") from None
     ids = Tokenizer.from_str(json.dumps(model.tokenizer.json)).encode(words, add_special_tokens=False).ids
-    size = min(context, model.arch.context)
+    size = min(context, model.decoder.context)
     found = [ids[i : i + size] for i in range(0, len(ids), size)][:count]
     if not found:
         raise OptionError(f"{path}: holds no token; a calibration text needs some paragraphs")

@@ -18,12 +18,13 @@ tensor are tied over the modules that runtimes fuse, and a global scale is a pow
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, int_grid, parts
-from lconvert.passes import rtn_float
+from lconvert.passes import rtn_float, rtn_whole
 from lconvert.passes.rtn_float import Peak
 from lconvert.spec import check
 
@@ -37,7 +38,7 @@ _SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
 @dataclass(frozen=True)
 class Options:
     """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), fp8, fp4, nf4, or a GGUF block type. group: values per scale along
-    the input dimension, -1 for a whole row; fp8 takes -1, tensor or block (128 x 128); block types, fp4 bring their own. targets, ignore: regular expressions on
+    the input dimension, -1 for a whole row (of a convolution: an output channel), tensor for int8 with one scale; fp8 takes -1, tensor or block (128 x 128); block types, fp4 bring their own. targets, ignore: regular expressions on
     canonical names; a weight is rounded if it matches `targets` and not `ignore`."""
 
     grid: str = "int4"
@@ -53,6 +54,11 @@ class Options:
             if self.group not in (-1, "tensor", "block"):
                 raise OptionError(
                     f"rtn: group {self.group!r}; fp8 takes -1 (a scale per row), tensor or block"
+                )
+        elif self.group == "tensor":
+            if self.grid != "int8" or self.search != "minmax":
+                raise OptionError(
+                    f"rtn: group tensor with {self.grid} {self.search}; one scale is for int8 and minmax"
                 )
         elif isinstance(self.group, str) or (self.group != -1 and self.group < 1):
             raise OptionError(f"rtn: group {self.group}; expected a positive number, or -1 for a whole row")
@@ -78,7 +84,7 @@ def run(model: Model, options: Options) -> Model:
         wanted = re.fullmatch(options.targets, name) and not (
             options.ignore and re.fullmatch(options.ignore, name)
         )
-        if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) != 2:
+        if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) not in (2, 4):
             continue
         note = f"rtn {options.grid} group {options.group} {options.search}"
         new[name] = replace(
@@ -91,8 +97,10 @@ def run(model: Model, options: Options) -> Model:
 
 def quantized(t: Tensor, options: Options, peak: Peak | None = None) -> QTensor:
     """A dense (out, in) matrix on the grid of `options`, lazily. peak: the largest magnitude that its global scale must cover."""
-    if options.grid in rtn_float.GRIDS:
+    if options.grid in rtn_float.GRIDS and len(t.shape) == 2:
         return rtn_float.quantized(t, options.grid, options.group, peak or Peak((t,)))
+    if options.group == "tensor" or len(t.shape) == 4:
+        return rtn_whole.quantized(t, options)
     if re.fullmatch(r"u?int[2-8]", options.grid):
         return _portable(t, options)
     return _block_type(t, options.grid.upper())
@@ -136,17 +144,18 @@ def _portable(t: Tensor, options: Options) -> QTensor:
     count = cols // group
 
     def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:
-        x = as_f32(t.read(start, stop), t.dtype).reshape(stop - start, count, group)
-        if not np.isfinite(x).all():
-            raise InputError(f"{t.origin}: holds NaN or infinite values in rows {start}..{stop}")
-        codes, scale, zero = (_symmetric if signed else _asymmetric)(x, bits, options.search)
-        if (scale > 65504).any():
+        from lconvert.kernels.rounding import group_extent
+
+        x = as_f32(t.read(start, stop), t.dtype)
+        try:
+            low, high = group_extent(x, group)
+        except InputError as e:
+            raise InputError(f"{t.origin}: {e} in rows {start}..{stop}") from None
+        found = (_symmetric if signed else _asymmetric)(x, group, low, high, bits, options.search)
+        if (found["scale"] > 65504).any():
             raise InputError(f"{t.origin}: a scale beyond fp16 in rows {start}..{stop}")
-        out: dict[str, NDArray[Any]] = {"codes": codes.reshape(stop - start, cols)}
-        out["scale"] = scale[..., 0].astype(np.float16)
-        if zero is not None:
-            out["zero"] = zero[..., 0].astype(np.uint8)
-        return out
+        found["scale"] = found["scale"].astype(np.float16)
+        return found
 
     reader = parts(compute, cols)
     codes = Tensor(t.shape, "I8" if signed else "U8", reader("codes"), t.origin, t.files)
@@ -156,9 +165,17 @@ def _portable(t: Tensor, options: Options) -> QTensor:
     return QTensor(t.shape, codes, int_grid(bits, signed), block, scale, zero)
 
 
+Trial = Callable[[Any], "tuple[NDArray[Any], NDArray[np.float32] | None]"]
+
+
 def _best(
-    x: NDArray[np.float32], scale: NDArray[np.float32], search: str, significant: int, trial: Any
-) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any] | None]:
+    x: NDArray[np.float32],
+    group: int,
+    scale: NDArray[np.float32],
+    search: str,
+    significant: int,
+    trial: Trial,
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32] | None]:
     """`trial(scale) -> codes, zero` at the scale, or at the shrunken scale with the least squared error."""
     import numpy as np
 
@@ -166,10 +183,11 @@ def _best(
     codes, zero = trial(first)
     if search == "minmax":
         return codes, first, zero
+    cut = (*scale.shape, group)
 
     def loss(codes: NDArray[Any], zero: Any, s: NDArray[np.float32]) -> NDArray[np.float64]:
-        w = (codes.astype(np.float32) - (0 if zero is None else zero)) * s
-        out: NDArray[np.float64] = ((w - x).astype(np.float64) ** 2).sum(-1, keepdims=True)
+        steps = codes.reshape(cut).astype(np.float32) - (0 if zero is None else zero[..., None])
+        out: NDArray[np.float64] = ((steps * s[..., None] - x.reshape(cut)).astype(np.float64) ** 2).sum(-1)
         return out
 
     best, chosen = loss(codes, zero, first), first
@@ -179,8 +197,8 @@ def _best(
         error = loss(c, z, s)
         better = error < best
         best, chosen = np.where(better, error, best), np.where(better, s, chosen)
-        codes = np.where(better, c, codes)
-        zero = None if zero is None else np.where(better, z, zero)
+        codes = np.where(better[..., None], c.reshape(cut), codes.reshape(cut)).reshape(x.shape)
+        zero = None if zero is None or z is None else np.where(better, z, zero)
     return codes, chosen, zero
 
 
@@ -192,33 +210,53 @@ def storable(s: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(s < normal, np.rint(np.minimum(s, normal) / unit) * unit, s)
 
 
-def _divided(x: NDArray[np.float32], s: NDArray[np.float32]) -> NDArray[np.float32]:
+def _symmetric(
+    x: NDArray[np.float32],
+    group: int,
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    bits: int,
+    search: str,
+) -> dict[str, NDArray[Any]]:
     import numpy as np
 
-    return np.rint(np.divide(x, s, out=np.zeros_like(x), where=s > 0))
-
-
-def _symmetric(x: NDArray[np.float32], bits: int, search: str) -> Any:
-    import numpy as np
+    from lconvert.kernels.rounding import round_groups
 
     top = (1 << (bits - 1)) - 1
 
     def trial(s: NDArray[np.float32]) -> tuple[NDArray[Any], None]:
-        return np.clip(_divided(x, s), -top - 1, top).astype(np.int8), None
+        return round_groups(x, group, s, None, -top - 1, top), None
 
-    scale = np.abs(x).max(-1, keepdims=True) / np.float32(top)
-    return _best(x, scale, search, 8, trial)
+    scale = _f32(np.maximum(np.abs(low), np.abs(high)) / np.float32(top))
+    codes, scale, _ = _best(x, group, scale, search, 8, trial)
+    return {"codes": codes, "scale": scale}
 
 
-def _asymmetric(x: NDArray[np.float32], bits: int, search: str) -> Any:
+def _asymmetric(
+    x: NDArray[np.float32],
+    group: int,
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    bits: int,
+    search: str,
+) -> dict[str, NDArray[Any]]:
     import numpy as np
 
+    from lconvert.kernels.rounding import round_groups
+
     top = (1 << bits) - 1
-    low = np.minimum(x.min(-1, keepdims=True), np.float32(0))
-    high = np.maximum(x.max(-1, keepdims=True), np.float32(0))
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
 
     def trial(s: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        zero = np.clip(_divided(-low, s), 0, top)
-        return np.clip(_divided(x, s) + zero, 0, top).astype(np.uint8), zero
+        zero = np.clip(np.rint(np.divide(-low, s, out=np.zeros_like(s), where=s > 0)), 0, top)
+        return round_groups(x, group, s, zero, 0, top).view(np.uint8), zero
 
-    return _best(x, (high - low) / np.float32(top), search, 7, trial)
+    codes, scale, zero = _best(x, group, _f32((high - low) / np.float32(top)), search, 7, trial)
+    assert zero is not None
+    return {"codes": codes, "scale": scale, "zero": zero.astype(np.uint8)}
+
+
+def _f32(x: Any) -> NDArray[np.float32]:
+    """What NumPy computes out of fp32 arrays and scalars is fp32; its annotations do not say so."""
+    out: NDArray[np.float32] = x
+    return out

@@ -65,7 +65,7 @@ def peaks(model: Model) -> Mapping[str, Peak]:
     from lconvert.passes.fused import groups
 
     out: dict[str, Peak] = {}
-    for group in groups(model.arch):
+    for group in groups(model.decoder):
         members = [model.entries[r].data for r in group if r in model.entries]
         shared = Peak(tuple(m for m in members if isinstance(m, Tensor)))
         out |= dict.fromkeys(group, shared)

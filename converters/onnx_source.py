@@ -1,0 +1,340 @@
+"""An ONNX decoder that lconvert wrote, read back into a Model: numbers out of the graph, traits out of the config.json beside it.
+
+What a weight means is taken from the nodes around it, not from how its writer would have stored it: which way a matrix is multiplied,
+the axis and blocks of its DequantizeLinear, what is done to its input, what is subtracted from the product. That the other nodes
+compute the traits is what logits show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lconvert.archs import find
+from lconvert.archs.common import Keys, binds
+from lconvert.converters.tokenizer_hf import read_tokenizer
+from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats import onnx_reader
+from lconvert.formats.json_object import read_object
+from lconvert.formats.onnx_graph import package
+from lconvert.formats.onnx_reader import OnnxFile, Stored, integers
+from lconvert.ir import (
+    E2M1,
+    E4M3,
+    ActSpec,
+    Decoder,
+    Entry,
+    Grid,
+    Model,
+    QTensor,
+    Tensor,
+    Transform,
+    as_f32,
+    dense,
+    int_grid,
+)
+from lconvert.spec import check
+
+_GRIDS: Mapping[str, Grid] = {
+    "INT4": int_grid(4, True), "UINT4": int_grid(4, False), "UINT2": int_grid(2, False), "INT8": int_grid(8, True),
+    "UINT8": int_grid(8, False), "FLOAT8E4M3FN": E4M3, "FLOAT4E2M1": E2M1,
+}  # fmt: skip
+#: Inputs that nodes around weights have at least.
+_LEAST = {"MatMul": 2, "DequantizeLinear": 2, "QuantizeLinear": 2, "Gather": 2, "Mul": 2, "Sub": 2}
+_NAMES = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The model, the second copy of a tied table that the head multiplies by (None where there is none), the graph's dtype, the file."""
+
+    model: Model
+    head: Entry | None
+    dtype: str
+    file: OnnxFile
+
+
+def ours(file: OnnxFile) -> bool:
+    """Whether lconvert wrote the graph, with a configuration beside it."""
+    return "lconvert" in file.metadata and (file.path.parent / "config.json").is_file()
+
+
+def read(file: OnnxFile) -> Found:
+    """InputError for a graph whose weights are missing or used in a way that lconvert never writes."""
+    for node in file.proto.graph.node:
+        if len(node.input) < _LEAST.get(node.op_type, 0) or not node.output:
+            raise InputError(
+                f"{file.path}: node {node.name!r}, {node.op_type}, has {len(node.input)} inputs; it is damaged"
+            )
+    folder = file.path.parent
+    config = read_object(folder / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"{folder / 'config.json'}: the required key 'model_type' is missing")
+    arch = find(model_type)
+    keys = Keys(config, str(folder / "config.json"))
+    decoder = arch.traits(keys)
+    keys.finish()
+    if not isinstance(decoder, Decoder):
+        raise UnsupportedError(
+            f"{file.path}: a graph of {model_type}, which is no decoder; only graphs of decoders are read back"
+        )
+    roles = dict.fromkeys(role for bind in binds(arch.names, decoder) for role, _ in bind.parts)
+    entries = {role: _entry(file, role) for role in roles}
+    head = _entry(file, "head") if decoder.tied and "head" in file.tensors else None
+    generation = folder / "generation_config.json"
+    model = Model(
+        arch=replace(decoder, norm_offset=0.0),
+        config=config,
+        entries=entries,
+        tokenizer=read_tokenizer(folder),
+        generation=read_object(generation) if generation.exists() else {},
+        name=folder.resolve().name,
+        source=str(folder),
+    )
+    return Found(check(model), head, dtype(file), file)
+
+
+def dtype(file: OnnxFile) -> str:
+    """Of the logits: F32, F16 or BF16."""
+    onnx = package()
+    for port in file.proto.graph.output:
+        if port.name == "logits":
+            name = onnx.TensorProto.DataType.Name(port.type.tensor_type.elem_type)
+            if name in _NAMES:
+                return _NAMES[name]
+    raise InputError(f"{file.path}: has no output logits of floats")
+
+
+# --- one weight --------------------------------------------------------------------------------------------
+
+
+def _wrong(file: OnnxFile, role: str, what: str) -> InputError:
+    return InputError(f"{file.path}: {role}: {what}; lconvert writes no such graph")
+
+
+def _one(file: OnnxFile, name: str, role: str, kinds: tuple[str, ...]) -> Any:
+    """The only node of these kinds that takes a value."""
+    found = [n for n in file.consumers.get(name, ()) if n.op_type in kinds]
+    if len(found) != 1:
+        raise _wrong(file, role, f"{len(found)} of {' and '.join(kinds)} take {name!r}, expected one")
+    return found[0]
+
+
+def _entry(file: OnnxFile, role: str) -> Entry:
+    if (table := file.tensors.get(role + ".table")) is not None:
+        return Entry(role, _table(file, role, table))
+    t = file.tensors.get(role)
+    if t is None:
+        raise InputError(f"{file.path}: holds no weight for {role}; it is not complete, or of another model")
+    uses = file.consumers.get(role, [])
+    if not uses:
+        raise _wrong(file, role, "no node takes it")
+    kinds = {n.op_type for n in uses}
+    if "DequantizeLinear" in kinds:
+        return _quantized(file, role, t)
+    if t.type not in _NAMES:
+        raise _wrong(file, role, f"it is {t.type} and nothing dequantizes it")
+    if kinds == {"MatMul"} and len(t.shape) == 2:
+        if any(n.input[1] != role for n in uses):
+            raise _wrong(file, role, "it is multiplied from the left")
+        return Entry(role, onnx_reader.turned(t), activation=_input(file, role, uses[0].input[0])[0])
+    return Entry(role, onnx_reader.tensor(t))
+
+
+def _number(file: OnnxFile, name: str, role: str) -> Stored:
+    found = file.tensors.get(name)
+    if found is None:
+        raise _wrong(file, role, f"{name!r} is no constant")
+    return found
+
+
+def _grid(file: OnnxFile, role: str, t: Stored) -> Grid:
+    if t.type not in _GRIDS or len(t.shape) != 2:
+        raise _wrong(file, role, f"codes of type {t.type} and shape {t.shape}")
+    return _GRIDS[t.type]
+
+
+def _quantized(file: OnnxFile, role: str, t: Stored) -> Entry:
+    """Codes (columns, rows) behind a DequantizeLinear and a MatMul."""
+    node = _one(file, role, role, ("DequantizeLinear",))
+    if len(file.consumers[role]) != 1 or node.input[0] != role:
+        raise _wrong(file, role, "its codes are taken by several nodes")
+    product = _one(file, node.output[0], role, ("MatMul",))
+    if product.input[1] != node.output[0]:
+        raise _wrong(file, role, "it is multiplied from the left")
+    q = replace(_blocks(file, role, node, t), zero=_zero(file, role, node, t))
+    if (minimum := file.tensors.get(role + ".minimum")) is not None:
+        q = _with_minimum(file, role, q, minimum, product)
+    activation, order, scaled = _input(file, role, product.input[0])
+    if order is not None:
+        q = _reordered(file, role, q, order)
+    for name, seen in ((".order", order), (".input_scale", scaled)):
+        if role + name in file.tensors and seen is None:
+            raise _wrong(file, role, f"{role + name!r} is not applied to its input")
+    transform = None
+    if scaled is not None:
+        transform = Transform("scale", "input", onnx_reader.tensor(scaled), folded=False)
+    return Entry(role, q, activation=activation, transform=transform)
+
+
+def _blocks(file: OnnxFile, role: str, node: Any, t: Stored) -> QTensor:
+    """The codes with their scale."""
+    grid, codes = _grid(file, role, t), onnx_reader.turned(t)
+    n, k = codes.shape
+    said = integers(node)
+    axis, size, name = said.get("axis", 1), said.get("block_size", 0), node.input[1]
+    nested = file.producers.get(name)
+    if nested is not None:
+        if nested.op_type != "DequantizeLinear" or axis != 0 or size < 1 or len(nested.input) != 2:
+            raise _wrong(file, role, f"its scales come out of {nested.op_type}")
+        fine, coarse = (_number(file, name, role) for name in nested.input)
+        if fine.type != "FLOAT8E4M3FN" or fine.shape != (-(-k // size), n) or coarse.shape:
+            raise _wrong(file, role, f"scales of type {fine.type} and shape {fine.shape}")
+        above = Tensor((1, 1), "F32", lambda a, b: _f32(coarse).reshape(1, 1), coarse.origin)
+        blocks = onnx_reader.turned(fine)
+        scale: Tensor | QTensor = QTensor(blocks.shape, blocks, E4M3, (-1, -1), above)
+        return QTensor((n, k), codes, grid, (1, size), scale)
+    stored = _number(file, name, role)
+    if stored.type not in _NAMES:
+        raise _wrong(file, role, f"a scale of type {stored.type}")
+    if not stored.shape:
+        one = dense(_f32(stored).reshape(1, 1))
+        return QTensor((n, k), codes, grid, (-1, -1), one)
+    if axis == 1 and stored.shape == (n,) and not size:
+        return QTensor((n, k), codes, grid, (1, -1), _column(stored))
+    if axis == 0 and size > 0 and k % size == 0 and stored.shape == (k // size, n):
+        return QTensor((n, k), codes, grid, (1, size), onnx_reader.turned(stored))
+    raise _wrong(
+        file,
+        role,
+        f"axis {axis}, blocks of {size}, scales of shape {stored.shape} for codes of shape {t.shape}",
+    )
+
+
+def _zero(file: OnnxFile, role: str, node: Any, t: Stored) -> Tensor | None:
+    """The zero points, where there are any."""
+    if len(node.input) < 3 or not node.input[2]:
+        return None
+    zero, scale = _number(file, node.input[2], role), file.tensors.get(node.input[1])
+    if zero.type != t.type or scale is None or zero.shape != scale.shape:
+        raise _wrong(file, role, f"zero points of type {zero.type} and shape {zero.shape}")
+    if not zero.shape:
+        return dense(zero.load().reshape(1, 1))
+    return _column(zero) if len(zero.shape) == 1 else onnx_reader.turned(zero)
+
+
+def _column(t: Stored) -> Tensor:
+    """A vector as (n, 1)."""
+    flat = onnx_reader.tensor(t)
+    return replace(flat, shape=(*t.shape, 1), read=lambda a, b: t.load()[a:b].reshape(b - a, 1))
+
+
+def _f32(t: Stored) -> NDArray[np.float32]:
+    return as_f32(t.load(), _NAMES.get(t.type, "F32"))
+
+
+def _with_minimum(file: OnnxFile, role: str, q: QTensor, t: Stored, product: Any) -> QTensor:
+    """Codes less something per block: a zero point where it is one, so that values are those of its integers."""
+    less = _one(file, t.name, role, ("MatMul",))
+    minus = _one(file, product.output[0], role, ("Sub",))
+    if list(minus.input) != [product.output[0], less.output[0]] or less.input[1] != t.name:
+        raise _wrong(file, role, "its minimum is not subtracted from the product")
+    minimum = onnx_reader.turned(t)
+    if not isinstance(q.scale, Tensor) or q.scale.shape != minimum.shape:
+        raise _wrong(file, role, f"a minimum of shape {t.shape} for other scales")
+    scale, low = as_f32(q.scale.load(), q.scale.dtype), as_f32(minimum.load(), minimum.dtype)
+    with np.errstate(all="ignore"):
+        zero = np.rint(low / np.where(scale == 0, 1, scale))
+    if (np.abs(zero) < 1 << 15).all() and np.array_equal(zero * scale, low):
+        return replace(q, zero=dense(zero.astype(np.int16)))
+    return replace(q, offset=minimum)
+
+
+def _reordered(file: OnnxFile, role: str, q: QTensor, t: Stored) -> QTensor:
+    """Columns in the order of the input, each with the number of its block."""
+    order = t.load().reshape(-1)
+    k, width = q.shape[1], q.block[1]
+    if t.type != "INT64" or order.shape != (k,) or not np.array_equal(np.sort(order), np.arange(k)):
+        raise _wrong(file, role, "the order of its columns is no permutation")
+    place = np.argsort(order)
+    stored = q.codes
+    codes = replace(stored, read=lambda a, b: np.ascontiguousarray(stored.read(a, b)[:, place]))
+    if width == -1:
+        return replace(q, codes=codes)
+    return replace(q, codes=codes, g_idx=dense((place // width).astype(np.int32)))
+
+
+def _input(file: OnnxFile, role: str, name: str) -> tuple[ActSpec | None, Stored | None, Stored | None]:
+    """What is done to the input of a product: rounding, the order of its features, their scale."""
+    activation, order, scaled = None, None, None
+    for _ in range(4):
+        node: Any = file.producers.get(name)
+        kind = "" if node is None else node.op_type
+        if kind == "DequantizeLinear":
+            before = file.producers.get(node.input[0])
+            if before is None or before.op_type != "QuantizeLinear" or activation is not None:
+                break
+            activation, name = _rounded(file, role, before, node), before.input[0]
+        elif kind == "Gather" and node.input[1] == role + ".order":
+            if integers(node).get("axis", 0) != -1:
+                raise _wrong(file, role, "the order of its columns is taken along another axis")
+            order, name = file.tensors.get(node.input[1]), node.input[0]
+        elif kind == "Mul" and role + ".input_scale" in node.input:
+            place = list(node.input).index(role + ".input_scale")
+            scaled, name = file.tensors.get(role + ".input_scale"), node.input[1 - place]
+        else:
+            break
+    return activation, order, scaled
+
+
+def _rounded(file: OnnxFile, role: str, there: Any, back: Any) -> ActSpec:
+    """QuantizeLinear and DequantizeLinear of an input: static where the scale is a constant."""
+    if list(there.input[1:]) != list(back.input[1:]):
+        raise _wrong(file, role, "its input is dequantized with another scale than it is quantized with")
+    scale = file.tensors.get(there.input[1])
+    zero = file.tensors.get(there.input[2]) if len(there.input) > 2 else None
+    grid = _GRIDS["UINT8" if zero is None else zero.type] if zero is None or zero.type in _GRIDS else None
+    if grid is None:
+        raise UnsupportedError(f"{file.path}: {role}: an input of type {zero.type if zero else '?'}")
+    if scale is None:
+        return ActSpec(grid, "token", True)
+    if scale.shape not in ((), (1,)):
+        raise _wrong(file, role, f"a static scale of shape {scale.shape} for its input")
+    middle = None
+    if zero is not None and grid.kind == "int" and zero.load().reshape(-1)[:1].any():
+        middle = dense(zero.load().reshape(1).astype(np.int32))
+    return ActSpec(grid, "tensor", False, None, dense(_f32(scale).reshape(1)), middle)
+
+
+def _table(file: OnnxFile, role: str, t: Stored) -> QTensor:
+    """Rows whose codes and scales are looked up before they are dequantized."""
+    grid = _grid(file, role, t)
+    rows = _one(file, t.name, role, ("Gather",))
+    node = _one(file, rows.output[0], role, ("DequantizeLinear",))
+    said = integers(node)
+    sides = dict(_looked_up(file, role, rows, node))
+    scale = sides.pop("scale", None)
+    size = said.get("block_size", 0)
+    if (
+        scale is None
+        or said.get("axis", 1) != 2
+        or size < 1
+        or scale.shape != (t.shape[0], t.shape[1] // size)
+    ):
+        raise _wrong(
+            file, role, f"axis {said.get('axis', 1)}, blocks of {size} for a table of shape {t.shape}"
+        )
+    return QTensor(t.shape, onnx_reader.tensor(t), grid, (1, size), scale, sides.get("zero"))
+
+
+def _looked_up(file: OnnxFile, role: str, rows: Any, node: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, value in zip(("scale", "zero"), node.input[1:], strict=False):
+        gather = file.producers.get(value)
+        if gather is None or gather.op_type != "Gather" or gather.input[1] != rows.input[1]:
+            raise _wrong(file, role, f"the {name} of its rows is not looked up with them")
+        yield name, onnx_reader.tensor(_number(file, gather.input[0], role))

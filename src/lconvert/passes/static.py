@@ -1,0 +1,121 @@
+"""Static int8: weights rounded to nearest with a scale per tensor or per output channel, inputs with calibrated scales.
+
+What CPUs and TensorRT run in integers from end to end: the scales of inputs are fixed beforehand, from examples of what the model will
+see, by one of passes/observers.py. Meant for encoders and convolutional networks; the embeddings stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lconvert.errors import OptionError
+from lconvert.ir import ActSpec, Encoder, Entry, Model, QTensor, dense, int_grid
+from lconvert.passes import rtn
+from lconvert.passes.histograms import Examples
+from lconvert.spec import check
+
+
+@dataclass(frozen=True)
+class Options:
+    """weights: channel or tensor, what shares a scale. search: minmax or mse, of the scales per channel. observer: minmax, percentile,
+    entropy or mse. symmetric: inputs in int8 around 0, as TensorRT must have them; else uint8 with a zero point. text: examples of an
+    encoder or decoder, one per line, where none are given as arrays; examples, context: how many lines and tokens. targets,
+    ignore: regular expressions on canonical names."""
+
+    weights: Literal["channel", "tensor"] = "channel"
+    search: Literal["minmax", "mse"] = "minmax"
+    observer: str = "minmax"
+    symmetric: bool = False
+    text: str = ""
+    examples: int = 128
+    context: int = 512
+    targets: str = r".*"
+    ignore: str = r".*embed"
+
+    def __post_init__(self) -> None:
+        from lconvert.passes.observers import OBSERVERS
+
+        if self.weights not in ("channel", "tensor"):
+            raise OptionError(f"static: weights {self.weights!r}; choose channel or tensor")
+        if self.observer not in OBSERVERS:
+            raise OptionError(f"static: observer {self.observer!r}; choose {', '.join(OBSERVERS)}")
+        if self.weights == "tensor" and self.search != "minmax":
+            raise OptionError("static: the mse search chooses scales per channel; it has none per tensor")
+        self.rounding()
+
+    def rounding(self) -> rtn.Options:
+        group: int | str = -1 if self.weights == "channel" else "tensor"
+        return rtn.Options("int8", group, self.search, self.targets, self.ignore)
+
+
+def run(model: Model, options: Options, examples: Examples | None = None) -> Model:
+    """The model with int8 weights and an ActSpec on each of them. examples: arrays as passes/histograms.py takes them."""
+    import numpy as np
+
+    from lconvert.passes import histograms
+    from lconvert.passes.observers import OBSERVERS, codes
+
+    if examples is None:
+        if not options.text:
+            raise OptionError("static: scales of inputs need examples; name a text (one example per line)")
+        examples = lines(model, options)
+    seen = histograms.inputs(model, examples)  # of the model as it is, not of its rounded weights
+    rounded = rtn.run(model, options.rounding())
+    new: dict[str, Entry] = {}
+    for name, entry in rounded.entries.items():
+        if not isinstance(entry.data, QTensor) or entry.data is model.entries[name].data:
+            continue
+        if name not in seen:
+            raise OptionError(f"static: no input of {name} was seen; leave it out with ignore")
+        found = codes(OBSERVERS[options.observer](seen[name], options.symmetric), options.symmetric)
+        scale = dense(np.array([found.scale], np.float32))
+        zero = None if options.symmetric else dense(np.array([found.zero], np.uint8))
+        spec = ActSpec(int_grid(8, options.symmetric), "tensor", False, scale=scale, zero=zero)
+        note = f"inputs {'int8' if options.symmetric else 'uint8'}, static, {options.observer}"
+        new[name] = replace(entry, activation=spec, provenance=(*entry.provenance, note))
+    return check(rounded.with_entries(new, f"static: inputs of {len(new)} matrices, {options.observer}"))
+
+
+def lines(model: Model, options: Options) -> Examples:
+    """The first lines of a text as tokens, one example each, as the model's tokenizer frames them."""
+    import json
+    from pathlib import Path
+
+    from lconvert.errors import InputError, MissingPackageError
+
+    if model.tokenizer is None:
+        raise InputError(
+            f"{model.source}: has no tokenizer, so no text can be used for calibration; give arrays"
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise MissingPackageError("tokenizers is not installed: pip install 'lconvert[hf]'") from None
+    path = Path(options.text)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({e})") from None
+    tokenizer = Tokenizer.from_str(json.dumps(model.tokenizer.json))
+    tokenizer.no_padding()
+    longest = model.arch.context if isinstance(model.arch, Encoder) else model.decoder.context
+    wanted = [s for line in text.splitlines() if (s := re.sub(r"\s+", " ", line).strip())]
+    ids = [tokenizer.encode(s).ids[: min(options.context, longest)] for s in wanted[: options.examples]]
+    return [{"input_ids": [row]} for row in ids if row]
+
+
+def errors(before: Model, after: Model) -> dict[str, float]:
+    """Relative RMS error of every weight that `after` holds in codes."""
+    import numpy as np
+
+    from lconvert.kernels.qtensor import values
+
+    out = {}
+    for name, entry in after.entries.items():
+        if isinstance(entry.data, QTensor):
+            want = values(before.entries[name].data).astype(np.float64)
+            got = values(entry.data).astype(np.float64)
+            out[name] = float(np.sqrt(np.square(got - want).sum() / max(np.square(want).sum(), 1e-300)))
+    return out

@@ -1,0 +1,537 @@
+"""Encoders (BERT, DistilBERT) and small convolutional networks: read, rounded to static int8, drawn as ONNX, run in ONNX Runtime.
+
+Floats are compared with transformers and torch, int8 with the same model in torch whose inputs torch rounds (fake_quantize).
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lconvert
+from lconvert.converters import checkpoint, convnet, hf, lcir, onnx
+from lconvert.errors import InputError, OptionError, UnsupportedError
+from lconvert.executor import execute
+from lconvert.forward import Forward, sequential
+from lconvert.ir import Convnet, Encoder, Model, QTensor, Tensor
+from lconvert.kernels.qtensor import values
+from lconvert.passes import histograms, kv, static
+from lconvert.passes.observers import OBSERVERS
+from tests.conftest import DEMO, ROOT
+
+for package in ("onnx", "onnxruntime", "sklearn", "torch", "transformers"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+import onnx as onnx_package
+import onnxruntime
+import torch
+import transformers
+from torch import nn
+
+#: Logits of the random models are of the order of 1.
+CLOSE = 1e-4
+SIZES = {"vocab_size": 60, "max_position_embeddings": 40, "num_labels": 3}
+CONFIGS: dict[str, Any] = {
+    "bert": lambda **k: transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **SIZES, **k
+    ),
+    "distilbert": lambda **k: transformers.DistilBertConfig(
+        dim=32, n_layers=2, n_heads=4, hidden_dim=64, **SIZES, **k
+    ),
+}
+CLASSES = {
+    "bert": transformers.BertForSequenceClassification,
+    "distilbert": transformers.DistilBertForSequenceClassification,
+}
+KINDS = sorted(CONFIGS)
+
+
+def transformer(kind: str, folder: Path, **options: Any) -> Any:
+    """A random model of transformers, saved."""
+    torch.manual_seed(3)
+    module = CLASSES[kind](CONFIGS[kind](**options)).eval()
+    for name, p in module.named_parameters():
+        nn.init.normal_(p, float("norm" in name.lower() and name.endswith("weight")), 0.2)
+    module.save_pretrained(folder)
+    return module
+
+
+def sentences(kind: str, lengths: tuple[int, ...] = (9, 4, 7), seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    shape = (len(lengths), max(lengths))
+    mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
+    out = {"input_ids": rng.integers(0, 60, shape), "attention_mask": mask}
+    return out | ({"token_type_ids": rng.integers(0, 2, shape)} if kind == "bert" else {})
+
+
+def exported(model: Model, folder: Path, **options: Any) -> Path:
+    execute(onnx.plan(model, onnx.Options(**options)), folder, force=True)
+    path = folder / "model.onnx"
+    onnx_package.checker.check_model(str(path))
+    return path
+
+
+def run(path: Path, feed: dict[str, Any], optimized: Path | None = None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], feed)[0]
+
+
+def operators(path: Path) -> collections.Counter[str]:
+    return collections.Counter(
+        n.op_type for n in onnx_package.load(path, load_external_data=False).graph.node
+    )
+
+
+def rounding(model: Model, role: str) -> Any:
+    """What torch makes of an input that the model rounds: codes and back."""
+    a = model.entries[role].activation
+    assert a is not None and a.scale is not None
+    zero = 0 if a.zero is None else int(a.zero.load().reshape(-1)[0])
+    low, high = (-128, 127) if a.grid.signed else (0, 255)
+    scale = float(a.scale.load().reshape(-1)[0])
+    return lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
+
+
+# --- floats ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_floats_are_those_of_transformers(kind: str, act: str, tmp_path: Path) -> None:
+    """With padding, with token types, and every row of the batch alone."""
+    module = transformer(
+        kind, tmp_path / "m", **{"activation" if kind == "distilbert" else "hidden_act": act}
+    )
+    model = lconvert.read(tmp_path / "m")
+    assert isinstance(model.arch, Encoder)
+    feed = sentences(kind)
+    with torch.no_grad():
+        want = module(**{k: torch.as_tensor(v) for k, v in feed.items()}).logits.numpy()
+    assert np.abs(want).max() > 0.1
+    path = exported(model, tmp_path / "o")
+    assert np.abs(run(path, feed) - want).max() < CLOSE
+    assert np.abs(Forward(model).classify(feed) - want).max() < CLOSE
+    for i, length in enumerate(feed["attention_mask"].sum(1)):
+        alone = {k: v[i : i + 1, :length] for k, v in feed.items()}
+        assert np.abs(run(path, alone)[0] - want[i]).max() < CLOSE
+
+
+def test_a_token_type_and_the_mask_matter(tmp_path: Path) -> None:
+    """What the test above compares is not indifferent to them."""
+    transformer("bert", tmp_path / "m")
+    path, feed = exported(lconvert.read(tmp_path / "m"), tmp_path / "o"), sentences("bert")
+    want = run(path, feed)
+    for name in ("token_type_ids", "attention_mask"):
+        assert np.abs(run(path, feed | {name: 1 - feed[name]}) - want).max() > 100 * CLOSE
+
+
+NETS: dict[str, tuple[Any, ...]] = {
+    "lenet": (nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(4, 6, (3, 2), stride=2)),
+    "gelu": (nn.Conv2d(2, 4, 5, bias=False), nn.GELU(), nn.Dropout(0.5), nn.MaxPool2d(3)),
+}
+
+
+def net(name: str) -> tuple[nn.Sequential, Any]:
+    torch.manual_seed(1)
+    body = nn.Sequential(*NETS[name], nn.Flatten()).eval()
+    x = torch.randn(3, 2, 12, 11)
+    width = body(x).shape[1]
+    return nn.Sequential(*body, nn.Linear(width, 7), nn.ReLU(), nn.Linear(7, 5, bias=False)).eval(), x
+
+
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_convolutions_are_those_of_torch(name: str, tmp_path: Path) -> None:
+    """Out of a module, through a folder, in torch again and in ONNX Runtime."""
+    module, x = net(name)
+    made = convnet.from_torch(module, (2, 12, 11))
+    execute(hf.plan(made), tmp_path / "m")
+    model = lconvert.read(tmp_path / "m")
+    assert isinstance(model.arch, Convnet) and model.arch == made.arch
+    want = module(x).detach().numpy()
+    assert np.array_equal(sequential(model)(x).detach().numpy(), want)
+    assert np.abs(run(exported(model, tmp_path / "o"), {"images": x.numpy()}) - want).max() < CLOSE
+
+
+# --- int8 --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["channel", "tensor"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_is_what_torch_makes_of_the_same_codes(kind: str, scale: Any, tmp_path: Path) -> None:
+    """And every product is one of integers in ONNX Runtime's optimized graph."""
+    transformer(kind, tmp_path / "m")
+    model, feed = lconvert.read(tmp_path / "m"), sentences(kind)
+    q = static.run(model, static.Options(scale), [sentences(kind, seed=s) for s in range(4)])
+    forward = Forward(q)
+    for module, roles in forward.linears():
+        f = rounding(q, roles[0])
+        module.register_forward_pre_hook(lambda m, args, f=f: (f(args[0]),))
+    want = forward.classify(feed)
+    got = run(exported(q, tmp_path / "o"), feed, tmp_path / "optimized.onnx")
+    floats = Forward(model).classify(feed)
+    lost = np.abs(want - floats).max()
+    assert 1e-3 < lost < 0.2
+    assert np.abs(got - want).max() < lost / 4, "a code may fall to the other side of a tie, no more"
+    found = operators(tmp_path / "optimized.onnx")
+    assert found["MatMulIntegerToFloat"] == 14 and not found["MatMul"] + found["Gemm"] + found["FusedGemm"]
+
+
+def test_the_graph_holds_the_codes_of_the_model(tmp_path: Path) -> None:
+    transformer("bert", tmp_path / "m")
+    model = lconvert.read(tmp_path / "m")
+    for scale in ("channel", "tensor"):
+        q = static.run(model, static.Options(scale), [sentences("bert")])  # type: ignore[arg-type]
+        made = onnx_package.load(exported(q, tmp_path / scale))
+        stored = {t.name: onnx_package.numpy_helper.to_array(t) for t in made.graph.initializer}
+        quantized = {n: e.data for n, e in q.entries.items() if isinstance(e.data, QTensor)}
+        assert len(quantized) == 14
+        for name, data in quantized.items():
+            assert np.array_equal(stored[name], data.codes.load().T) and stored[name].dtype == np.int8
+            assert isinstance(data.scale, Tensor)
+            if scale == "channel":
+                assert np.array_equal(stored[name + ".scale"], data.scale.load().reshape(-1))
+        dense = {n for n, e in q.entries.items() if isinstance(e.data, Tensor)}
+        assert all(np.array_equal(stored[n], values(q.entries[n].data)) for n in dense)
+
+
+def test_trt_takes_the_symmetric_graph(tmp_path: Path) -> None:
+    """Half precision, int8 codes, and no zero point but zero: what explicit quantization allows."""
+    transformer("bert", tmp_path / "m")
+    module, x = net("lenet")
+    made = (
+        (lconvert.read(tmp_path / "m"), sentences("bert")),
+        (
+            convnet.from_torch(module, (2, 12, 11)),
+            {"images": x.numpy()},
+        ),
+    )
+    for model, feed in made:
+        q = static.run(model, static.Options(symmetric=True), [feed])
+        graph = onnx_package.load(exported(q, tmp_path / "o", dialect="trt")).graph
+        types = {t.data_type for t in graph.initializer}
+        proto = onnx_package.TensorProto
+        assert proto.INT8 in types and proto.FLOAT16 in types
+        assert not types & {proto.UINT8, proto.INT32, proto.FLOAT}
+        held = {t.name: t for t in graph.initializer}
+        rounded = [n for n in graph.node if n.op_type == "QuantizeLinear"]
+        assert rounded
+        for node in rounded:
+            zero = held[node.input[2]]
+            assert zero.data_type == proto.INT8 and not onnx_package.numpy_helper.to_array(zero).any()
+
+
+# --- trained models ----------------------------------------------------------------------------------------
+
+
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("encoder_int8", ROOT / "examples" / "encoder_int8.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("kind", "least"), [("cnn", 0.94), ("bert", 0.85), ("distilbert", 0.85)])
+def test_accuracy_on_digits(kind: str, least: float, tmp_path: Path) -> None:
+    """int8 costs less than a point of accuracy with either scale of weights and any observer; plots show how."""
+    e = example()
+    rows = e.compare(kind, tmp_path)
+    assert len(rows) == 1 + 2 * len(OBSERVERS)
+    assert rows[0]["accuracy"] > least
+    for row in rows[1:]:
+        assert abs(row["accuracy"] - rows[0]["accuracy"]) <= 0.01, row
+        assert 1e-4 < row["error"] < 0.03, row
+    for name in ("ranges", "weights"):
+        assert (tmp_path / f"{kind}-{name}.png").stat().st_size > 10_000
+    model = lconvert.read(tmp_path / kind)
+    given = e.images(e.digits()[0][:64]) if kind == "cnn" else e.sentences(e.digits()[0][:64], kind == "bert")
+    found = {s: static.run(model, static.Options(s), [given]) for s in ("tensor", "channel")}
+    errors = {s: static.errors(model, q) for s, q in found.items()}
+    assert all(errors["channel"][n] <= errors["tensor"][n] for n in errors["tensor"])
+    if kind != "cnn":
+        return
+    fp32 = run(exported(model, tmp_path / "f"), given)
+    assert np.abs(fp32 - sequential(model)(torch.tensor(given["images"])).detach().numpy()).max() < CLOSE
+    q = found["channel"]
+    got = run(exported(q, tmp_path / "o"), given, tmp_path / "optimized.onnx")
+    apart = np.abs(got - rounded_net(q, given["images"]))
+    assert np.median(apart) < 1e-5, "the same codes"
+    assert apart.max() < np.abs(fp32 - got).max() / 4, "but for ties"
+    kinds = operators(tmp_path / "optimized.onnx")
+    assert kinds["QLinearConv"] == 2 and kinds["MatMulIntegerToFloat"] == 2
+    assert not sum(kinds[k] for k in ("Conv", "FusedConv", "MatMul", "Gemm", "DequantizeLinear"))
+
+
+def rounded_net(q: Model, x: Any) -> Any:
+    """The network in torch with inputs rounded by torch where the graph has codes: in front of pooling."""
+    assert isinstance(q.arch, Convnet)
+    module = sequential(q)
+    for i, _ in q.arch.weighted():
+        f = rounding(q, f"steps.{i}")
+        at = module[histograms.watched(q.arch, i)]
+        at.register_forward_pre_hook(lambda m, args, f=f: (f(args[0]),))
+    with torch.no_grad():
+        return module(torch.tensor(x)).numpy()
+
+
+def test_a_mean_is_rounded_again(tmp_path: Path) -> None:
+    """AveragePool on codes, with the scale from before it."""
+    torch.manual_seed(2)
+    body = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+    model = convnet.from_torch(nn.Sequential(*body).eval(), (1, 8, 8))
+    x = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
+    q = static.run(model, static.Options(), [{"images": x}])
+    run(exported(q, tmp_path / "o"), {"images": x}, tmp_path / "optimized.onnx")
+    assert operators(tmp_path / "optimized.onnx")["QLinearAveragePool"] == 1
+    seen = histograms.inputs(model, [{"images": x}])
+    first = sequential(model)[:2](torch.tensor(x))
+    assert seen["steps.4"].high == pytest.approx(float(first.detach().max()))
+
+
+# --- histograms and observers ------------------------------------------------------------------------------
+
+
+def test_histograms_leave_padding_out(tmp_path: Path) -> None:
+    transformer("bert", tmp_path / "m")
+    model = lconvert.read(tmp_path / "m")
+    feeds = [sentences("bert", seed=s) for s in (0, 1)]
+    seen: list[Any] = []
+    forward = Forward(model)
+    (module,) = [m for m, roles in forward.linears() if roles == ("layers.1.mlp.up",)]
+    module.register_forward_pre_hook(lambda m, args: seen.append(args[0].numpy()))
+    for feed in feeds:
+        forward.classify(feed)
+    real = np.concatenate([x[f["attention_mask"] == 1] for x, f in zip(seen, feeds, strict=True)])
+    h = histograms.inputs(model, feeds)["layers.1.mlp.up"]
+    assert (h.low, h.high) == (float(real.min()), float(real.max()))
+    assert np.array_equal(h.counts, np.histogram(real, 2048, (h.low, h.high))[0])
+    assert h.counts.sum() == real.size == 2 * (9 + 4 + 7) * 32
+
+
+def samples() -> dict[str, Any]:
+    rng = np.random.default_rng(4)
+    return {
+        "relu with a tail": np.maximum(rng.standard_t(3, 20_000), 0),
+        "both sides": rng.standard_t(4, 20_000),
+        "uneven": np.concatenate([rng.normal(0, 0.1, 20_000), [3.0, -0.2]]),
+    }
+
+
+def histogram(x: Any) -> Any:
+    from lconvert.passes.observers import Histogram
+
+    low, high = float(x.min()), float(x.max())
+    return Histogram(np.histogram(x, 2048, (low, high))[0], low, high)
+
+
+@pytest.mark.parametrize("name", sorted(samples()))
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_observers_are_their_definitions(name: str, symmetric: bool) -> None:
+    x = samples()[name]
+    h = histogram(x)
+    width = (h.high - h.low) / 2048
+    assert OBSERVERS["minmax"](h, symmetric) == (x.min(), x.max())
+    low, high = OBSERVERS["percentile"](h, symmetric)
+    if symmetric:
+        cut = np.quantile(np.abs(x), 0.9999)
+        want = max(x.min(), -cut), min(x.max(), cut)
+    else:
+        want = np.quantile(x, 0.00005), np.quantile(x, 0.99995)
+    far = (
+        2 * width + np.diff(np.sort(x)[[-4, -1]])[0] + np.diff(np.sort(x)[[0, 3]])[0]
+    )  # between the outermost values
+    assert (low, high) == pytest.approx(want, abs=far)
+    shares = [1 - i / 100 for i in range(81)]
+    errors = [squared_error(x, (h.low * s, h.high * s), symmetric) for s in shares]
+    found = squared_error(x, OBSERVERS["mse"](h, symmetric), symmetric)
+    assert found <= 1.02 * min(errors)
+    assert name == "both sides" or found < errors[0]
+    assert OBSERVERS["entropy"](h, symmetric) == pytest.approx(least_divergence(h, symmetric))
+
+
+def squared_error(x: Any, found: tuple[float, float], symmetric: bool) -> float:
+    """Of 8-bit codes for this range, by torch."""
+    low, high = min(found[0], 0.0), max(found[1], 0.0)
+    scale = max(-low, high) / 127 if symmetric else (high - low) / 255
+    zero = 0 if symmetric else round(-low / scale)
+    ends = (-127, 127) if symmetric else (0, 255)
+    y = torch.fake_quantize_per_tensor_affine(torch.tensor(x), scale, zero, *ends).numpy()
+    return float(np.square(y - x).sum())
+
+
+def least_divergence(h: Any, symmetric: bool) -> tuple[float, float]:
+    """The KL search as its author's slides have it, bin by bin."""
+    from scipy.stats import entropy
+
+    top = max(abs(h.low), abs(h.high))
+    bins = [0.0] * 2048
+    for middle, count in zip(h.middles, h.counts, strict=True):
+        bins[min(int(abs(middle) / top * 2048), 2047)] += float(count)
+    bins[0] = bins[1]
+    levels = 256 if h.low >= 0 and not symmetric else 128
+    best: tuple[float, int] = (float("inf"), 2048)
+    for i in range(levels, 2049, 16):
+        reference = bins[:i]
+        groups: dict[int, list[int]] = collections.defaultdict(list)
+        for j in range(i):
+            groups[j * levels // i].append(j)
+        candidate = [0.0] * i
+        for members in groups.values():
+            full = [j for j in members if bins[j] > 0]
+            for j in full:
+                candidate[j] = sum(bins[j] for j in members) / len(full)
+        reference = [*reference[:-1], reference[-1] + sum(bins[i:])]
+        best = min(best, (float(entropy(reference, candidate)), i), key=lambda b: b[0])
+    cut = top * best[1] / 2048
+    return max(h.low, -cut), min(h.high, cut)
+
+
+# --- errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> dict[str, Model]:
+    transformer("bert", tmp_path / "bert")
+    return {
+        "bert": lconvert.read(tmp_path / "bert"),
+        "convnet": convnet.from_torch(net("gelu")[0], (2, 12, 11)),
+    }
+
+
+def test_what_needs_a_language_model_says_so(others: dict[str, Model], tmp_path: Path) -> None:
+    wants = {"bert": "bert is an encoder", "convnet": "convnet is a convolutional network"}
+    for name, model in others.items():
+        for attempt in (
+            lambda m=model: lconvert.convert(m, tmp_path / "m.gguf", ftype="Q8_0"),
+            lambda m=model: kv.run(m, kv.Options()),
+            lambda m=model: checkpoint.plan(m, checkpoint.Options()),
+        ):
+            with pytest.raises(UnsupportedError, match=f"{wants[name]}.*decoders"):
+                attempt()
+    with pytest.raises(UnsupportedError, match="is an encoder"):
+        lconvert.validate(tmp_path / "bert", tmp_path / "bert")
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_lcir_holds_them(others: dict[str, Model], tmp_path: Path) -> None:
+    x = net("gelu")[1].numpy()
+    for name, model in others.items():
+        feed = sentences("bert") if name == "bert" else {"images": x}
+        q = static.run(model, static.Options(), [feed])
+        execute(lcir.plan(q, {}), tmp_path / f"{name}.lcir")
+        back = lconvert.read(tmp_path / f"{name}.lcir")
+        assert back.arch == model.arch
+        for role, entry in q.entries.items():
+            assert np.array_equal(values(back.entries[role].data), values(entry.data))
+            a, b = entry.activation, back.entries[role].activation
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                assert (
+                    a.scale is not None and b.scale is not None and a.zero is not None and b.zero is not None
+                )
+                assert (a.grid, a.scale.load(), a.zero.load()) == (b.grid, b.scale.load(), b.zero.load())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_decoder": True}, "is_decoder = True is not supported"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"new_key": 1}, "unknown key 'new_key'"),
+        ({"architectures": ["BertForMaskedLM"]}, "expected BertForSequenceClassification"),
+        ({"num_labels": 7}, "num_labels is 7, but id2label names 3"),
+        ({"num_attention_heads": 5}, "does not divide into 5 heads"),
+        ({"hidden_act": "mish"}, "unknown activation"),
+        ({"num_hidden_layers": 3}, "encoder.layer.2.* is missing"),
+        ({"type_vocab_size": 5}, "the configuration implies"),
+        ({"num_hidden_layers": 9000}, "9000 layers are claimed"),
+    ],
+)
+def test_configurations_that_mean_something_else(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    transformer("bert", tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises((InputError, UnsupportedError), match=message):
+        lconvert.read(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"conv": 4, "kernel": [3]}], r"kernel is \[3\], expected \[height, width\]"),
+        ([{"convolution": 4}], "a step is one of conv, linear"),
+        ([{"conv": 4, "kernel": [3, 3], "dilation": 2}], "unknown key 'dilation'"),
+        ([{"linear": 4}], "flatten them first"),
+        ([{"conv": 4, "kernel": [9, 9]}], "leaves nothing of"),
+        ([{"relu": True}], "ends in features, after flatten"),
+        ([{"conv": 4, "kernel": [3, 3], "padding": -1}], "sizes are impossible"),
+        ([], "steps must be a list"),
+        ([{"flatten": True}, {"linear": 4}], "tensor 1.weight .* is missing"),
+    ],
+)
+def test_networks_that_cannot_be(steps: list[Any], message: str, tmp_path: Path) -> None:
+    execute(hf.plan(convnet.from_torch(net("gelu")[0], (2, 12, 11))), tmp_path / "m")
+    config = {"model_type": "convnet", "image": [2, 8, 8], "steps": steps}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(lconvert.errors.LconvertError, match=message):
+        lconvert.read(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Conv2d(1, 2, 3, groups=1, dilation=2), r"dilation is \(2, 2\)"),
+        (nn.MaxPool2d(3, stride=2), "squares of 3 every 2"),
+        (nn.Conv2d(1, 2, 3, stride=(1, 2)), r"stride is \(1, 2\)"),
+        (nn.Conv2d(1, 2, 3, padding="same"), "padding is same"),
+        (nn.GELU("tanh"), "approximate is 'tanh'"),
+        (nn.Sigmoid(), "Sigmoid.* has no step; known are Conv2d"),
+    ],
+)
+def test_modules_without_a_step(module: nn.Module, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        convnet.from_torch(nn.Sequential(module, nn.Flatten()), (1, 8, 8))
+
+
+def test_calibration_wants_examples(others: dict[str, Model], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="name a text"):
+        static.run(others["bert"], static.Options())
+    with pytest.raises(OptionError, match="there are no examples"):
+        static.run(others["bert"], static.Options(), [])
+    with pytest.raises(InputError, match="has no tokenizer"):
+        static.run(others["bert"], static.Options(text=str(ROOT / "README.md")))
+    bad = np.full((1, 2, 12, 11), np.nan, np.float32)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        static.run(others["convnet"], static.Options(), [{"images": bad}])
+    for wrong in ({"observer": "best"}, {"weights": "group"}, {"weights": "tensor", "search": "mse"}):
+        with pytest.raises(OptionError, match=r"choose|has none per tensor"):
+            static.Options(**wrong)  # type: ignore[arg-type]
+
+
+def test_calibration_on_a_text(tmp_path: Path) -> None:
+    """Lines of a file through the model's own tokenizer."""
+    torch.manual_seed(0)
+    vocab = len(json.loads((DEMO / "tokenizer.json").read_text())["model"]["vocab"])
+    config = CONFIGS["bert"]()
+    config.vocab_size = max(vocab, 4096)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, tmp_path / "m" / name)
+    (tmp_path / "t.txt").write_text("One line.\n\nAnother line of text,\nand a third one.\n")
+    model = lconvert.read(tmp_path / "m")
+    options = static.Options(text=str(tmp_path / "t.txt"), examples=2)
+    assert len(static.lines(model, options)) == 2
+    q = static.run(model, options)
+    assert sum(e.activation is not None for e in q.entries.values()) == 14
