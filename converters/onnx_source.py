@@ -137,6 +137,8 @@ def _entry(file: OnnxFile, role: str) -> Entry:
     kinds = {n.op_type for n in uses}
     if "DequantizeLinear" in kinds:
         return _quantized(file, role, t)
+    if kinds == {"MatMulInteger"}:
+        return _whole(file, role, t)
     if t.type not in _NAMES:
         raise _wrong(file, role, f"it is {t.type} and nothing dequantizes it")
     if kinds == {"MatMul"} and len(t.shape) == 2:
@@ -170,6 +172,7 @@ def _quantized(file: OnnxFile, role: str, t: Stored) -> Entry:
     q = replace(_blocks(file, role, node, t), zero=_zero(file, role, node, t))
     if (minimum := file.tensors.get(role + ".minimum")) is not None:
         q = _with_minimum(file, role, q, minimum, product)
+    q = _with_factor(file, role, q, product.output[0])
     activation, order, scaled = _input(file, role, product.input[0])
     if order is not None:
         q = _reordered(file, role, q, order)
@@ -180,6 +183,39 @@ def _quantized(file: OnnxFile, role: str, t: Stored) -> Entry:
     if scaled is not None:
         transform = Transform("scale", "input", onnx_reader.tensor(scaled), folded=False)
     return Entry(role, q, activation=activation, transform=transform)
+
+
+def _whole(file: OnnxFile, role: str, t: Stored) -> Entry:
+    """Codes that meet codes of the input in integers: a scale per token, found at run time, and one per row come after."""
+    product = _one(file, role, role, ("MatMulInteger",))
+    cast = _one(file, product.output[0], role, ("Cast",))
+    tokens = _one(file, cast.output[0], role, ("Mul",))
+    scale = _number(file, _one(file, tokens.output[0], role, ("Mul",)).input[1], role)
+    if t.type != "INT8" or product.input[1] != role or scale.shape not in ((t.shape[1],), (1,)):
+        raise _wrong(file, role, f"{t.type} codes with scales of shape {scale.shape} after their product")
+    block = (1, -1) if scale.shape[0] == t.shape[1] else (-1, -1)
+    q = QTensor((t.shape[1], t.shape[0]), onnx_reader.turned(t), int_grid(8, True), block, _column(scale))
+    return Entry(role, q, activation=ActSpec(int_grid(8, True), "token", True))
+
+
+def _with_factor(file: OnnxFile, role: str, q: QTensor, product: str) -> QTensor:
+    """The outer of two scales, which the product is multiplied with or divided by, back in the scales."""
+    for _ in range(2):  # after what is subtracted, if anything is
+        for node in file.consumers.get(product, ()):
+            if node.name.rpartition(".")[2] == "factor" and node.input[0] == product:
+                factor = _f32(_number(file, node.input[1], role)).reshape(())
+                assert isinstance(q.scale, Tensor)
+                scale = as_f32(q.scale.load(), q.scale.dtype)
+                if node.op_type == "Mul":
+                    return replace(q, scale=dense(scale * factor))
+                if (scale == 1).all():
+                    return replace(q, scale=dense(scale * factor), divisor=True)
+                return replace(q, scale=dense(scale / factor))
+        after = [n for n in file.consumers.get(product, ()) if n.op_type == "Sub" and n.input[0] == product]
+        if len(after) != 1:
+            break
+        product = after[0].output[0]
+    return q
 
 
 def _blocks(file: OnnxFile, role: str, node: Any, t: Stored) -> QTensor:

@@ -185,11 +185,6 @@ def test_rounding_can_be_left_out_and_is_announced(tmp_path: Path) -> None:
     )
 
 
-def test_tensorrt_gets_no_scales_found_at_run_time() -> None:
-    plan = onnx.plan(KINDS["W8A8"](), onnx.Options("trt"))
-    assert any("TensorRT takes static symmetric scales" in n for n in plan.notes)
-
-
 def test_the_cache_is_rounded_and_said_so() -> None:
     notes = onnx.plan(KINDS["FP8 and FP8 cache"]()).notes
     assert any(n.startswith("keys are rounded to FP8, static per tensor") for n in notes)
