@@ -125,6 +125,12 @@ def _one(file: OnnxFile, name: str, role: str, kinds: tuple[str, ...]) -> Any:
     return found[0]
 
 
+def _cast(file: OnnxFile, name: str) -> str:
+    """A value, or where only a Cast to the graph's dtype takes it (F32 scales in a half graph), what comes out of that."""
+    uses = file.consumers.get(name, [])
+    return str(uses[0].output[0]) if len(uses) == 1 and uses[0].op_type == "Cast" else name
+
+
 def _entry(file: OnnxFile, role: str) -> Entry:
     if (table := file.tensors.get(role + ".table")) is not None:
         return Entry(role, _table(file, role, table))
@@ -166,8 +172,9 @@ def _quantized(file: OnnxFile, role: str, t: Stored) -> Entry:
     node = _one(file, role, role, ("DequantizeLinear",))
     if len(file.consumers[role]) != 1 or node.input[0] != role:
         raise _wrong(file, role, "its codes are taken by several nodes")
-    product = _one(file, node.output[0], role, ("MatMul",))
-    if product.input[1] != node.output[0]:
+    matrix = _cast(file, node.output[0])
+    product = _one(file, matrix, role, ("MatMul",))
+    if product.input[1] != matrix:
         raise _wrong(file, role, "it is multiplied from the left")
     q = replace(_blocks(file, role, node, t), zero=_zero(file, role, node, t))
     if (minimum := file.tensors.get(role + ".minimum")) is not None:
@@ -278,7 +285,7 @@ def _with_minimum(file: OnnxFile, role: str, q: QTensor, t: Stored, product: Any
     """Codes less something per block: a zero point where it is one, so that values are those of its integers."""
     less = _one(file, t.name, role, ("MatMul",))
     minus = _one(file, product.output[0], role, ("Sub",))
-    if list(minus.input) != [product.output[0], less.output[0]] or less.input[1] != t.name:
+    if list(minus.input) != [product.output[0], _cast(file, less.output[0])] or less.input[1] != t.name:
         raise _wrong(file, role, "its minimum is not subtracted from the product")
     minimum = onnx_reader.turned(t)
     if not isinstance(q.scale, Tensor) or q.scale.shape != minimum.shape:
