@@ -9,6 +9,7 @@ import numpy as np
 from lconvert import __version__
 from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder
 from lconvert.converters.onnx_decoder import Builder, Shape, Weight
+from lconvert.converters.onnx_measured import measured
 from lconvert.converters.onnx_weights import DIALECTS
 from lconvert.errors import OptionError
 from lconvert.formats.onnx_graph import Graph
@@ -72,7 +73,11 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     if isinstance(model.arch, Decoder):
         metadata["positions"] = str(options.positions or model.arch.context)
     graph = FilePlan(MODEL, head := made.graph.model(DATA, metadata), (), len(head))
-    files = (graph, _data(made.graph, made.weights), *hf.text_files(model, hf.config(model, dtype)))
+    files = (
+        graph,
+        _data(made.graph, made.weights, model, original),
+        *hf.text_files(model, hf.config(model, dtype)),
+    )
     said = {k: v for k, v in vars(options).items() if v}
     return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes, *advice(made)))
 
@@ -91,9 +96,9 @@ def advice(made: Builder) -> list[str]:
     return out
 
 
-def _data(graph: Graph, weights: list[Weight]) -> FilePlan:
+def _data(graph: Graph, weights: list[Weight], model: Model, original: Model | None) -> FilePlan:
     offsets = graph.layout()
-    items = [_item(w, offsets[w.made.name]) for w in weights]
+    items = [measured(_item(w, offsets[w.made.name]), model, original) for w in weights]
     return FilePlan(DATA, b"", tuple(items), offsets[""])
 
 

@@ -60,7 +60,10 @@ def quantized(b: Builder, x: str, a: ActSpec, powers: bool = False) -> str:
         return _nodes(b, x, a)
     g = b.graph
     wide = x if b.dtype == "F32" else g.op("Cast", x, to=FLOAT)
-    y = _grouped(b, wide, a, powers) if a.per == "group" and a.dynamic else _rounded(b, wide, a, powers)
+    if a.per == "group" and a.dynamic:
+        y = _grouped(b, wide, a, powers)
+    else:
+        y = _rounded(b, wide, a, powers, _axis(b, a))
     return str(y if b.dtype == "F32" else g.op("CastLike", y, x))
 
 
@@ -88,7 +91,9 @@ def codes(b: Builder, x: str, a: ActSpec) -> tuple[str, str]:
 
     def scale() -> str:
         wide = x if b.dtype == "F32" else g.op("Cast", x, to=FLOAT)
-        return str(g.op("Max", g.op("Div", _largest(b, wide, a), _number(b, 127.0)), _number(b, _LEAST)))
+        return str(
+            g.op("Max", g.op("Div", _largest(b, wide, _axis(b, a)), _number(b, 127.0)), _number(b, _LEAST))
+        )
 
     scales = g.once(("scales", *key), scale)
 
@@ -147,47 +152,57 @@ def _number(b: Builder, x: float) -> str:
 
 
 def _grouped(b: Builder, x: str, a: ActSpec, powers: bool) -> str:
-    """Groups along the last axis, a short last one filled with zeros, which change no maximum."""
+    """Groups along the last axis, a short last one filled with zeros, which change no maximum. No -1 in shapes: x may have no rows."""
     g, size = b.graph, a.group
     assert size
-    shape = g.op("Shape", x)
-    width = g.op("Shape", x, start=-1)
-    whole = g.op(
-        "Mul", g.op("Div", g.op("Add", width, g.constant([size - 1])), g.constant([size])), g.constant([size])
-    )
-    lack = g.op("Sub", whole, width)
-    filled = g.op("Pad", x, g.op("Concat", g.constant([0]), lack, axis=0), "", g.constant([-1]))
-    front = g.op("Shape", x, end=-1)
-    cut = g.op("Reshape", filled, g.op("Concat", front, g.constant([-1, size]), axis=0))
-    y = _rounded(b, cut, replace(a, per="token"), powers)
-    joined = g.op("Reshape", y, g.op("Concat", front, g.constant([-1]), axis=0))
-    return str(g.op("Reshape", g.op("Slice", joined, g.constant([0]), width, g.constant([-1])), shape))
+    front, width = g.op("Shape", x, end=-1), g.op("Shape", x, start=-1)
+    groups = g.op("Div", g.op("Add", width, g.constant([size - 1])), g.constant([size]))
+    whole = g.op("Mul", groups, g.constant([size]))
+    lack = g.op("Concat", g.constant([0]), g.op("Sub", whole, width), axis=0)
+    filled = g.op("Pad", x, lack, "", g.constant([-1]))
+    cut = g.op("Reshape", filled, g.op("Concat", front, groups, g.constant([size]), axis=0))
+    y = _rounded(b, cut, replace(a, per="token"), powers, b.rank)
+    joined = g.op("Reshape", y, g.op("Concat", front, whole, axis=0))
+    return str(g.op("Slice", joined, g.constant([0]), width, g.constant([-1])))
 
 
-def _rounded(b: Builder, x: str, a: ActSpec, powers: bool) -> str:
-    """Codes of x along its last axis, or of all of it, times their scale."""
+def _rounded(b: Builder, x: str, a: ActSpec, powers: bool, axis: int | None) -> str:
+    """Codes of x along an axis, or of all of it, times their scale."""
     g = b.graph
     if a.grid.kind == "int":
-        return _integers(b, x, a)
+        return _integers(b, x, a, axis)
     if not a.dynamic:
         scale = _static(b, a)
     else:
-        scale = _power(b, x, a) if powers else _float_scale(b, x, a)
+        top = _largest(b, x, axis)
+        scale = _power(b, top, a) if powers else _float_scale(b, top, a)
     y = g.op("Div", x, scale)
     y = _fp8(b, y) if a.grid == E4M3 else _fp4(b, y)
     return str(g.op("Mul", y, scale))
 
 
-def _largest(b: Builder, x: str, a: ActSpec) -> str:
-    """The largest magnitude per token or of everything."""
+def _axis(b: Builder, a: ActSpec) -> int | None:
+    """The axis of features, None where one scale is for everything."""
+    return None if a.per == "tensor" else b.rank - 1
+
+
+def _largest(b: Builder, x: str, axis: int | None) -> str:
+    """The largest magnitude along an axis or of everything."""
+    return _extreme(b, "ReduceMax", b.graph.op("Abs", x), axis)
+
+
+def _extreme(b: Builder, kind: str, x: str, axis: int | None) -> str:
+    """Also of the no tokens that an expert gets: ONNX Runtime 1.31 does not reduce them along axis -1, and everything needs a zero."""
     g = b.graph
-    axes = (g.constant([-1]),) if a.per != "tensor" else ()
-    return str(g.op("ReduceMax", g.op("Abs", x), *axes, keepdims=1))
+    if axis is not None:
+        return str(g.op(kind, x, g.constant([axis]), keepdims=1))
+    flat = g.op("Concat", g.op("Reshape", x, g.constant([-1])), g.constant([0.0], "FLOAT"), axis=0)
+    return str(g.op(kind, flat, g.constant([0]), keepdims=0))
 
 
-def _float_scale(b: Builder, x: str, a: ActSpec) -> str:
+def _float_scale(b: Builder, top: str, a: ActSpec) -> str:
     g, overall = b.graph, None if a.scale is None else _stored(b, a.scale)
-    scale = g.op("Div", _largest(b, x, a), _number(b, _LARGEST[a.grid]))
+    scale = g.op("Div", top, _number(b, _LARGEST[a.grid]))
     if overall is None or a.per == "tensor":
         return str(g.op("Max", scale, _number(b, _LEAST_FP8 if a.grid == E4M3 else _LEAST)))
     if a.grid == E4M3:  # fbgemm: an upper bound
@@ -199,12 +214,12 @@ def _float_scale(b: Builder, x: str, a: ActSpec) -> str:
     return str(g.op(ops[1], small, overall))
 
 
-def _power(b: Builder, x: str, a: ActSpec) -> str:
-    """The least power of two s with largest <= 448 s for FP8, and largest < 7 s for FP4, where 7 is halfway to what does not exist.
+def _power(b: Builder, top: str, a: ActSpec) -> str:
+    """The least power of two s with top <= 448 s for FP8, and top < 7 s for FP4, where 7 is halfway to what does not exist.
 
     Log may be one off, so its guess is compared with both neighbours: those products are exact.
     """
-    g, top = b.graph, _largest(b, x, a)
+    g = b.graph
     limit, beyond = (448.0, "Greater") if a.grid == E4M3 else (7.0, "GreaterOrEqual")
     safe = g.op("Max", top, _number(b, _LEAST))
     guess = g.op("Ceil", g.op("Div", g.op("Log", g.op("Div", safe, _number(b, limit))), _number(b, log(2.0))))
@@ -216,7 +231,7 @@ def _power(b: Builder, x: str, a: ActSpec) -> str:
     return str(g.op("Where", enough, half, power))
 
 
-def _integers(b: Builder, x: str, a: ActSpec) -> str:
+def _integers(b: Builder, x: str, a: ActSpec, axis: int | None) -> str:
     g, bits = b.graph, a.grid.bits
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if a.grid.signed else (0, (1 << bits) - 1)
     zero: str | None = None
@@ -224,11 +239,10 @@ def _integers(b: Builder, x: str, a: ActSpec) -> str:
         scale, at = _static(b, a), _zero(a)
         zero = _number(b, float(at)) if at else None
     elif a.grid.signed:
-        scale = g.op("Max", g.op("Div", _largest(b, x, a), _number(b, float(high))), _number(b, _LEAST))
+        scale = g.op("Max", g.op("Div", _largest(b, x, axis), _number(b, float(high))), _number(b, _LEAST))
     else:
-        axes = (g.constant([-1]),) if a.per != "tensor" else ()
-        top = g.op("Max", g.op("ReduceMax", x, *axes, keepdims=1), _number(b, 0.0))
-        bottom = g.op("Min", g.op("ReduceMin", x, *axes, keepdims=1), _number(b, 0.0))
+        top = g.op("Max", _extreme(b, "ReduceMax", x, axis), _number(b, 0.0))
+        bottom = g.op("Min", _extreme(b, "ReduceMin", x, axis), _number(b, 0.0))
         scale = g.op(
             "Max", g.op("Div", g.op("Sub", top, bottom), _number(b, float(high))), _number(b, _LEAST)
         )

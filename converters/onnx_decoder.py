@@ -7,7 +7,8 @@ outputs are named as the exporters of Hugging Face name them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,7 +49,7 @@ class Shape:
 
 @dataclass
 class Builder:
-    """A graph of a model under construction. dtype: of the graph, F32, F16 or BF16."""
+    """A graph of a model under construction. dtype: of the graph, F32, F16 or BF16. rank: of the inputs of matrices."""
 
     model: Model
     dialect: Dialect
@@ -57,6 +58,14 @@ class Builder:
     graph: Graph = field(default_factory=Graph)
     weights: list[Weight] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
+    rank: int = 3
+
+    @contextmanager
+    def ranked(self, rank: int) -> Iterator[None]:
+        """Inside, what is rounded or multiplied with matrices has this many dimensions."""
+        before, self.rank = self.rank, rank
+        yield
+        self.rank = before
 
     @property
     def number_type(self) -> str:
@@ -79,7 +88,7 @@ class Builder:
     def table(self, name: str, x: Any) -> str:
         """An array that the traits imply, in the graph's dtype."""
         made = weights.array(name, weights.stored(x, self.dtype), self.number_type)
-        return self._add(made, name, Verdict("exact"))
+        return self._add(made, "traits", Verdict("exact"))
 
     def number(self, x: float) -> str:
         return self.graph.constant(x, self.number_type)
@@ -150,9 +159,9 @@ class Builder:
 
         def sums() -> str:
             if groups == 1:
-                return str(g.op("ReduceSum", x, g.constant([-1]), keepdims=1))
+                return str(g.op("ReduceSum", x, g.constant([self.rank - 1]), keepdims=1))
             shape = g.op("Concat", g.op("Shape", x, end=-1), g.constant([groups, width]), axis=0)
-            return str(g.op("ReduceSum", g.op("Reshape", x, shape), g.constant([-1]), keepdims=0))
+            return str(g.op("ReduceSum", g.op("Reshape", x, shape), g.constant([self.rank]), keepdims=0))
 
         found = g.once(("sums", x, groups), sums)
         if self.dialect.tensorrt and not regrid.holds(minimum, self.dtype):
@@ -499,7 +508,8 @@ def rounded_cache(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str
         return k, v
     out = []
     for x, side, name in ((k, spec.k, "keys"), (v, spec.v, "values")):
-        made = b.rounded(x, of_layer(side, i, b.model.decoder.layers), name)
+        with b.ranked(4):
+            made = b.rounded(x, of_layer(side, i, b.model.decoder.layers), name)
         if made != x:
             b.notes[f"{name} are rounded to {activations.text(side)} and held in {b.dtype}"] = None
         out.append(made)

@@ -21,8 +21,15 @@ FLOAT = 1  # TensorProto.FLOAT
 
 def routed(b: Builder, x: str, prefix: str, m: Moe) -> str:
     """x (batch, sequence, hidden) through the experts that the router chooses for each token, and the shared one."""
-    g, hidden = b.graph, b.model.decoder.hidden
-    rows = g.op("Reshape", x, g.constant([-1, hidden]), name="tokens")
+    rows = b.graph.op("Reshape", x, b.graph.constant([-1, b.model.decoder.hidden]), name="tokens")
+    with b.ranked(2):
+        out = _mixed(b, rows, prefix, m)
+    return str(b.graph.op("Reshape", out, b.graph.op("Shape", x), name="out"))
+
+
+def _mixed(b: Builder, rows: str, prefix: str, m: Moe) -> str:
+    """Rows (tokens, hidden) through the experts of each."""
+    g = b.graph
     weights = _weights(b, rows, prefix, m)
     branches = b.dialect.branches
     out = g.op("Mul", rows, b.number(0.0), name="none")
@@ -42,7 +49,7 @@ def routed(b: Builder, x: str, prefix: str, m: Moe) -> str:
     if m.shared:
         with g.scope("shared"):
             out = g.op("Add", out, b.mlp(rows, prefix + "shared.", "gated", m.activation))
-    return str(g.op("Reshape", out, g.op("Shape", x), name="out"))
+    return str(out)
 
 
 def _expert(b: Builder, x: str, name: str, m: Moe) -> str:
@@ -52,7 +59,8 @@ def _expert(b: Builder, x: str, name: str, m: Moe) -> str:
     gate, up = b.linear(x, name + "gate"), b.linear(x, name + "up")
     if m.limit is not None:
         gate = g.op("Min", gate, b.number(m.limit))
-        up = g.op("Clip", up, b.number(-m.limit), b.number(m.limit))
+        # no Clip: ONNX Runtime 1.31 packs no weight of a product with a bias before one
+        up = g.op("Max", g.op("Min", up, b.number(m.limit)), b.number(-m.limit))
     swish = g.op("Mul", gate, g.op("Sigmoid", g.op("Mul", gate, b.number(1.702))))
     return b.linear(g.op("Mul", swish, g.op("Add", up, b.number(1.0))), name + "down")
 

@@ -20,7 +20,8 @@ from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import onnx_reader
 from lconvert.formats.json_object import read_object
-from lconvert.formats.onnx_reader import OnnxFile, Stored, attributes
+from lconvert.formats.onnx_graph import package
+from lconvert.formats.onnx_reader import OnnxFile, Stored, integers
 from lconvert.ir import (
     E2M1,
     E4M3,
@@ -42,6 +43,8 @@ _GRIDS: Mapping[str, Grid] = {
     "INT4": int_grid(4, True), "UINT4": int_grid(4, False), "UINT2": int_grid(2, False), "INT8": int_grid(8, True),
     "UINT8": int_grid(8, False), "FLOAT8E4M3FN": E4M3, "FLOAT4E2M1": E2M1,
 }  # fmt: skip
+#: Inputs that nodes around weights have at least.
+_LEAST = {"MatMul": 2, "DequantizeLinear": 2, "QuantizeLinear": 2, "Gather": 2, "Mul": 2, "Sub": 2}
 _NAMES = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
 
 
@@ -62,6 +65,11 @@ def ours(file: OnnxFile) -> bool:
 
 def read(file: OnnxFile) -> Found:
     """InputError for a graph whose weights are missing or used in a way that lconvert never writes."""
+    for node in file.proto.graph.node:
+        if len(node.input) < _LEAST.get(node.op_type, 0) or not node.output:
+            raise InputError(
+                f"{file.path}: node {node.name!r}, {node.op_type}, has {len(node.input)} inputs; it is damaged"
+            )
     folder = file.path.parent
     config = read_object(folder / "config.json")
     model_type = config.get("model_type")
@@ -93,10 +101,10 @@ def read(file: OnnxFile) -> Found:
 
 def dtype(file: OnnxFile) -> str:
     """Of the logits: F32, F16 or BF16."""
-    package = onnx_reader.package()
+    onnx = package()
     for port in file.proto.graph.output:
         if port.name == "logits":
-            name = package.TensorProto.DataType.Name(port.type.tensor_type.elem_type)
+            name = onnx.TensorProto.DataType.Name(port.type.tensor_type.elem_type)
             if name in _NAMES:
                 return _NAMES[name]
     raise InputError(f"{file.path}: has no output logits of floats")
@@ -159,7 +167,7 @@ def _quantized(file: OnnxFile, role: str, t: Stored) -> Entry:
     product = _one(file, node.output[0], role, ("MatMul",))
     if product.input[1] != node.output[0]:
         raise _wrong(file, role, "it is multiplied from the left")
-    q = replace(_blocks(file, role, node, t), **_side(file, role, node, t))
+    q = replace(_blocks(file, role, node, t), zero=_zero(file, role, node, t))
     if (minimum := file.tensors.get(role + ".minimum")) is not None:
         q = _with_minimum(file, role, q, minimum, product)
     activation, order, scaled = _input(file, role, product.input[0])
@@ -178,7 +186,7 @@ def _blocks(file: OnnxFile, role: str, node: Any, t: Stored) -> QTensor:
     """The codes with their scale."""
     grid, codes = _grid(file, role, t), onnx_reader.turned(t)
     n, k = codes.shape
-    said = attributes(node)
+    said = integers(node)
     axis, size, name = said.get("axis", 1), said.get("block_size", 0), node.input[1]
     nested = file.producers.get(name)
     if nested is not None:
@@ -208,16 +216,16 @@ def _blocks(file: OnnxFile, role: str, node: Any, t: Stored) -> QTensor:
     )
 
 
-def _side(file: OnnxFile, role: str, node: Any, t: Stored) -> dict[str, Tensor]:
+def _zero(file: OnnxFile, role: str, node: Any, t: Stored) -> Tensor | None:
     """The zero points, where there are any."""
     if len(node.input) < 3 or not node.input[2]:
-        return {}
+        return None
     zero, scale = _number(file, node.input[2], role), file.tensors.get(node.input[1])
     if zero.type != t.type or scale is None or zero.shape != scale.shape:
         raise _wrong(file, role, f"zero points of type {zero.type} and shape {zero.shape}")
     if not zero.shape:
-        return {"zero": dense(zero.load().reshape(1, 1))}
-    return {"zero": _column(zero) if len(zero.shape) == 1 else onnx_reader.turned(zero)}
+        return dense(zero.load().reshape(1, 1))
+    return _column(zero) if len(zero.shape) == 1 else onnx_reader.turned(zero)
 
 
 def _column(t: Stored) -> Tensor:
@@ -265,7 +273,7 @@ def _input(file: OnnxFile, role: str, name: str) -> tuple[ActSpec | None, Stored
     """What is done to the input of a product: rounding, the order of its features, their scale."""
     activation, order, scaled = None, None, None
     for _ in range(4):
-        node = file.producers.get(name)
+        node: Any = file.producers.get(name)
         kind = "" if node is None else node.op_type
         if kind == "DequantizeLinear":
             before = file.producers.get(node.input[0])
@@ -273,7 +281,7 @@ def _input(file: OnnxFile, role: str, name: str) -> tuple[ActSpec | None, Stored
                 break
             activation, name = _rounded(file, role, before, node), before.input[0]
         elif kind == "Gather" and node.input[1] == role + ".order":
-            if attributes(node).get("axis", 0) != -1:
+            if integers(node).get("axis", 0) != -1:
                 raise _wrong(file, role, "the order of its columns is taken along another axis")
             order, name = file.tensors.get(node.input[1]), node.input[0]
         elif kind == "Mul" and role + ".input_scale" in node.input:
@@ -308,7 +316,7 @@ def _table(file: OnnxFile, role: str, t: Stored) -> QTensor:
     grid = _grid(file, role, t)
     rows = _one(file, t.name, role, ("Gather",))
     node = _one(file, rows.output[0], role, ("DequantizeLinear",))
-    said = attributes(node)
+    said = integers(node)
     sides = dict(_looked_up(file, role, rows, node))
     scale = sides.pop("scale", None)
     size = said.get("block_size", 0)
@@ -321,7 +329,7 @@ def _table(file: OnnxFile, role: str, t: Stored) -> QTensor:
         raise _wrong(
             file, role, f"axis {said.get('axis', 1)}, blocks of {size} for a table of shape {t.shape}"
         )
-    return QTensor(t.shape, onnx_reader.tensor(t), grid, (1, size), scale, **sides)
+    return QTensor(t.shape, onnx_reader.tensor(t), grid, (1, size), scale, sides.get("zero"))
 
 
 def _looked_up(file: OnnxFile, role: str, rows: Any, node: Any) -> Iterator[tuple[str, Tensor]]:

@@ -53,6 +53,7 @@ TARGETS: Mapping[str, Target] = {
     "modelopt": Target("a ModelOpt folder (hf_quant_config.json)", format="modelopt"),
     "bitsandbytes": Target("a bitsandbytes folder for QLoRA", format="bitsandbytes"),
     "mxfp4": Target("a folder as gpt-oss is released: experts in MXFP4, all else plain", format="mxfp4"),
+    "onnx": Target("an ONNX graph for ONNX Runtime: a folder with model.onnx", "onnx"),
     "ir": Target("lconvert's own format, .lcir", "ir"),
     "dense": Target("a plain Hugging Face folder, dequantized", format="dense"),
 }
@@ -69,7 +70,7 @@ def plan(model: Model, target: str, out_name: str, *, original: Model | None = N
     if target not in TARGETS:
         raise OptionError(f"target {target!r}; choose {', '.join(TARGETS)}")
     t = TARGETS[target]
-    if options.get("dtype") and t.kind != "checkpoint":
+    if options.get("dtype") and t.kind not in ("checkpoint", "onnx"):
         raise OptionError(f"--dtype does not apply to {target}, whose tensors keep their types")
     if t.kind == "gguf":
         from lconvert.converters import gguf, gguf_mixture
@@ -84,6 +85,10 @@ def plan(model: Model, target: str, out_name: str, *, original: Model | None = N
         from lconvert.converters import lcir
 
         return lcir.plan(model, {})
+    if t.kind == "onnx":
+        from lconvert.converters import onnx
+
+        return onnx.plan(model, onnx.Options(dtype=options.get("dtype")), original)
     from lconvert.converters import checkpoint, mxfp4_experts
 
     packed = bool(t.experts) and mxfp4_experts.wanted(model)

@@ -127,13 +127,10 @@ def read(path: Path) -> OnnxFile:
     return OnnxFile(path, proto, tensors)
 
 
-def attributes(node: Any) -> dict[str, Any]:
-    """Attributes of a node by name; InputError for one without a type."""
-    helper = package().helper
-    try:
-        return {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    except ValueError as e:
-        raise InputError(f"node {_short(node.name)}: an attribute cannot be read ({_short(e)})") from None
+def integers(node: Any) -> dict[str, int]:
+    """Attributes of a node that are whole numbers, by name."""
+    kind = package().AttributeProto.INT
+    return {a.name: int(a.i) for a in node.attribute if a.type == kind}
 
 
 def _short(text: object) -> str:

@@ -54,6 +54,68 @@ def values(q: QTensor) -> list[list[Fraction]]:
     return [[value(q, r, c) for c in range(cols)] for r in range(rows)]
 
 
+def values64(q: QTensor) -> np.ndarray:
+    """All weights in fp64, where no product of codes and scales is rounded; a divisor of any level divides last, rounding once."""
+
+    def spread(outer: QTensor, side: np.ndarray) -> np.ndarray:
+        rows, columns = (
+            np.arange(n) // (n if b == -1 else b) for n, b in zip(outer.shape, outer.block, strict=True)
+        )
+        if outer.g_idx is not None:
+            columns = outer.g_idx.load()
+        return side[rows][:, columns]
+
+    def numbers(t: Tensor) -> np.ndarray:
+        x = (
+            t.load().astype(np.float64)
+            if t.dtype[0] in "IU"
+            else as_f32(t.load(), t.dtype).astype(np.float64)
+        )
+        return x if x.ndim == 2 else x.reshape(1, 1)
+
+    def parts(t: QTensor) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Numbers, and what they are to be divided by."""
+        table = (
+            np.array(
+                [
+                    float(grid_value(t.grid, c)) if c not in nan(t.grid) else np.nan
+                    for c in range(1 << t.grid.bits)
+                ]
+            )
+            if t.grid.kind != "int"
+            else None
+        )
+        w = t.codes.load().astype(np.float64) if table is None else table[t.codes.load()]
+        w = w if t.zero is None else w - spread(t, numbers(t.zero))
+        by: list[np.ndarray] = []
+        if isinstance(t.scale, QTensor):
+            s, below = parts(t.scale)
+            by = [spread(t, b) for b in below]
+        else:
+            s = numbers(t.scale)
+        s = spread(t, s)
+        if t.divisor:
+            by.append(s)
+        else:
+            w = w * s
+        if t.offset is not None:
+            low, below = parts(t.offset) if isinstance(t.offset, QTensor) else (numbers(t.offset), [])
+            assert not by and not below
+            w = w - spread(t, low)
+        return w, by
+
+    w, by = parts(q)
+    for b in by:
+        w = w / b
+    return w
+
+
+def nan(grid: Grid) -> tuple[int, ...]:
+    """Codes that are no numbers."""
+    eight = {(4, 3): (0x7F, 0xFF), (8, 0): (255,)}
+    return eight.get((grid.exponent, grid.mantissa), ()) if grid.kind == "float" else ()
+
+
 def same(a: QTensor, b: QTensor) -> bool:
     return a.shape == b.shape and values(a) == values(b)
 

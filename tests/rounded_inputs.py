@@ -112,8 +112,27 @@ class RoundedForward(Forward):
             e = model.entries.get(roles[0])
             if e is not None and e.activation is not None and isinstance(e.data, QTensor):
                 module.register_forward_pre_hook(self._hook(e.activation, e, powers_of(model, roles[0])))
+        self._experts(model)
         if model.kv is not None:
             self._cache(model)
+
+    def _experts(self, model: Model) -> None:
+        """Inside the modules that hold all experts of a layer as one tensor every product rounds its input."""
+        role = next((r for r in model.entries if r.endswith("experts.0.gate")), "")
+        e = model.entries.get(role)
+        if e is None or e.activation is None:
+            return
+        a, powers, functional = e.activation, powers_of(model, role), torch.nn.functional
+        own = functional.linear
+
+        def linear(x: Any, w: Any, bias: Any = None) -> Any:
+            return own(torch.from_numpy(rounded(x.numpy(), a, powers)), w, bias)
+
+        self.module.config._experts_implementation = "eager"
+        for module in self.module.modules():
+            if type(module).__name__.endswith("Experts"):
+                module.register_forward_pre_hook(lambda *_: setattr(functional, "linear", linear))
+                module.register_forward_hook(lambda *_: setattr(functional, "linear", own), always_call=True)
 
     @staticmethod
     def _hook(a: ActSpec, e: Any, powers: bool) -> Any:

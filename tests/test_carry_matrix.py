@@ -91,8 +91,8 @@ def _fits_16(value: Fraction) -> bool:
     return half or brain
 
 
-def _integers_hold(values: np.ndarray, bits: int, zero: bool) -> bool:
-    """Whether some scale of 16 bits and codes of `bits` say exactly these numbers of one group (float64, exact)."""
+def _integers_hold(values: np.ndarray, bits: int, zero: bool, wide: bool = False) -> bool:
+    """Whether some scale of 16 bits (or, `wide`, any) and codes of `bits` say exactly these numbers of one group (float64, exact)."""
     exact = [Fraction(float(v)) for v in values if v]
     if not exact:
         return True
@@ -104,7 +104,7 @@ def _integers_hold(values: np.ndarray, bits: int, zero: bool) -> bool:
         fits = any(b - a <= (1 << bits) - 1 for a, b in spans)
     else:
         fits = any(a >= -(1 << (bits - 1)) and b <= (1 << (bits - 1)) - 1 for a, b in spans)
-    return fits and _fits_16(step)
+    return fits and (wide or _fits_16(step))
 
 
 #: Target -> (widths, with zero points): every kind of integers that it stores with scales of 16 bits.
@@ -164,6 +164,33 @@ def test_what_is_refused_could_not_have_been_exact(source: str, target: str) -> 
         for bits, zero in _INTEGERS[target]:
             hold = all(_integers_hold(r, bits, zero) for r in rows)
             assert not hold, f"{name} was refused, but {bits} bits hold every group of its first rows"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_onnx_holds_what_it_says(source: str, tmp_path: Path) -> None:
+    """Real numbers of the graph's nodes are those of the source; what is held as values has no 8-bit integers, around whatever
+    minimum, with a scale of fp32."""
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    from tests.exact_values import values64
+    from tests.onnx_back import Reader
+
+    model = SOURCES[source]()
+    plan = _plan(model, "onnx")
+    assert not refusals(plan) and {i.verdict.kind for i in plan.items()} <= set(EXACT)
+    execute(plan, tmp_path / "m")
+    reader, held = Reader(tmp_path / "m"), {i.name: i.held for i in plan.items()}
+    for name, entry in matrices(model).items():
+        back, q = reader.matrix(name), entry.data
+        if not isinstance(q, QTensor):
+            assert np.array_equal(back.raw, effective(entry)), name
+            continue
+        if held[name] != "plain":
+            assert back.type != "FLOAT" and np.array_equal(back.values(), values64(q)), name
+            continue
+        assert back.type == "FLOAT" and np.array_equal(back.raw, effective(entry)), name
+        group = q.shape[1] if q.block[1] == -1 else q.block[1]
+        rows = _exact_values(q)[:24].reshape(-1, group)
+        assert not all(_integers_hold(r - r.min(), 8, False, wide=True) for r in rows), name
 
 
 def test_every_exact_pair_goes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ from lconvert.errors import InputError, RuntimeFailure
 from lconvert.executor import execute
 from lconvert.ir import Model, QTensor
 from lconvert.validators import gates as gate_file
-from lconvert.validators import greedy, logit_gates, stock, stored
+from lconvert.validators import greedy, logit_gates, onnx_behaviour, stock, stored
 from lconvert.validators.evaluation_text import shown, window
 from lconvert.validators.logits import Logits, LogitStats, compare, paired
 from lconvert.validators.proof import Proof
 from lconvert.validators.reference import Reference
 from lconvert.validators.runtimes import Purpose, Runtime, llamacpp, open_runtime
 from lconvert.validators.runtimes.config import settings
+from lconvert.validators.runtimes.onnxruntime import OnnxRuntime
 
 #: Largest temporary file for the check of the graph with F32 weights, and largest model given to the stock encoder.
 _GRAPH_LIMIT = 8 << 30
@@ -65,9 +66,12 @@ def _run_in(proof: Proof, reference: Reference, name: str, texts: list[list[int]
     try:
         proof.guarded("logits", f"logits in {name}", work.run, runtime=name)
     except _NoKernel as e:
-        proof.not_proven.append(
-            f"logits in {name}: {e}; it needs a GPU that has them (--python vllm=PATH there)"
+        where = (
+            f"a GPU that has them (--python {name}=PATH there)"
+            if name == "vllm"
+            else "another provider or engine"
         )
+        proof.not_proven.append(f"logits in {name}: {e}; it needs {where}")
         proof.missing_required |= name in proof.options.require
         if proof.substitute and not proof.options.runtimes:
             _instead(proof, reference, proof.substitute, texts, context)
@@ -80,6 +84,10 @@ def _instead(proof: Proof, reference: Reference, name: str, texts: list[list[int
         proof.guarded("logits", f"logits in {name}", work.run, runtime=name)
     except InputError as e:
         proof.not_proven.append(f"logits in {name}: {e}")
+
+
+#: What ONNX Runtime says of types that its CPU provider does not multiply: BF16, FP4.
+_NO_OPERATOR = "NOT_IMPLEMENTED"
 
 
 class _NoKernel(Exception):
@@ -168,6 +176,8 @@ class _Comparison:
             if made is not None:
                 self._relative(cost, stats["reference", "stock"], made)
             self._greedy(candidate)
+            if isinstance(candidate, OnnxRuntime):
+                onnx_behaviour.run(p, candidate, self.texts, self.dtype)
             if self.name in _SERVED:
                 self._served(stack)
             if encoder is not None and p.options.curve:
@@ -176,8 +186,11 @@ class _Comparison:
             self._graph(own)
 
     def _explained(self, e: Exception) -> None:
-        """_NoKernel for a failure of vLLM that is the machine's."""
+        """_NoKernel for a failure of vLLM, or of ONNX Runtime's CPU provider, that is the machine's."""
         text = str(e)
+        if self.name == "onnxruntime" and self.proof.graph is not None and _NO_OPERATOR in text:
+            reason = text[text.index(_NO_OPERATOR) :].partition(". ")[0].rstrip(")")
+            raise _NoKernel(f"its CPU provider has no kernel for these types ({reason})") from None
         known = _NO_KERNEL if self.proof.options.runtimes else (*_NO_KERNEL, *_NO_LOADER)
         if self.name == "vllm" and self.proof.quantized and any(part in text for part in known):
             reason = next((line for line in text.splitlines() if any(p in line for p in known)), text)

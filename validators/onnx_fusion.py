@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lconvert.converters.onnx_source import Found
 from lconvert.errors import InputError
 from lconvert.formats import onnx_reader
-from lconvert.formats.onnx_reader import OnnxFile, attributes
+from lconvert.formats.onnx_reader import OnnxFile, integers
 from lconvert.ir import QTensor, as_f32
 from lconvert.validators import stored
 from lconvert.validators.proof import Proof
@@ -40,8 +40,9 @@ def run(proof: Proof, found: Found) -> None:
     with tempfile.TemporaryDirectory(prefix="lconvert-") as name:
         made = Path(name) / "optimized.onnx"
         if (failure := _optimized(found.file.path, made)) is not None:
+            reason = failure.partition(". ")[0]
             proof.not_proven.append(
-                f"structure: fusion in ONNX Runtime, which does not load the graph ({failure})"
+                f"structure: fusion in ONNX Runtime, which does not load the graph ({reason})"
             )
             return
         fused = onnx_reader.read(made)
@@ -49,11 +50,9 @@ def run(proof: Proof, found: Found) -> None:
         for node in fused.proto.graph.node:
             if node.op_type != "MatMulNBits":
                 continue
-            role = roles.get(node.output[0])
+            role = roles.get(node.name)
             if role is None:
-                wrong.append(
-                    f"{node.name or node.output[0]} multiplies by weights that the file does not have"
-                )
+                wrong.append(f"{node.name!r} multiplies by weights that the file does not have")
                 continue
             count += 1
             if (what := _differs(fused, node, found, role)) is not None:
@@ -63,17 +62,19 @@ def run(proof: Proof, found: Found) -> None:
 
 
 def _products(found: Found) -> dict[str, str]:
-    """Role by the name of the product with its codes."""
-    out = {}
+    """Role by the name of the node that multiplies by its codes."""
+    out: dict[str, str] = {}
     entries = {**found.model.entries, **({} if found.head is None else {"head": found.head})}
     for role, entry in entries.items():
-        if not isinstance(entry.data, QTensor) or role not in found.file.tensors:
+        if (
+            not isinstance(entry.data, QTensor)
+            or entry.data.grid.kind != "int"
+            or role not in found.file.tensors
+        ):
             continue
         for node in found.file.consumers[role]:
             out |= {
-                n.output[0]: role
-                for n in found.file.consumers.get(node.output[0], ())
-                if n.op_type == "MatMul"
+                n.name: role for n in found.file.consumers.get(node.output[0], ()) if n.op_type == "MatMul"
             }
     return out
 
@@ -99,8 +100,8 @@ def _optimized(path: Path, made: Path) -> str | None:
 
 def _differs(fused: OnnxFile, node: Any, found: Found, role: str) -> str | None:
     """What the fused product holds otherwise than the file."""
-    said = attributes(node)
-    k, n, bits, size = (int(said.get(name, 0)) for name in ("K", "N", "bits", "block_size"))
+    said = integers(node)
+    k, n, bits, size = (said.get(name, 0) for name in ("K", "N", "bits", "block_size"))
     own = found.file.tensors[role]
     scale_name = next(x.input[1] for x in found.file.consumers[role] if x.op_type == "DequantizeLinear")
     if own.shape != (k, n) or bits not in (2, 4, 8) or size < 1:

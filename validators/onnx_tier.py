@@ -117,7 +117,11 @@ def _shape(port: Any) -> tuple[int | str, ...]:
 def positions(found: Found) -> int:
     """How many positions the graph was made for."""
     text = found.file.metadata.get("positions", "")
-    return min(int(text), found.model.decoder.context) if text.isdigit() else found.model.decoder.context
+    return (
+        min(int(text), found.model.decoder.context)
+        if text.isascii() and text.isdigit() and len(text) < 12
+        else found.model.decoder.context
+    )
 
 
 def ropes(d: Decoder) -> list[Rope]:

@@ -93,11 +93,15 @@ class OnnxRuntime:
         self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
         self._check()
         vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
+        #: whether the graph makes logits of the last token alone
+        self._last = next(o.shape[1] for o in self._session.get_outputs() if o.name == "logits") == 1
         self._dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}.get(
             next(o.type for o in self._session.get_outputs() if o.name == "logits"), "bfloat16"
         )
-        self._rows = batch_tokens or max(
-            1, _ROWS_BYTES // (4 * (vocab if isinstance(vocab, int) else 1 << 18))
+        self._rows = (
+            1
+            if self._last
+            else batch_tokens or max(1, _ROWS_BYTES // (4 * (vocab if isinstance(vocab, int) else 1 << 18)))
         )
 
     def _check(self) -> None:
@@ -119,8 +123,18 @@ class OnnxRuntime:
             if node.type not in _TYPES:
                 raise InputError(f"{self._path}: input {name} is a {node.type}, which cannot be fed")
 
-    def _empty(self) -> dict[str, Any]:
-        """Keys and values of no tokens: (batch 1, heads, 0, width of a head)."""
+    @property
+    def caches(self) -> bool:
+        """Whether keys and values go in and out, so that a prompt can be run in parts."""
+        return bool(self._past)
+
+    @property
+    def pads(self) -> bool:
+        """Whether prompts of different lengths can be one batch."""
+        return {"attention_mask", "position_ids"} <= self._inputs.keys()
+
+    def empty(self, batch: int = 1) -> dict[str, Any]:
+        """Keys and values of no tokens: (batch, heads, 0, width of a head)."""
         out = {}
         for name in self._past:
             node = self._inputs[name]
@@ -133,26 +147,32 @@ class OnnxRuntime:
                     f"{self._path}: input {name} has the shape {node.shape}; expected (batch, heads, past, width) with "
                     "fixed heads and width"
                 )
-            out[name] = np.zeros((1, node.shape[1], 0, node.shape[3]), _TYPES[node.type])
+            out[name] = np.zeros((batch, node.shape[1], 0, node.shape[3]), _TYPES[node.type])
         return out
 
     def _run(self, ids: list[int], past: Mapping[str, Any], at: int) -> tuple[Any, dict[str, Any]]:
         """Logits (1, tokens, vocab) of `ids` as positions from `at` on, and the keys and values after
         them.
         """
-        whole: dict[str, Any] = {
-            "input_ids": [ids],
-            "attention_mask": np.ones((1, at + len(ids))),
-            "position_ids": np.arange(at, at + len(ids))[None],
-        }
+        positions = np.arange(at, at + len(ids))[None]
+        return self.forward(np.array([ids]), np.ones((1, at + len(ids))), positions, past)
+
+    def forward(
+        self, ids: NDArray[Any], mask: NDArray[Any], positions: NDArray[Any], past: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Logits (batch, tokens, vocab) of ids (batch, tokens) after a past, and the keys and values after them. mask: (batch,
+        tokens of the past and these)."""
+        whole = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feed = {n: np.asarray(a, _TYPES[self._inputs[n].type]) for n, a in whole.items() if n in self._inputs}
         try:
             out = self._session.run(["logits", *self._past.values()], {**feed, **past})
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
-            raise InputError(f"{self._path}: ONNX Runtime failed on {len(ids)} tokens ({short(e)})") from None
-        if out[0].ndim != 3 or out[0].shape[0] != 1:
             raise InputError(
-                f"{self._path}: logits have the shape {out[0].shape}, expected (1, tokens, vocabulary)"
+                f"{self._path}: ONNX Runtime failed on {ids.shape[1]} tokens ({short(e)})"
+            ) from None
+        if out[0].ndim != 3 or out[0].shape[:2] != (len(ids), 1 if self._last else ids.shape[1]):
+            raise InputError(
+                f"{self._path}: logits have the shape {out[0].shape}, expected ({len(ids)}, tokens, vocabulary)"
             )
         return out[0], dict(zip(self._past, out[1:], strict=True))
 
@@ -165,8 +185,11 @@ class OnnxRuntime:
 
     def logits(self, ids: list[int]) -> NDArray[np.float32]:
         fits(len(ids), self._context)
+        if self._last and not self._past:
+            alone = [self._run(ids[: n + 1], {}, 0)[0][0, -1] for n in range(len(ids))]
+            return np.ascontiguousarray(alone, dtype=np.float32)
         rows = self._rows if self._past else len(ids)
-        past = self._empty()
+        past = self.empty()
         out: NDArray[np.float32] | None = None
         for at in range(0, len(ids), rows):
             part, past = self._run(ids[at : at + rows], past, at)
@@ -180,7 +203,7 @@ class OnnxRuntime:
     def generate(self, ids: list[int], n: int) -> Generation:
         fits(len(ids) + n - 1 if ids else 0, self._context)
         start, made, seconds = time.perf_counter(), list[int](), list[float]()
-        new, past, at = list(ids), self._empty(), 0
+        new, past, at = list(ids), self.empty(), 0
         while len(made) < n:
             logits, past = self._run(new, past, at)
             made.append(int(logits[0, -1].argmax()))

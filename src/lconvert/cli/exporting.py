@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,13 +24,25 @@ from lconvert.cli.common import (
 )
 from lconvert.converters import targets
 
+if TYPE_CHECKING:
+    from lconvert.ir import Model
+    from lconvert.plan import Plan
+
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every verb that writes an artifact from any source."""
-    for option in reversed(
+    first = (
+        click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="The model's dtype [default: its own, or one that holds all scales]."),
+        click.option("--allow-requantize", is_flag=True, help="Round again what the target cannot hold exactly."),
+    )  # fmt: skip
+    return decorated(output_options(command), first)
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How an artifact is written and proven, whatever its format."""
+    return decorated(
+        command,
         (
-            click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="The model's dtype [default: its own, or one that holds all scales]."),
-            click.option("--allow-requantize", is_flag=True, help="Round again what the target cannot hold exactly."),
             click.option("--dry-run", is_flag=True, help="Show the plan; write nothing."),
             click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout."),
             click.option("--force", is_flag=True, help="Replace existing files."),
@@ -40,9 +52,14 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--report", type=click.Path(path_type=Path), help="Write the proof as JSON here."),
             no_card_option,
             threads_option,
-        )
-    ):  # fmt: skip
-        command = option(command)
+        ),
+    )  # fmt: skip
+
+
+def decorated(command: Callable[..., Any], arguments: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """The command with options that its help lists in this order."""
+    for argument in reversed(arguments):
+        command = argument(command)
     return command
 
 
@@ -67,12 +84,7 @@ def flags(
         options,
     )  # fmt: skip
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for argument in reversed(arguments):
-            command = argument(command)
-        return command
-
-    return decorate
+    return lambda command: decorated(command, arguments)
 
 
 def run_preset(
@@ -108,6 +120,29 @@ def run(
     served: str = "",
     dtype: str | None,
     allow_requantize: bool,
+    **rest: Any,
+) -> int:
+    """`write` of a target by name. `recipe` is a Recipe or None; `served` the target whose runtime serves it, if another."""
+
+    def plan(model: Model, original: Model) -> Plan:
+        wide = dtype.upper() if dtype else None
+        return targets.plan(
+            model, target, output.name, original=original, dtype=wide, allow_requantize=allow_requantize
+        )
+
+    line = targets.launch(served or target, str(output))
+    folder = targets.TARGETS[target].kind != "gguf"
+    return write(source, output, recipe, plan, folder=folder, hint=line and f"serve it: {line}", **rest)
+
+
+def write(
+    source: str,
+    output: Path,
+    recipe: Any,
+    planned: Callable[[Model, Model], Plan],
+    *,
+    folder: bool,
+    hint: str,
     dry_run: bool,
     as_json: bool,
     force: bool,
@@ -118,26 +153,19 @@ def run(
     no_card: bool,
     threads: int | None,
 ) -> int:
-    """Read, pass, plan, write, prove, print. `recipe` is a Recipe or None; `served` the target whose runtime serves it, if another."""
+    """Read, pass, plan, write, prove, print. planned: the plan of the model after passes, and of the one before. folder: whether
+    the artifact is one. hint: what to do with it, "does: command"."""
     import lconvert
     from lconvert.errors import LconvertError
     from lconvert.executor import execute
 
     fail_fast_files(read=[text], written=[report])
-    folder = targets.TARGETS[target].kind != "gguf"
     if not dry_run and not folder:
         fail_fast_output(output, force)
     original = lconvert.read(source)
     with status("preparing"):
         model = recipe.apply(original) if recipe is not None else original
-        plan = targets.plan(
-            model,
-            target,
-            output.name,
-            original=original,
-            dtype=dtype.upper() if dtype else None,
-            allow_requantize=allow_requantize,
-        )
+        plan = planned(model, original)
     if dry_run:
         return print_plan(plan, as_json)
     with progress_bar("writing", plan.size) as tell:
@@ -161,16 +189,15 @@ def run(
         save(report, documents.dumps(data))
     if not no_card:
         write_card(source, result, data, folder=output if folder else None)
-    line = targets.launch(served or target, str(output))
     if as_json:
         out: dict[str, Any] = {"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}
-        click.echo(json.dumps(out | {"validation": data, "launch": line}, indent=1))
+        click.echo(json.dumps(out | {"validation": data, "launch": hint.partition(": ")[2]}, indent=1))
     else:
         print_result(result)
         if proof:
             from lconvert.cli.common import print_report
 
             print_report(proof)
-        if line:
-            click.echo(f"serve it: {line}")
+        if hint:
+            click.echo(hint)
     return proof.exit_code if proof else 0

@@ -24,6 +24,7 @@ TARGETS = (
     ("ModelOpt", "lconvert hf-to-trtllm", "TensorRT-LLM, vLLM"),
     ("bitsandbytes", "lconvert convert --to bitsandbytes", "transformers, QLoRA"),
     ("MXFP4 experts (gpt-oss)", "lconvert hf-to-vllm", "vLLM, TensorRT-LLM, transformers"),
+    ("ONNX", "lconvert convert --to onnx", "ONNX Runtime"),
     (".lcir", "lconvert compress", "every lconvert converter"),
 )
 

@@ -1,0 +1,291 @@
+"""What TensorRT's parser and builder refuse, found in an ONNX graph before either is asked.
+
+Every rule was measured: the smallest graph that breaks it fails in TensorRT-RTX 1.7.1 and its legal twin builds (tests/test_trt_rules.py
+holds table and builder together). Messages are of onnx-tensorrt's ModelImporter and of Myelin, the builder's compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lconvert.errors import InputError, UnsupportedError
+from lconvert.formats.onnx_file import OnnxModel
+from lconvert.formats.onnx_graph import package
+from lconvert.plan import Item, Plan
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A node or tensor that breaks a rule."""
+
+    rule: str
+    node: str
+    found: str
+    why: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.found} [{self.rule}: {self.why}]; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class View:
+    """A graph with what rules ask of it: types and shapes of values, constants. sms: compute capabilities that are built for."""
+
+    model: OnnxModel
+    sms: tuple[int, ...] = ()
+    names: Mapping[int, str] = field(
+        default_factory=lambda: {v: k for k, v in package().TensorProto.DataType.items()}
+    )
+
+    @property
+    def nodes(self) -> Sequence[Any]:
+        nodes: Sequence[Any] = self.model.proto.graph.node
+        return nodes
+
+    def of(self, *kinds: str) -> Iterator[Any]:
+        return (n for n in self.nodes if n.op_type in kinds)
+
+    @cached_property
+    def constants(self) -> Mapping[str, Any]:
+        made = {t.name: t for t in self.model.proto.graph.initializer}
+        for n in self.of("Constant"):
+            for a in n.attribute:
+                if a.name == "value":
+                    made[n.output[0]] = a.t
+        return made
+
+    @cached_property
+    def producers(self) -> Mapping[str, Any]:
+        return {name: n for n in self.nodes for name in n.output}
+
+    @cached_property
+    def _values(self) -> Mapping[str, Any]:
+        onnx = package()
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self.model.proto)
+        except (
+            onnx.shape_inference.InferenceError,
+            RuntimeError,
+            ValueError,
+        ):  # the parser says what is wrong
+            inferred = self.model.proto
+        g = inferred.graph
+        return {v.name: v.type.tensor_type for v in (*g.input, *g.output, *g.value_info)}
+
+    def type(self, name: str) -> str:
+        """ONNX's name of a value's type, "" where it is not known."""
+        if name in self.constants:
+            return self.names[self.constants[name].data_type]
+        return self.names[self._values[name].elem_type] if name in self._values else ""
+
+    def shape(self, name: str) -> tuple[int | None, ...] | None:
+        """None where the rank is not known; None for dimensions that are not fixed."""
+        if name in self.constants:
+            return tuple(self.constants[name].dims)
+        if name not in self._values or not self._values[name].HasField("shape"):
+            return None
+        dims = self._values[name].shape.dim
+        return tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
+
+    def numbers(self, name: str) -> Any:
+        """A constant's numbers as float64, None for a value that is computed."""
+        return self.model.array(self.constants[name]).astype(np.float64) if name in self.constants else None
+
+
+def attribute(node: Any, name: str, default: Any = None) -> Any:
+    return next((package().helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """why: what TensorRT says. find: the nodes that break it and what is there."""
+
+    name: str
+    why: str
+    remedy: str
+    find: Callable[[View], Iterator[tuple[str, str]]] = field(repr=False)
+
+
+_DEQUANTIZE, _QUANTIZE = "DequantizeLinear", "QuantizeLinear"
+#: Types of codes; UINT8 is taken for inputs (QuantizeLinear's output) with a zero point of 0, not for weights.
+CODES = ("INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1")
+_NO_TENSORS = ("UINT4", "UINT2", "INT2", "INT16", "UINT16", "UINT32", "UINT64", "FLOAT8E5M2", "FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ", "STRING", "COMPLEX64", "COMPLEX128")  # fmt: skip
+#: Operators of ONNX that the parser has no importer or no plugin for.
+NO_OPERATORS = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "NonZero", "SequenceEmpty", "SequenceConstruct", "StringNormalizer", "Unique")  # fmt: skip
+#: Lowest compute capability with FP4.
+FP4_SM = 100
+
+
+def _tensor_types(v: View) -> Iterator[tuple[str, str]]:
+    for name, t in v.constants.items():
+        if v.names[t.data_type] in _NO_TENSORS:
+            yield name, f"a tensor of {v.names[t.data_type]}"
+    for n in v.of("Cast"):
+        to = v.names.get(attribute(n, "to", 1), "")
+        if to in _NO_TENSORS:
+            yield n.name, f"a Cast to {to}"
+
+
+def _code_types(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of(_DEQUANTIZE):
+        type_ = v.type(n.input[0])
+        if (
+            type_
+            and type_ not in (*CODES, *_NO_TENSORS)
+            and not (type_ == "UINT8" and n.input[0] not in v.constants)
+        ):
+            yield n.name, f"codes of {type_}"
+
+
+def _zero_points(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of(_DEQUANTIZE, _QUANTIZE):
+        zero = n.input[2] if len(n.input) > 2 else ""
+        if zero in v.constants and v.type(zero) not in _NO_TENSORS and v.numbers(zero).any():
+            yield n.name, f"zero point {zero} is not 0"
+
+
+def _scales(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of(_DEQUANTIZE, _QUANTIZE):
+        four = v.type(n.input[0]) in ("INT4", "FLOAT4E2M1") and n.op_type == _DEQUANTIZE
+        s = None if four else v.numbers(n.input[1])
+        if s is not None and not (s > 0).all():
+            worst = s[~(s > 0)].reshape(-1)[0]
+            yield n.name, f"{int((~(s > 0)).sum())} of {s.size} scales in {n.input[1]} are like {worst:g}"
+
+
+def _output_type(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of(_DEQUANTIZE):
+        to = attribute(n, "output_dtype", 0)
+        scale = v.type(n.input[1])
+        if to and scale and v.names[to] != scale and attribute(n, "block_size", 0):
+            yield n.name, f"scales of {scale} and output_dtype {v.names[to]}"
+
+
+def _blocks(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of(_DEQUANTIZE, _QUANTIZE):
+        size, shape = attribute(n, "block_size", 0), v.shape(n.input[0])
+        if not size or shape is None:
+            continue
+        axis = attribute(n, "axis", 1) % len(shape)
+        if axis < len(shape) - 2:
+            yield n.name, f"blocks along dimension {axis} of {len(shape)}"
+        if size == 1:
+            yield n.name, "blocks of 1"
+
+
+def _attention_outputs(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of("Attention"):
+        if not n.domain and sum(map(bool, n.output)) > 1:
+            yield n.name, f"{sum(map(bool, n.output))} outputs"
+
+
+def _attention_type(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of("Attention"):
+        if v.type(n.input[0]) in ("FLOAT", "DOUBLE"):
+            yield n.name, f"queries of {v.type(n.input[0])}"
+
+
+def _attention_options(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of("Attention"):
+        if attribute(n, "softcap", 0.0):
+            yield n.name, f"softcap {attribute(n, 'softcap'):g}"
+        if attribute(n, "softmax_precision") is not None:
+            yield n.name, "softmax_precision"
+
+
+def _attention_heads(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of("Attention"):
+        shapes = [v.shape(x) for x in n.input[:3]]
+        widths = [s[-1] for s in shapes if s is not None and len(s) == 4]
+        if len(widths) == 3 and None not in widths and len(set(widths)) > 1:
+            yield n.name, f"queries, keys and values {widths} wide"
+
+
+def _domains(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.nodes:
+        if n.domain not in ("", "ai.onnx", "trt"):
+            yield n.name or n.output[0], f"{n.domain}.{n.op_type}"
+
+
+def _operators(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of(*NO_OPERATORS):
+        if n.domain in ("", "ai.onnx"):
+            yield n.name or n.output[0], n.op_type
+
+
+def _fp4(v: View) -> Iterator[tuple[str, str]]:
+    below = [sm for sm in v.sms if sm < FP4_SM]
+    if not below:
+        return
+    for n in v.nodes:
+        if n.op_type == "TRT_FP4DynamicQuantize" or "FLOAT4E2M1" in map(v.type, n.input):
+            yield n.name, f"FP4 for SM {', '.join(map(str, below))}"
+
+
+def _interleaved(v: View) -> Iterator[tuple[str, str]]:
+    turned = {n.output[0]: n for n in v.of("RotaryEmbedding") if attribute(n, "interleaved", 0)}
+    given = {i.name for i in v.model.proto.graph.input}
+    for n in v.of("Concat"):
+        hit = [turned[x] for x in n.input if x in turned]
+        if hit and given & set(n.input) and None in (v.shape(n.output[0]) or (None,)):
+            yield hit[0].name, f"interleaved, and appended to {next(x for x in n.input if x in given)}"
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("tensor-type", "Failed to import initializer; Unsupported ONNX data type", "store codes as INT4, INT8, FLOAT8E4M3FN or FLOAT4E2M1 (the trt dialect does)", _tensor_types),
+    Rule("code-type", "Found unsupported input type", "store codes as INT4, INT8, FLOAT8E4M3FN or FLOAT4E2M1 (the trt dialect does)", _code_types),
+    Rule("zero-point", "Non-zero zero point is not supported", "export with the trt dialect: zero points of weights become a second product; inputs need symmetric quantization", _zero_points),
+    Rule("positive-scale", "Scale coefficients must all be positive", "negate the block's codes with its scale (the trt dialect does); a scale of 0 is a block of zeros", _scales),
+    Rule("block-output-type", "Myelin infer_type: could not infer output types", "leave output_dtype out and add a Cast, which is fused", _output_type),
+    Rule("block-axis", "The blocking dimension must be the last or second to last dimension; only a single blocking dimension is allowed", "quantize in blocks of more than one along the last two dimensions", _blocks),
+    Rule("attention-outputs", "TensorRT only supports Attention nodes with one output (NVIDIA/TensorRT issue 4738)", "concatenate keys and values outside of Attention (both dialects do)", _attention_outputs),
+    Rule("attention-type", "Attention operation was not supported by a dedicated kernel", "export with --fp16 or --bf16", _attention_type),
+    Rule("attention-options", "Setting softcap / softmax precision is not supported in TensorRT Attention", "write the attention out of MatMul and Softmax (the trt dialect does)", _attention_options),
+    Rule("attention-heads", "Key and Value must have the same shape; Query, Key, Value tensors must have the same head dimension", "write the attention out of MatMul and Softmax (the trt dialect does)", _attention_heads),
+    Rule("domain", "Plugin not found", "export with the ort or trt dialect, which use operators of ONNX alone", _domains),
+    Rule("operator", "no importer or plugin for the operator", "quantize inputs statically with QuantizeLinear and DequantizeLinear; avoid shapes that depend on data", _operators),
+    Rule("fp4-target", "the model contains HW-specific datatypes: fp4_e2m1", "build for --sm 120 alone, or use int4", _fp4),
+    Rule("interleaved-rotary", "MyelinCheckException: ssa.cpp (TensorRT-RTX 1.7.1, dynamic shapes)", "put the dimensions into halves before turning (the trt dialect does)", _interleaved),
+)  # fmt: skip
+
+
+def check(model: OnnxModel, sms: Sequence[int] = ()) -> list[Finding]:
+    """Everything in the graph that TensorRT refuses. sms: compute capabilities to build for, such as 89 and 120."""
+    view = View(model, tuple(sms))
+    try:
+        return _found(view)
+    except (IndexError, KeyError, ZeroDivisionError, TypeError) as e:
+        raise InputError(
+            f"{model.name}: a node lacks inputs or attributes that its operator has ({e})"
+        ) from None
+
+
+def _found(view: View) -> list[Finding]:
+    return [
+        Finding(r.name, node, found, r.why, r.remedy) for r in RULES for node, found in dict(r.find(view)).items()
+    ]  # fmt: skip
+
+
+def planned(plan: Plan) -> OnnxModel:
+    """The graph of a plan, whose small tensors are made when a rule asks for them."""
+    graph = next(f for f in plan.files if f.name.endswith(".onnx"))
+    proto = package().ModelProto.FromString(graph.head)
+
+    def maker(item: Item) -> Callable[[], bytes]:
+        return lambda: bytes(np.ascontiguousarray(item.produce(0, item.rows).data).tobytes())
+
+    return OnnxModel(proto, raw={item.name: maker(item) for item in plan.items()})
+
+
+def require(model: OnnxModel, sms: Sequence[int] = ()) -> None:
+    """UnsupportedError that names the first findings, if there are any."""
+    found = check(model, sms)
+    if found:
+        more = f" (and {len(found) - 3} more: lconvert plan {model.name} --to trt)" if len(found) > 3 else ""
+        raise UnsupportedError(f"{model.name}: TensorRT refuses " + "; ".join(map(str, found[:3])) + more)

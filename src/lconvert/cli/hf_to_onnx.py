@@ -1,0 +1,107 @@
+"""`lconvert hf-to-onnx`: any source to an ONNX decoder."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lconvert.cli.common import fail_fast_files, file_stem
+from lconvert.cli.exporting import decorated, output_options, write
+from lconvert.converters import onnx_presets
+from lconvert.errors import OptionError
+
+if TYPE_CHECKING:
+    from lconvert.ir import Model
+    from lconvert.plan import Plan
+
+_DIALECTS = {
+    "ort": "standard operators in F32, for ONNX Runtime",
+    "trt": "within TensorRT's rules, F16 or BF16",
+}
+_FLOATS = {"fp32": ("F32", " [default for ort]"), "fp16": ("F16", " [default for trt]"), "bf16": ("BF16", "")}
+_RUN = {
+    "ort": "run it: python examples/onnx_generate.py {out} 'Once upon a time'",
+    "trt": "build an engine: trtexec --onnx={out}/model.onnx --saveEngine=model.plan",
+}
+
+
+def _arguments() -> tuple[Any, ...]:
+    dialects = "; ".join(f"{name}: {about}" for name, about in _DIALECTS.items())
+    floats = [
+        click.option(f"--{name}", "dtype", flag_value=name, type=str, help=f"A graph in {dtype}{more}.")
+        for name, (dtype, more) in _FLOATS.items()
+    ]  # fmt: skip
+    presets = [
+        click.option(f"--{name}", "preset", flag_value=name, type=str, help=f"{p.about}.")
+        for name, p in onnx_presets.PRESETS.items()
+    ]
+    return (
+        click.argument("source"),
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder [default: NAME-onnx-FLAG]."),
+        *floats,
+        *presets,
+        click.option("--dialect", type=click.Choice(list(_DIALECTS)), default="ort", show_default=True, help=f"{dialects}."),
+        click.option("--block-size", type=int, help="Weights per scale of --int4 [default: 32] and --int8 [default: a row]."),
+        click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations."),
+        click.option("--prefill-only", is_flag=True, help="Logits of a prompt; no keys and values in or out."),
+        click.option("--last-logit", is_flag=True, help="Logits of the last token alone."),
+        click.option("--positions", type=click.IntRange(1), help="Positions the graph is for [default: the model's context]."),
+        output_options,
+    )  # fmt: skip
+
+
+@click.command("hf-to-onnx")
+@lambda command: decorated(command, _arguments())
+def command(
+    source: str,
+    output: Path | None,
+    dtype: str | None,
+    preset: str | None,
+    dialect: str,
+    block_size: int | None,
+    calibration: Path | None,
+    prefill_only: bool,
+    last_logit: bool,
+    positions: int | None,
+    **rest: Any,
+) -> int:
+    """Write SOURCE (a checkpoint, quantized or not, a GGUF file, an .lcir folder) as a folder with an ONNX decoder.
+
+    What is quantized keeps its integers and scales: ONNX Runtime and TensorRT multiply by them as they are. A flag
+    quantizes what is plain yet, rounding to nearest. The folder has model.onnx, its weights beside it in
+    model.onnx.data, the configuration, the tokenizer and a manifest.
+
+    \b
+    Examples:
+      lconvert hf-to-onnx ./my-model --int4
+      lconvert hf-to-onnx ./model-GPTQ -o served
+      lconvert hf-to-onnx ./my-model --w8a8 --calibration text.txt
+      lconvert hf-to-onnx ./my-model --dialect trt --bf16 --int4 --block-size 128
+      lconvert hf-to-onnx model-Q4_0.gguf --dry-run
+    """
+    fail_fast_files(read=[calibration])
+    if block_size is not None and preset is None:
+        raise OptionError("--block-size says how to quantize; add --int4 or --int8")
+    recipe = None
+    if preset is not None:
+        recipe = onnx_presets.recipe(preset, dialect, calibration=str(calibration or ""), block=block_size)
+    chosen: dict[str, Any] = {
+        "dialect": dialect,
+        "dtype": _FLOATS[dtype][0] if dtype else None,
+        "prefill_only": prefill_only,
+        "last_logit": last_logit,
+        "positions": positions,
+    }
+
+    def plan(model: Model, original: Model) -> Plan:
+        from lconvert.converters import onnx
+
+        return onnx.plan(model, onnx.Options(**chosen), original)
+
+    name = file_stem(Path(source).name)
+    out = output or Path("-".join([name, "onnx", *([preset] if preset else [])]))
+    hint = _RUN[dialect].format(out=shlex.quote(str(out)))
+    return write(source, out, recipe, plan, folder=True, hint=hint, **rest)
