@@ -93,7 +93,7 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
         fit = _scales_fit(form, dtype) and (form.minimum is None or regrid.holds(form.minimum, dtype))
         if dialect.tensorrt:
             changed = not any(form is f for f in found)
-            form = replace(form, wide=not _scales_fit(form, dtype))
+            form = replace(form, wide=entry.activation is not None or not _scales_fit(form, dtype))
         elif not fit:
             reasons.append(f"scales that {dtype} does not hold")
             continue
