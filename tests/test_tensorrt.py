@@ -331,7 +331,7 @@ def test_ranges_that_are_none(text: str) -> None:
 
 @pytest.mark.parametrize("bad", [{"batch": (0, 1, 1)}, {"past": (2, 1, 3)}, {"refit": "x"}, {"hardware": "x"}, {"backend": "x"}])  # fmt: skip
 def test_options_that_contradict_themselves(bad: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="choose|ascending"):
+    with pytest.raises(OptionError, match=r"choose|ascending"):
         tensorrt.Options(**bad)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -39,8 +38,8 @@ def engine(graph: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "demo Q8.gguf"
-    lconvert.convert(DEMO, path, ftype="Q8_0")
+    path = tmp_path_factory.mktemp("gguf") / "demo F32.gguf"
+    lconvert.convert(DEMO, path, ftype="F32")
     return path
 
 
@@ -55,18 +54,18 @@ def test_a_repository_of_every_back_end(graph: Path, engine: Path, gguf: Path, t
     result = CliRunner().invoke(cli, ["triton-repo", str(graph), str(engine), str(gguf), str(DEMO), "-o", str(out), "--instances", "2"])  # fmt: skip
     assert result.exit_code == 0, result.output
     found = configs(out)
-    assert {n: c.backend for n, c in found.items()} == {"small": "onnxruntime", "engine": "tensorrt", "demo-Q8": "python", "demo_model": "vllm"}  # fmt: skip
+    assert {n: c.backend for n, c in found.items()} == {"small": "onnxruntime", "engine": "tensorrt", "demo-F32": "python", "demo_model": "vllm"}  # fmt: skip
     KIND = type(found["small"].instance_group[0])
-    assert [found[n].instance_group[0].kind for n in ("small", "engine", "demo-Q8", "demo_model")] == [KIND.KIND_CPU, KIND.KIND_GPU, KIND.KIND_CPU, KIND.KIND_MODEL]  # fmt: skip
+    assert [found[n].instance_group[0].kind for n in ("small", "engine", "demo-F32", "demo_model")] == [KIND.KIND_CPU, KIND.KIND_GPU, KIND.KIND_CPU, KIND.KIND_MODEL]  # fmt: skip
     assert all(c.instance_group[0].count == 2 and c.max_batch_size == 0 for c in found.values())
     for name in ("small", "engine"):
         ports = {p.name: p for p in (*found[name].input, *found[name].output)}
         assert list(ports["input_ids"].dims) == [-1, -1] and list(ports["logits"].dims) == [-1, -1, 64]
         assert list(ports["past_key_values.0.key"].dims) == [-1, 4, -1, 32]
-        assert {p.data_type for p in ports.values()} == {5, 10}  # INT64, FP16 of model_config.proto
+        assert {p.data_type for p in ports.values()} == {9, 10}  # INT64, FP16 of model_config.proto
     assert found["demo_model"].model_transaction_policy.decoupled
     assert json.loads((out / "demo_model" / "1" / "model.json").read_text())["model"] == str(DEMO.resolve())
-    for name, artifact in (("small", graph), ("engine", engine), ("demo-Q8", gguf)):
+    for name, artifact in (("small", graph), ("engine", engine), ("demo-F32", gguf)):
         held = next(p for p in (out / name / "1").iterdir() if p.suffix == artifact.suffix)
         assert held.read_bytes() == artifact.read_bytes()
     assert (out / "small" / "1" / "model.onnx.data").stat().st_size > 1000
@@ -85,35 +84,44 @@ def test_batches_that_triton_forms(graph: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r" / "small" / "1" / "model.onnx").resolve() == graph.resolve()
 
 
-def test_the_python_model_completes(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file runs with llama.cpp; the server's own module, which exists in the server alone, is written here."""
+#: The server's own module, which exists in the server alone, and one request with and one without a prompt.
+_SERVER = """
+import json, sys, types
+import numpy as np
+
+class Tensor:
+    def __init__(self, name, array):
+        self.name, self.array = name, array
+    def as_numpy(self):
+        return self.array
+
+utils = types.ModuleType("triton_python_backend_utils")
+utils.Tensor, utils.TritonError = Tensor, RuntimeError
+utils.get_input_tensor_by_name = lambda request, name: request.get(name)
+utils.InferenceResponse = lambda tensors=(), error=None: types.SimpleNamespace(tensors=tensors, error=error)
+sys.modules["triton_python_backend_utils"] = utils
+sys.path.insert(0, sys.argv[1] + "/1")
+from model import TritonPythonModel
+
+model = TritonPythonModel()
+model.initialize({"model_config": sys.argv[2], "model_repository": sys.argv[1], "model_version": "1"})
+request = {"prompt": Tensor("prompt", np.array([b"The old man"], object)), "max_tokens": Tensor("max_tokens", np.array([4]))}
+good, bad = model.execute([request, {}])
+print(json.dumps([good.tensors[0].as_numpy()[0].decode(), str(good.error), str(bad.error)]))
+"""
+
+
+def test_the_python_model_completes(gguf: Path, tmp_path: Path) -> None:
+    """Its file runs with llama.cpp, in a process of its own as in the server."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     triton.write([gguf], tmp_path / "r")
-    config = configs(tmp_path / "r")["demo-Q8"]
-
-    class Tensor:
-        def __init__(self, name: str, array: Any) -> None:
-            self.name, self.array = name, array
-
-        def as_numpy(self) -> Any:
-            return self.array
-
-    utils: Any = types.ModuleType("triton_python_backend_utils")
-    utils.Tensor = Tensor
-    utils.TritonError = RuntimeError
-    utils.get_input_tensor_by_name = lambda request, name: request.get(name)
-    utils.InferenceResponse = lambda tensors=(), error=None: types.SimpleNamespace(
-        tensors=tensors, error=error
-    )
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
-    space: dict[str, Any] = {}
-    exec((tmp_path / "r" / "demo-Q8" / "1" / "model.py").read_text(), space)
-    model = space["TritonPythonModel"]()
+    config = configs(tmp_path / "r")["demo-F32"]
     parameters = {k: {"string_value": v.string_value} for k, v in config.parameters.items()}
-    model.initialize({"model_config": json.dumps({"parameters": parameters}), "model_repository": str(tmp_path / "r" / "demo-Q8"), "model_version": "1"})  # fmt: skip
-    prompt = Tensor("prompt", np.array([b"The old man"], object))
-    good, bad = model.execute([{"prompt": prompt, "max_tokens": Tensor("max_tokens", np.array([4]))}, {}])
-    assert good.error is None and good.tensors[0].as_numpy()[0].decode() and bad.error is not None
+    call = [sys.executable, "-P", "-c", _SERVER, tmp_path / "r" / "demo-F32", json.dumps({"parameters": parameters})]  # fmt: skip
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text, error, refused = json.loads(done.stdout.splitlines()[-1])
+    assert text.strip() and error == "None" and refused != "None"
 
 
 def test_the_schema_refuses_what_it_does_not_know() -> None:
@@ -166,7 +174,7 @@ def test_what_cannot_be_served_leaves_nothing(graph: Path, engine: Path, tmp_pat
     "bad", [{"instances": 0}, {"max_batch": -1}, {"delay": 5}, {"context": 0}, {"delay": -1}]
 )
 def test_settings_that_make_no_sense(bad: dict[str, int]) -> None:
-    with pytest.raises(OptionError, match="give|batches"):
+    with pytest.raises(OptionError, match=r"give|batches"):
         triton.Options(**bad)
 
 
