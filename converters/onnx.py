@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lconvert import __version__
-from lconvert.converters import hf
+from lconvert.converters import hf, onnx_genai
 from lconvert.converters.onnx_decoder import Shape, Weight, build
 from lconvert.converters.onnx_measured import measured
 from lconvert.converters.onnx_weights import DIALECTS
@@ -21,7 +21,7 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 
 @dataclass(frozen=True)
 class Options:
-    """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out.
+    """dialect: ort, trt or genai. dtype: of the graph, None: F32, F16 for trt. prefill_only: no keys and values in or out.
     last_logit: logits of the last position alone. positions: rows of the rotary tables, None: the model's context."""
 
     dialect: str = "ort"
@@ -31,8 +31,8 @@ class Options:
     positions: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dialect not in DIALECTS:
-            raise OptionError(f"dialect {self.dialect!r}; choose {', '.join(DIALECTS)}")
+        if self.dialect not in (*DIALECTS, "genai"):
+            raise OptionError(f"dialect {self.dialect!r}; choose {', '.join(DIALECTS)} or genai")
         if self.dtype not in (None, "F32", "F16", "BF16"):
             raise OptionError(f"dtype {self.dtype!r}; choose F32, F16 or BF16")
         if self.dialect == "trt" and self.dtype == "F32":
@@ -44,9 +44,14 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
 
     original: the model before passes, against which roundings are measured.
     """
-    dtype = options.dtype or ("F32" if options.dialect == "ort" else "F16")
+    dtype = options.dtype or ("F16" if options.dialect == "trt" else "F32")
     shape = Shape(not options.prefill_only, options.last_logit, options.positions)
-    made = build(model, DIALECTS[options.dialect], dtype, shape)
+    genai = options.dialect == "genai"
+    made = (
+        onnx_genai.build(model, dtype, shape)
+        if genai
+        else build(model, DIALECTS[options.dialect], dtype, shape)
+    )
     metadata = {
         "lconvert": __version__,
         "dialect": options.dialect,
@@ -60,6 +65,8 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
         _data(made.graph, made.weights, model, original),
         *hf.text_files(model, hf.config(model, dtype)),
     )
+    if genai:
+        files = (*files, hf.text_file(onnx_genai.CONFIG, onnx_genai.config(model, options.positions)))
     said = {k: v for k, v in vars(options).items() if v}
     return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes))
 

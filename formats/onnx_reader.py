@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.onnx_graph import BITS, package
 from lconvert.ir import Dtype, Tensor
-from lconvert.plan import stamp
 
 #: What a stored type is read as; codes of small floats are their bits.
 _DTYPES: Mapping[str, Dtype] = {
@@ -236,4 +235,5 @@ def turned(t: Stored) -> Tensor:
 
 
 def _files(t: Stored) -> tuple[tuple[str, tuple[int, int, int]], ...]:
-    return ((str(t.path), stamp(t.path)),)
+    state = t.path.stat()
+    return ((str(t.path), (state.st_size, state.st_mtime_ns, state.st_ino)),)
