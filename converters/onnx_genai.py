@@ -94,7 +94,7 @@ class Genai(Builder):
         )
         if q.zero is not None:
             inputs.append(self._add(_zeros(role + ".zero", q.zero, bits), role, found.verdict, side=True))
-        said = {"K": k, "N": n, "bits": bits, "block_size": width, "accuracy_level": 4}
+        said: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": width, "accuracy_level": 4}
         return str(g.op("MatMulNBits", x, *inputs, output=output, domain=_DOMAIN, **said))
 
 
@@ -187,7 +187,7 @@ def _block(b: Genai, x: str, branch: str, i: int, layer: Layer) -> tuple[str, st
 def _added(b: Genai, x: str, branch: str, role: str) -> tuple[str, str]:
     """The normed sum, and the sum."""
     g = b.graph
-    said = {"domain": _DOMAIN, "epsilon": b.model.arch.norm_eps, "outputs": 4}
+    said: dict[str, Any] = {"domain": _DOMAIN, "epsilon": b.model.arch.norm_eps, "outputs": 4}
     out = g.op("SkipSimplifiedLayerNormalization", x, branch, b.vector(role), **said)
     return out[0], out[3]
 
@@ -209,7 +209,7 @@ def _attention(b: Genai, x: str, i: int, layer: Layer) -> str:
         b.table(f"rotary.{name}" + onnx_decoder._suffix(b, a.rope), table)
         for name, table in zip(("cos", "sin"), onnx_decoder._tables(a.rope, positions, False), strict=True)
     )
-    said = {
+    said: dict[str, Any] = {
         "num_heads": a.heads, "kv_num_heads": a.kv_heads, "scale": a.scale, "do_rotary": 1,
         "rotary_interleaved": int(a.rope.layout == "interleaved"),
     }  # fmt: skip
