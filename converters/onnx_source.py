@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,9 +98,19 @@ def read(file: OnnxFile) -> Found:
         tokenizer=read_tokenizer(folder),
         generation=read_object(generation) if generation.exists() else {},
         name=folder.resolve().name,
-        source=str(folder),
+        source=str(file.path),
     )
     return Found(check(model), head, dtype(file), file)
+
+
+def load(path: Path) -> Model:
+    """The model of a graph that lconvert wrote; UnsupportedError for another one, whose nodes could mean anything."""
+    file = onnx_reader.read(path)
+    if not ours(file):
+        raise UnsupportedError(
+            f"{path}: a graph that lconvert did not write, or without the config.json of its folder; give the model it was made from"
+        )
+    return read(file).model
 
 
 def dtype(file: OnnxFile) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
-from lconvert.validators.runtimes import Generation, Purpose, fits, short
+from lconvert.validators.runtimes import Generation, Purpose, fits, graph, short
 
 _ACCURACY_LEVEL: Mapping[Purpose, str] = {"parity": "1", "speed": "4"}
 _ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"  # onnxruntime_session_options_config_keys.h
@@ -100,7 +100,8 @@ class OnnxRuntime:
         batch_tokens: int | None = None,
     ):
         self._package = package()
-        self._path, self._context = Path(path), context
+        path = graph(Path(path))
+        self._path, self._context = path, context
         self._tokenizer: Any = None
         self._level = str(accuracy_level) if accuracy_level is not None else _ACCURACY_LEVEL[purpose]
         options = self._package.SessionOptions()
@@ -109,9 +110,9 @@ class OnnxRuntime:
         if threads:
             options.intra_op_num_threads = threads
         try:
-            model = _at_level(Path(path), self._level)
+            model = _at_level(path, self._level)
             if isinstance(model, bytes):
-                options.add_session_config_entry(_FOLDER_OPTION, str(Path(path).resolve().parent))
+                options.add_session_config_entry(_FOLDER_OPTION, str(path.resolve().parent))
             self._session = self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
             raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)})") from None
@@ -158,7 +159,8 @@ class OnnxRuntime:
     @property
     def pads(self) -> bool:
         """Whether prompts of different lengths can be one batch."""
-        return {"attention_mask", "position_ids"} <= self._inputs.keys()
+        one = isinstance(self._inputs["input_ids"].shape[0], int)
+        return {"attention_mask", "position_ids"} <= self._inputs.keys() and not one
 
     def empty(self, batch: int = 1) -> dict[str, Any]:
         """Keys and values of no tokens: (batch, heads, 0, width of a head)."""
