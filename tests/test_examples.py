@@ -43,6 +43,32 @@ def test_compress_once(tmp_path: Path) -> None:
     assert lconvert.read(tmp_path / "model.lcir").arch == lconvert.read(DEMO).arch
 
 
+def test_onnx_generate(tmp_path: Path) -> None:
+    """The script's text is the greedy one of the source in transformers."""
+    for name in ("onnx", "onnxruntime", "tokenizers", "torch", "transformers"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    from lconvert.converters import onnx
+    from lconvert.executor import execute
+    from lconvert.validators.runtimes import open_runtime
+    from lconvert.validators.runtimes.hf import file_tokenizer
+
+    execute(onnx.plan(lconvert.read(DEMO)), tmp_path / "m")
+    text = _load("onnx_generate").generate(tmp_path / "m", "Once upon a time", 12)
+    tokenizer = file_tokenizer(DEMO / "tokenizer.json")
+    ids = tokenizer.encode("Once upon a time").ids
+    reference = open_runtime("transformers", DEMO)
+    assert text == tokenizer.decode([*ids, *reference.generate(ids, 12).ids])
+    reference.close()
+    script = [
+        sys.executable,
+        ROOT / "examples" / "onnx_generate.py",
+        tmp_path / "m",
+        "Once upon a time",
+        "12",
+    ]
+    assert subprocess.run(script, capture_output=True, text=True, check=True).stdout.strip() == text.strip()
+
+
 CI = ROOT / "examples" / "ci"
 
 
