@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.converters import onnx_weights as weights
+from lconvert.converters import regrid
 from lconvert.converters.onnx_decoder import Builder, Shape
 from lconvert.converters.onnx_weights import DIALECTS, Dialect
 from lconvert.errors import UnsupportedError
@@ -83,8 +84,8 @@ def _conv(b: Builder, x: str, role: str, step: Conv) -> str:
     return str(b.graph.op("Conv", *inputs, **sizes))
 
 
-def _int8(q: Any) -> bool:
-    """Codes that DequantizeLinear has a form for: int8 with a scale per output channel, or one."""
+def _int8(q: Any, dtype: str) -> bool:
+    """Codes that DequantizeLinear has a form for: int8 with a scale per output channel, or one, that the graph's dtype holds."""
     return (
         isinstance(q, QTensor)
         and (q.grid.kind, q.grid.bits, q.grid.signed) == ("int", 8, True)
@@ -94,6 +95,7 @@ def _int8(q: Any) -> bool:
         and not q.divisor
         and q.block[0] in (1, -1)
         and set(q.block[1:]) == {-1}
+        and regrid.holds(q.scale, dtype)
     )
 
 
@@ -104,11 +106,14 @@ def _scales(q: QTensor) -> NDArray[np.float32]:
 
 def _weight(b: Builder, entry: Entry) -> str:
     q, role, g = entry.data, entry.name, b.graph
-    if not isinstance(q, QTensor) or not _int8(q):
+    if not isinstance(q, QTensor) or not _int8(q, b.dtype):
         own = q.dtype if isinstance(q, Tensor) else "F32"
         verdict = weights.plain(own, b.dtype)
         if isinstance(q, QTensor):
-            verdict = Verdict("widened" if b.dtype == "F32" else "rounded", f"as {b.dtype} values: no int8")
+            verdict = Verdict(
+                "widened" if b.dtype == "F32" else "rounded",
+                f"as {b.dtype} values: no int8 whose scales {b.dtype} holds",
+            )
         return b._add(weights.rows(role, entry, b.dtype), role, verdict)
     exact, scales = Verdict("exact"), weights.stored(_scales(q), b.dtype)
     text = "INT8, per tensor" if q.block[0] == -1 else "INT8, per channel"
@@ -122,8 +127,10 @@ def _weight(b: Builder, entry: Entry) -> str:
 def _bias(b: Builder, role: str, entry: Entry) -> str:
     """The bias: int32 where the product is one of integers in ONNX Runtime, else numbers."""
     name, q, a = role + ".bias", entry.data, entry.activation
-    if not (isinstance(q, QTensor) and _int8(q) and _static(a)) or b.dialect is not DIALECTS["ort"]:
+    whole = isinstance(q, QTensor) and _int8(q, b.dtype) and _static(a)
+    if not whole or b.dtype != "F32" or b.dialect is not DIALECTS["ort"]:
         return b.vector(name)
+    assert isinstance(q, QTensor)
     assert a is not None and a.scale is not None
     x = values(b.model.entries[name].data).astype(np.float64)
     scale = (weights.numbers(a.scale).reshape(-1)[0] * _scales(q)).astype(np.float32)

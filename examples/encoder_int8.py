@@ -3,7 +3,7 @@
 python examples/encoder_int8.py [OUT]
 
 The data are scikit-learn's digits: 1797 images of 8 x 8 pixels, written by hand, which are inside the package. The CNN sees them as they
-are. For BERT a digit is a sentence: a word for every pixel with ink (its place, and whether it is dark), so that sentences differ in
+are. For BERT a digit is a sentence: a word for every pixel with some ink (its place, and whether it is dark), so that sentences differ in
 length and are padded. That is no natural language, but real data with held-out truth; accuracies are of this task alone. Both models
 train for some seconds; the table says what int8 costs them, with a weight scale per tensor or per channel and by observer.
 """
@@ -31,6 +31,7 @@ from lconvert.passes.observers import OBSERVERS
 from lconvert.validators import plots, plots_ranges
 
 TRAIN, CALIBRATION = 1200, 128
+INK, DARK = 5, 11  # of 16
 CLS, FIRST = 1, 2  # words: padding is 0; then 64 faint pixels and 64 dark ones
 Arrays = Mapping[str, Any]
 
@@ -47,12 +48,11 @@ def images(x: Any) -> dict[str, Any]:
 
 
 def sentences(x: Any, types: bool) -> dict[str, Any]:
-    """Every pixel with ink as a word, after CLS; types: whether it is dark is the word's type as well."""
-    rows = [
-        np.concatenate([[CLS], FIRST + p + 64 * (d[p] > 8)])
-        for d in x.reshape(-1, 64)
-        for p in [np.flatnonzero(d)]
-    ]
+    """Every pixel with enough ink as a word, after CLS; types: whether it is dark is the word's type as well."""
+    rows = []
+    for digit in x.reshape(-1, 64):
+        places = np.flatnonzero(digit > INK)
+        rows.append(np.concatenate([[CLS], FIRST + places + 64 * (digit[places] > DARK)]))
     ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for out, row in zip(ids, rows, strict=True):
         out[: len(row)] = row
@@ -121,7 +121,7 @@ def trained(kind: str, folder: Path) -> tuple[Model, Arrays]:
         execute(hf.plan(convnet.from_torch(net, (1, 8, 8))), folder, force=True)
     else:
         module = bert(kind)
-        train(module, some, y[:TRAIN], 2e-3, 14)
+        train(module, some, y[:TRAIN], 3e-3, 8)
         module.save_pretrained(folder)
     return lconvert.read(folder), arrays
 
@@ -168,7 +168,7 @@ def compare(kind: str, out: Path) -> list[dict[str, Any]]:
         if distinct(r)
     ]
     plots.save(plots_ranges.ranges(panels), out / f"{kind}-ranges.png")
-    names = list(errors["channel"])
+    names = list(seen)
     bars = [(f"a scale per {scale}", [found[n] for n in names]) for scale, found in errors.items()]
     plots.save(plots_ranges.weights(names, bars), out / f"{kind}-weights.png")
     return rows
