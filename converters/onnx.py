@@ -8,7 +8,7 @@ import numpy as np
 
 from lconvert import __version__
 from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder, onnx_genai
-from lconvert.converters.onnx_decoder import Builder, Shape, Weight
+from lconvert.converters.onnx_builder import Builder, Shape, Weight
 from lconvert.converters.onnx_measured import measured
 from lconvert.converters.onnx_weights import DIALECTS
 from lconvert.errors import OptionError

@@ -19,7 +19,7 @@ from lconvert.converters import regrid
 from lconvert.ir import E2M1, E4M3, E8M0, ActSpec, Entry, QTensor, Tensor, int_grid
 
 if TYPE_CHECKING:
-    from lconvert.converters.onnx_decoder import Builder
+    from lconvert.converters.onnx_builder import Builder
 
 FLOAT, UINT8, FLOAT8 = 1, 2, 17  # TensorProto.FLOAT, UINT8, FLOAT8E4M3FN
 _LARGEST = {E4M3: 448.0, E2M1: 6.0}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters import regrid
-from lconvert.converters.onnx_decoder import Builder, Shape
+from lconvert.converters.onnx_builder import Builder, Shape
 from lconvert.converters.onnx_weights import DIALECTS, Dialect
 from lconvert.errors import UnsupportedError
 from lconvert.ir import ActSpec, Conv, Convnet, Entry, Linear, Model, Pool, QTensor, Step, Tensor

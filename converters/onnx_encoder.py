@@ -8,7 +8,7 @@ scales become MatMulIntegerToFloat in ONNX Runtime (core/optimizer/qdq_transform
 from __future__ import annotations
 
 from lconvert.converters import onnx_weights as weights
-from lconvert.converters.onnx_decoder import Builder, Shape
+from lconvert.converters.onnx_builder import Builder, Shape
 from lconvert.converters.onnx_weights import Dialect
 from lconvert.errors import UnsupportedError
 from lconvert.ir import Encoder, Layer, Mlp, Model, QTensor

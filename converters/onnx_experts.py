@@ -14,7 +14,7 @@ from lconvert.errors import UnsupportedError
 from lconvert.ir import Moe
 
 if TYPE_CHECKING:
-    from lconvert.converters.onnx_decoder import Builder
+    from lconvert.converters.onnx_builder import Builder
 
 FLOAT = 1  # TensorProto.FLOAT
 

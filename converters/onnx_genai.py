@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lconvert.converters import onnx_decoder, regrid
+from lconvert.converters import onnx_attention, onnx_decoder, regrid
 from lconvert.converters import onnx_weights as weights
-from lconvert.converters.onnx_decoder import Builder, Shape
+from lconvert.converters.onnx_builder import Builder, Shape
 from lconvert.converters.onnx_weights import Dialect, Form
 from lconvert.errors import UnsupportedError
 from lconvert.formats.onnx_graph import Initializer
@@ -206,8 +206,8 @@ def _attention(b: Genai, x: str, i: int, layer: Layer) -> str:
     last, total = _lengths(b)
     positions = b.shape.positions or b.model.decoder.context
     cos, sin = (
-        b.table(f"rotary.{name}" + onnx_decoder._suffix(b, a.rope), table)
-        for name, table in zip(("cos", "sin"), onnx_decoder._tables(a.rope, positions, False), strict=True)
+        b.table(f"rotary.{name}" + onnx_attention.suffix(b, a.rope), table)
+        for name, table in zip(("cos", "sin"), onnx_attention.tables(a.rope, positions, False), strict=True)
     )
     said: dict[str, Any] = {
         "num_heads": a.heads, "kv_num_heads": a.kv_heads, "scale": a.scale, "do_rotary": 1,

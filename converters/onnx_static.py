@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lconvert.converters.onnx_decoder import Builder
+    from lconvert.converters.onnx_builder import Builder
 
 CAPACITY = "capacity"
 POSITION = "cache_position"

@@ -24,7 +24,7 @@ from lconvert.errors import UnsupportedError
 from lconvert.ir import ActSpec, Attention, QTensor, Rope, Tensor, dense
 
 if TYPE_CHECKING:
-    from lconvert.converters.onnx_decoder import Builder
+    from lconvert.converters.onnx_builder import Builder
     from lconvert.converters.onnx_weights import Form, Held
 
 #: The domain of TensorRT's own operators, and what TRT_FP4DynamicQuantize makes of 16 numbers: E2M1 codes and an E4M3 scale.

@@ -22,7 +22,7 @@ import torch
 import lconvert
 from lconvert.converters import onnx, onnx_activations, onnx_weights
 from lconvert.converters.kinds import KINDS, matrices, plain, rounded
-from lconvert.converters.onnx_decoder import Builder
+from lconvert.converters.onnx_builder import Builder
 from lconvert.executor import execute
 from lconvert.forward import Forward
 from tests import rounded_inputs
