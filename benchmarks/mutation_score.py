@@ -92,9 +92,14 @@ def main() -> int:
             bad = plant(models, change, folder)
             difference = largest_difference(models.artifact(change.model, change.type), bad)
             row(change.name, change.model, change.type, f"{difference:g}")
-    print("\nPending, required with their format:\n")
+    if PENDING:
+        print("\nPending, required with their format:\n")
     for name, format_ in PENDING:
         print(f"- {name} ({format_})")
+    print(
+        "\nFaults of ONNX graphs (masks, caches, positions, rotary tables, nodes, packed weights, external data) are planted by\n"
+        "tests/faults/graphs.py and judged by tests/test_onnx_faults.py."
+    )
     caught = sum(r["caught"] for r in rows)
     fresh = sum(unseen(f.model) for f in faults)
     print(f"\n**caught: {caught} of {len(rows)}** ({fresh} of them on models that no gate was set on)")

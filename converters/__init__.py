@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def read(source: str | Path) -> Model:
-    """A model from a Hugging Face folder or hub name, a GGUF file, or an .lcir folder.
+    """A model from a Hugging Face folder or hub name, a GGUF file, an .lcir folder, or an ONNX graph that lconvert wrote.
 
     Costs the headers; weights are read when they are used. Raises InputError for damaged input and
     UnsupportedError for what cannot be represented exactly.
@@ -30,6 +30,8 @@ def read(source: str | Path) -> Model:
         return _read_file(path)
     if kind == "lcir":
         return _read_lcir(path)
+    if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
+        return _read_file(path / "model.onnx")
     from lconvert.converters import hf
 
     return hf.read(source)
@@ -40,6 +42,10 @@ def _read_file(path: Path) -> Model:
         from lconvert.converters import gguf_source
 
         return gguf_source.read(path)
+    if path.suffix == ".onnx":
+        from lconvert.converters import onnx_source
+
+        return onnx_source.load(path)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise UnsupportedError(
             f"{path}: pickle files can run code when they are opened, so lconvert never does; save the model as "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lconvert import __version__
-from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder
+from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder, onnx_genai
 from lconvert.converters.onnx_decoder import Builder, Shape, Weight
 from lconvert.converters.onnx_measured import measured
 from lconvert.converters.onnx_weights import DIALECTS
@@ -23,9 +23,10 @@ _BUILD = {Decoder: onnx_decoder.build, Encoder: onnx_encoder.build, Convnet: onn
 
 @dataclass(frozen=True)
 class Options:
-    """dialect: ort or trt. dtype: of the graph, None: F32 for ort, F16 for trt. prefill_only: no keys and values in or out. static_cache: they lie in a cache of fixed length (onnx_static.py).
-    last_logit: logits of the last position alone. positions: rows of the rotary tables, None: the model's context. rounding: inputs and
-    the cache are rounded where the model says so; without it the plan says what is left out."""
+    """dialect: ort, trt or genai. dtype: of the graph, None: F32, F16 for trt. prefill_only: no keys and values in or out. static_cache: they
+    lie in a cache of fixed length (onnx_static.py). last_logit: logits of the last position alone. positions: rows of the rotary
+    tables, None: the model's context. rounding: inputs and the cache are rounded where the model says so; without it the plan says
+    what is left out."""
 
     dialect: str = "ort"
     dtype: str | None = None
@@ -40,8 +41,12 @@ class Options:
             raise OptionError(
                 "a graph without keys and values has no cache: --prefill-only or --static-cache"
             )
-        if self.dialect not in DIALECTS:
-            raise OptionError(f"dialect {self.dialect!r}; choose {', '.join(DIALECTS)}")
+        if self.dialect == "genai" and self.static_cache:
+            raise OptionError(
+                "--static-cache does not go with the genai dialect, whose cache is shared already"
+            )
+        if self.dialect not in (*DIALECTS, "genai"):
+            raise OptionError(f"dialect {self.dialect!r}; choose {', '.join(DIALECTS)} or genai")
         if self.dtype not in (None, "F32", "F16", "BF16"):
             raise OptionError(f"dtype {self.dtype!r}; choose F32, F16 or BF16")
         if self.dialect == "trt" and self.dtype == "F32":
@@ -53,7 +58,7 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
 
     original: the model before passes, against which roundings are measured.
     """
-    dtype = options.dtype or ("F32" if options.dialect == "ort" else "F16")
+    dtype = options.dtype or ("F16" if options.dialect == "trt" else "F32")
     shape = Shape(
         not options.prefill_only,
         options.static_cache,
@@ -63,7 +68,12 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     )
     if options.prefill_only or options.static_cache or options.last_logit:
         assert model.decoder, "which has something to say to a model of another kind"
-    made = _BUILD[type(model.arch)](model, DIALECTS[options.dialect], dtype, shape)
+    genai = options.dialect == "genai"
+    made = (
+        onnx_genai.build(model, dtype, shape)
+        if genai
+        else _BUILD[type(model.arch)](model, DIALECTS[options.dialect], dtype, shape)
+    )
     metadata = {
         "lconvert": __version__,
         "dialect": options.dialect,
@@ -78,6 +88,8 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
         _data(made.graph, made.weights, model, original),
         *hf.text_files(model, hf.config(model, dtype)),
     )
+    if genai:
+        files = (*files, hf.text_file(onnx_genai.CONFIG, onnx_genai.config(model, options.positions)))
     said = {k: v for k, v in vars(options).items() if v}
     return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes, *advice(made)))
 

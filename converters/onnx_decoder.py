@@ -134,7 +134,9 @@ class Builder:
             product = str(g.op("Sub", product, less, output=output if form.factor is None else ""))
         if form.factor is not None:
             factor = self.number(float(weights.numbers(form.factor).reshape(-1)[0]))
-            product = str(g.op("Div" if form.divisor else "Mul", product, factor, output=output))
+            product = str(
+                g.op("Div" if form.divisor else "Mul", product, factor, name="factor", output=output)
+            )
         return product
 
     def _integer_product(self, x: str, entry: Entry, form: Form, role: str, found: Held, output: str) -> str:

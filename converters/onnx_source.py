@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,15 @@ _GRIDS: Mapping[str, Grid] = {
     "UINT8": int_grid(8, False), "FLOAT8E4M3FN": E4M3, "FLOAT4E2M1": E2M1,
 }  # fmt: skip
 #: Inputs that nodes around weights have at least.
-_LEAST = {"MatMul": 2, "DequantizeLinear": 2, "QuantizeLinear": 2, "Gather": 2, "Mul": 2, "Sub": 2}
+_LEAST = {
+    "MatMul": 2,
+    "DequantizeLinear": 2,
+    "QuantizeLinear": 2,
+    "Gather": 2,
+    "Mul": 2,
+    "Sub": 2,
+    "MatMulNBits": 3,
+}
 _NAMES = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
 
 
@@ -94,9 +103,19 @@ def read(file: OnnxFile) -> Found:
         tokenizer=read_tokenizer(folder),
         generation=read_object(generation) if generation.exists() else {},
         name=folder.resolve().name,
-        source=str(folder),
+        source=str(file.path),
     )
     return Found(check(model), head, dtype(file), file)
+
+
+def load(path: Path) -> Model:
+    """The model of a graph that lconvert wrote; UnsupportedError for another one, whose nodes could mean anything."""
+    file = onnx_reader.read(path)
+    if not ours(file):
+        raise UnsupportedError(
+            f"{path}: a graph that lconvert did not write, or without the config.json of its folder; give the model it was made from"
+        )
+    return read(file).model
 
 
 def dtype(file: OnnxFile) -> str:
@@ -137,6 +156,10 @@ def _entry(file: OnnxFile, role: str) -> Entry:
     kinds = {n.op_type for n in uses}
     if "DequantizeLinear" in kinds:
         return _quantized(file, role, t)
+    if kinds == {"MatMulInteger"}:
+        return _whole(file, role, t)
+    if kinds == {"MatMulNBits"}:
+        return _in_bits(file, role, t)
     if t.type not in _NAMES:
         raise _wrong(file, role, f"it is {t.type} and nothing dequantizes it")
     if kinds == {"MatMul"} and len(t.shape) == 2:
@@ -170,6 +193,7 @@ def _quantized(file: OnnxFile, role: str, t: Stored) -> Entry:
     q = replace(_blocks(file, role, node, t), zero=_zero(file, role, node, t))
     if (minimum := file.tensors.get(role + ".minimum")) is not None:
         q = _with_minimum(file, role, q, minimum, product)
+    q = _with_factor(file, role, q, product.output[0])
     activation, order, scaled = _input(file, role, product.input[0])
     if order is not None:
         q = _reordered(file, role, q, order)
@@ -180,6 +204,66 @@ def _quantized(file: OnnxFile, role: str, t: Stored) -> Entry:
     if scaled is not None:
         transform = Transform("scale", "input", onnx_reader.tensor(scaled), folded=False)
     return Entry(role, q, activation=activation, transform=transform)
+
+
+def _whole(file: OnnxFile, role: str, t: Stored) -> Entry:
+    """Codes that meet codes of the input in integers: a scale per token, found at run time, and one per row come after."""
+    product = _one(file, role, role, ("MatMulInteger",))
+    cast = _one(file, product.output[0], role, ("Cast",))
+    tokens = _one(file, cast.output[0], role, ("Mul",))
+    scale = _number(file, _one(file, tokens.output[0], role, ("Mul",)).input[1], role)
+    if t.type != "INT8" or product.input[1] != role or scale.shape not in ((t.shape[1],), (1,)):
+        raise _wrong(file, role, f"{t.type} codes with scales of shape {scale.shape} after their product")
+    block = (1, -1) if scale.shape[0] == t.shape[1] else (-1, -1)
+    q = QTensor((t.shape[1], t.shape[0]), onnx_reader.turned(t), int_grid(8, True), block, _column(scale))
+    return Entry(role, q, activation=ActSpec(int_grid(8, True), "token", True))
+
+
+def _with_factor(file: OnnxFile, role: str, q: QTensor, product: str) -> QTensor:
+    """The outer of two scales, which the product is multiplied with or divided by, back in the scales."""
+    for _ in range(2):  # after what is subtracted, if anything is
+        for node in file.consumers.get(product, ()):
+            if node.name.rpartition(".")[2] == "factor" and node.input[0] == product:
+                factor = _f32(_number(file, node.input[1], role)).reshape(())
+                assert isinstance(q.scale, Tensor)
+                scale = as_f32(q.scale.load(), q.scale.dtype)
+                if node.op_type == "Mul":
+                    return replace(q, scale=dense(scale * factor))
+                if (scale == 1).all():
+                    return replace(q, scale=dense(scale * factor), divisor=True)
+                return replace(q, scale=dense(scale / factor))
+        after = [n for n in file.consumers.get(product, ()) if n.op_type == "Sub" and n.input[0] == product]
+        if len(after) != 1:
+            break
+        product = after[0].output[0]
+    return q
+
+
+def _in_bits(file: OnnxFile, role: str, t: Stored) -> Entry:
+    """Codes (rows, blocks, bytes) of a MatMulNBits (docs/ContribOperators.md of onnxruntime), unsigned, around a zero point."""
+    node = _one(file, role, role, ("MatMulNBits",))
+    said = integers(node)
+    k, n, bits, size = (said.get(name, 0) for name in ("K", "N", "bits", "block_size"))
+    if bits not in (2, 4, 8) or size < 16 or k < 1 or k % size or t.type != "UINT8" or node.input[1] != role:
+        raise _wrong(file, role, f"{bits} bits in blocks of {size} of {k} columns, held as {t.type}")
+    blocks = k // size
+    scale = _number(file, node.input[2], role)
+    if t.shape != (n, blocks, size * bits // 8) or scale.shape != (n, blocks) or scale.type not in _NAMES:
+        raise _wrong(file, role, f"codes of shape {t.shape} and scales of shape {scale.shape}")
+    codes = onnx_reader.bits_of_rows(t, bits, k)
+    zero: Tensor = dense(np.full((n, blocks), 1 << (bits - 1), np.uint8))
+    if len(node.input) > 3 and node.input[3]:
+        packed = _number(file, node.input[3], role)
+        if packed.type != "UINT8" or packed.shape != (n, -(-blocks * bits // 8)):
+            raise _wrong(file, role, f"zero points of type {packed.type} and shape {packed.shape}")
+        zero = onnx_reader.bits_of_rows(packed, bits, blocks)
+    if len(node.input) > 4 and any(node.input[4:]):
+        raise _wrong(file, role, "an order or a bias inside its product")
+    q = QTensor((n, k), codes, int_grid(bits, False), (1, size), onnx_reader.tensor(scale), zero)
+    activation, order, _ = _input(file, role, node.input[0])
+    if order is None and role + ".order" in file.tensors:
+        raise _wrong(file, role, "the order of its columns is not applied to its input")
+    return Entry(role, q if order is None else _reordered(file, role, q, order), activation=activation)
 
 
 def _blocks(file: OnnxFile, role: str, node: Any, t: Stored) -> QTensor:

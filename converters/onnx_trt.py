@@ -4,7 +4,8 @@
   block with a negative one has its codes negated, one with a zero scale holds zeros.
 - Fewer bits come first: zero points of 4-bit codes are a second product instead of 8-bit codes.
 - Scales that the graph's dtype lacks stay in F32 and the matrix is cast; plans keep the codes packed (measured: docs/tensorrt.md).
-- Inputs are quantized by static symmetric Q/DQ pairs, or to NVFP4 by the operator TRT_FP4DynamicQuantize of the domain `trt`.
+- Inputs are quantized by static symmetric Q/DQ pairs, or to NVFP4 by the operator TRT_FP4DynamicQuantize of the domain `trt`. Their
+  scales and those of the weights they meet are F32: the builder wants both of one type ("type mismatch between matmul operand scales").
 - Rotary embeddings of neighbours (`interleaved`) break the builder with dynamic shapes: the dimensions are put into halves first,
   for queries and keys alike, which leaves every score as it is.
 """
@@ -87,15 +88,10 @@ def quantized_input(b: Builder, x: str, a: ActSpec) -> str:
     if scales.size != 1:
         raise UnsupportedError(f"inputs with {scales.size} static scales have no TensorRT form; {_REMEDY}")
     scale = float(scales[0]) if not a.divisor else _multiplier(a)
-    wide, type_ = (
-        not regrid.fits(np.array([scale], np.float32), b.dtype),
-        "INT8" if integers else "FLOAT8E4M3FN",
-    )
-    g = b.graph
-    s, z = g.constant(scale, "FLOAT" if wide else b.number_type), g.constant(0, type_)
-    x = g.op("Cast", x, to=1) if wide else x
-    y = g.op("DequantizeLinear", g.op("QuantizeLinear", x, s, z), s, z)
-    return cast(b, y) if wide else str(y)
+    g, type_ = b.graph, "INT8" if integers else "FLOAT8E4M3FN"
+    s, z = g.constant(scale, "FLOAT"), g.constant(0, type_)
+    y = g.op("QuantizeLinear", g.op("Cast", x, to=1), s, z)
+    return cast(b, g.op("DequantizeLinear", y, s, z))
 
 
 _REMEDY = "quantize the plain model with static symmetric inputs (--w8a8, --fp8 with --calibration TEXT), or use the ort dialect"
@@ -110,14 +106,13 @@ def _multiplier(a: ActSpec) -> float:
 
 def _nvfp4(b: Builder, x: str, scale: float) -> str:
     """Blocks of 16 with scales found at run time below a static global one."""
-    g, wide = b.graph, not regrid.fits(np.array([scale], np.float32), b.dtype)
-    s = g.constant(scale, "FLOAT" if wide else b.number_type)
+    g = b.graph
+    s = g.constant(scale, "FLOAT")
     codes, fine = g.op(
         "TRT_FP4DynamicQuantize", x, s, outputs=2, domain=DOMAIN, axis=-1, block_size=FP4_BLOCK, scale_type=FP8_TYPE
     )  # fmt: skip
     scales = g.op("DequantizeLinear", fine, s, name="scales")
-    y = g.op("DequantizeLinear", codes, scales, axis=-1, block_size=FP4_BLOCK)
-    return cast(b, y) if wide else str(y)
+    return cast(b, g.op("DequantizeLinear", codes, scales, axis=-1, block_size=FP4_BLOCK))
 
 
 # --- the rest of the graph ---------------------------------------------------------------------------------

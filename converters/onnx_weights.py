@@ -116,7 +116,7 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
             if form.factor is not None:
                 continue
             changed = not any(form is f for f in found)
-            form = replace(form, wide=not _scales_fit(form, dtype))
+            form = replace(form, wide=entry.activation is not None or not _scales_fit(form, dtype))
         elif not _scales_fit(form, dtype) or not all(s is None or regrid.holds(s, dtype) for s in sides):
             reasons.append(f"scales that {dtype} does not hold")
             continue

@@ -119,15 +119,19 @@ class Graph:
         name: str = "",
         output: str = "",
         outputs: int = 1,
+        named: Sequence[str] = (),
         domain: str = "",
         **attributes: Any,
     ) -> Any:
         """A node; the name of its output, or a tuple of names where there are several.
 
-        name: of the node, inside the scope, by default its kind. output: the name of the only output, as it is.
+        name: of the node, inside the scope, by default its kind. output: the name of the only output, as it is. named: names of all
+        outputs as they are, "" for one of its own; the first is returned.
         """
         own = self._name(self._scope + (name or kind.lower()))
         names = [output] if output else [own if i == 0 else f"{own}.{i}" for i in range(outputs)]
+        if named:
+            names = [name or own for name in named]
         kept = {k: v for k, v in attributes.items() if v is not None}
         self.opset = max(self.opset, _FIRST.get(kind, 0))
         if domain:
@@ -135,7 +139,7 @@ class Graph:
         self._nodes.append(
             self._onnx.helper.make_node(kind, list(inputs), names, name=own, domain=domain, **kept)
         )
-        return names[0] if len(names) == 1 else tuple(names)
+        return names[0] if len(names) == 1 or named else tuple(names)
 
     def once(self, key: Hashable, make: Callable[[], str]) -> str:
         """A value that several places need: made the first time, outside of the scopes that are open."""

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats.onnx_graph import BITS, package
 from lconvert.ir import Dtype, Tensor
-from lconvert.plan import stamp
 
 #: What a stored type is read as; codes of small floats are their bits.
 _DTYPES: Mapping[str, Dtype] = {
@@ -235,5 +234,17 @@ def turned(t: Stored) -> Tensor:
     return Tensor((n, k), _DTYPES[t.type], read, t.origin, _files(t))
 
 
+def bits_of_rows(t: Stored, bits: int, cols: int) -> Tensor:
+    """Codes of `bits` bits in rows of bytes, each of which may have more room than its `cols` codes need."""
+    rows = t.shape[0]
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        raw = t.raw().reshape(rows, -1)[start:stop]
+        return np.ascontiguousarray(_unpacked(raw, f"UINT{bits}")[:, :cols])
+
+    return Tensor((rows, cols), "U8", read, t.origin, _files(t))
+
+
 def _files(t: Stored) -> tuple[tuple[str, tuple[int, int, int]], ...]:
-    return ((str(t.path), stamp(t.path)),)
+    state = t.path.stat()
+    return ((str(t.path), (state.st_size, state.st_mtime_ns, state.st_ino)),)

@@ -43,6 +43,32 @@ def test_compress_once(tmp_path: Path) -> None:
     assert lconvert.read(tmp_path / "model.lcir").arch == lconvert.read(DEMO).arch
 
 
+def test_onnx_generate(tmp_path: Path) -> None:
+    """The script's text is the greedy one of the source in transformers."""
+    for name in ("onnx", "onnxruntime", "tokenizers", "torch", "transformers"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    from lconvert.converters import onnx
+    from lconvert.executor import execute
+    from lconvert.validators.runtimes import open_runtime
+    from lconvert.validators.runtimes.hf import file_tokenizer
+
+    execute(onnx.plan(lconvert.read(DEMO)), tmp_path / "m")
+    text = _load("onnx_generate").generate(tmp_path / "m", "Once upon a time", 12)
+    tokenizer = file_tokenizer(DEMO / "tokenizer.json")
+    ids = tokenizer.encode("Once upon a time").ids
+    reference = open_runtime("transformers", DEMO)
+    assert text == tokenizer.decode([*ids, *reference.generate(ids, 12).ids])
+    reference.close()
+    script = [
+        sys.executable,
+        ROOT / "examples" / "onnx_generate.py",
+        tmp_path / "m",
+        "Once upon a time",
+        "12",
+    ]
+    assert subprocess.run(script, capture_output=True, text=True, check=True).stdout.strip() == text.strip()
+
+
 CI = ROOT / "examples" / "ci"
 
 
@@ -117,3 +143,32 @@ def test_readme_example(tmp_path: Path) -> None:
     for block in blocks:
         subprocess.run([sys.executable, "-P", "-c", block], cwd=tmp_path, check=True)
     assert (tmp_path / "demo.gguf").exists()
+
+
+def _engine(model: Path, out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    settings = {"MODEL": str(model), "OUT": str(out), "LCONVERT": f"{sys.executable} -P -m lconvert", "PYTHON": f"{sys.executable} -P", **env}  # fmt: skip
+    return subprocess.run(["sh", CI / "build_engines.sh"], env=os.environ | settings, capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def test_engines_in_ci_are_gated_and_cached(tmp_path: Path) -> None:
+    """NVFP4 for Blackwell: gated in ONNX Runtime after dequantization, built, and not built again; refused for Ada."""
+    for package in ("onnxruntime", "tensorrt_rtx"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    out = tmp_path / "engines"
+    done = _engine(DEMO, out, PRESET="nvfp4a16", SMS="120")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "parity.json").read_text())
+    assert report["passed"] and report["dequantized_first"] and "no GPU" in report["not_run"]
+    assert json.loads((out / "model.plan.manifest.json").read_text())["built_for"] == ["SM120"]
+    assert "cached" in _engine(DEMO, out, PRESET="nvfp4a16", SMS="120").stdout
+    ada = _engine(DEMO, tmp_path / "ada", PRESET="nvfp4a16", SMS="89")
+    assert ada.returncode == 2 and not (tmp_path / "ada" / "model.plan").exists()
+    assert "fp4-target" in (tmp_path / "ada" / "plan.json").read_text()
+
+
+def test_the_engine_workflow_calls_what_is_there() -> None:
+    job = yaml.safe_load((CI / "build_engines.yml").read_text())["jobs"]["engines"]
+    build = next(s for s in job["steps"] if s.get("name") == "Build and gate")
+    named = set(re.findall(r"\$\{(\w+):[?-]", (CI / "build_engines.sh").read_text()))
+    assert build["run"] == "sh build_engines.sh" and set(build["env"]) <= named
+    assert len(job["strategy"]["matrix"]["include"]) > 1

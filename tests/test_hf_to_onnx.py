@@ -41,26 +41,27 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dialect", ["ort", "trt"])
+@pytest.mark.parametrize("dialect", ["ort", "trt", "genai"])
 @pytest.mark.parametrize("flag", ["", *onnx_presets.PRESETS])
 def test_every_flag_writes_a_folder(flag: str, dialect: str, tmp_path: Path, calibration: Path) -> None:
     out = tmp_path / "out"
     args: list[object] = [DEMO, "-o", out, "--dialect", dialect, "--no-validate", "--json"]
     if flag:
         args.append(f"--{flag}")
+    if (dialect, flag) in onnx_presets.REFUSED:
+        code, _, err = run(*args)
+        assert code == 2 and onnx_presets.REFUSED[dialect, flag] in err and not out.exists()
+        return
     if flag and onnx_presets.PRESETS[flag].calibrated:
         code, _, err = run(*args)
         assert code == 2 and "--calibration" in err and not out.exists()
         pytest.importorskip("transformers", reason="transformers is not installed")
         args += ["--calibration", calibration]
     code, text, err = run(*args)
-    if (dialect, flag) in onnx_presets.REFUSED:
-        assert code == 2 and onnx_presets.REFUSED[dialect, flag] in err and not out.exists()
-        return
     assert code == 0, err
     assert {f.name for f in out.iterdir()} >= {*_FILES, "README.md", "model.onnx.manifest.json"}
     found = json.loads(text)
-    assert len(found["files"]) == 7 and str(out) in found["launch"]
+    assert len(found["files"]) == 7 + (dialect == "genai") and str(out) in found["launch"]
     kinds = {t["verdict"]["kind"] for f in found["manifest"]["plan"]["files"] for t in f["tensors"]}
     assert ("quantized" in kinds) == bool(flag)
 

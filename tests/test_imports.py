@@ -38,6 +38,9 @@ HEAVY = {
     "mlflow",
     "onnx",
     "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "tritonclient",
     "vllm",
     "wandb",
     "torch",
@@ -143,7 +146,7 @@ def _loaded(code: str) -> set[str]:
     [["--help"]]
     + [
         [verb, "--help"]
-        for verb in ("hf-to-gguf", "hf-to-vllm", "hf-to-trtllm", "convert", "carry", "validate")
+        for verb in ("hf-to-gguf", "hf-to-vllm", "hf-to-onnx", "hf-to-trtllm", "convert", "carry", "validate")
     ],
 )
 def test_help_is_light(args: list[str]) -> None:

@@ -326,6 +326,7 @@ def _run(runtime: str, manifest: Mapping[str, Any], artifact: str | None) -> str
         lines = [
             "import onnxruntime",
             f"session = onnxruntime.InferenceSession({show.visible(show.name(files[0]))!r})",
+            "print([i.name for i in session.get_inputs()])  # ids, mask, positions, keys and values of the past",
         ]
         return show.fence("\n".join(lines), "python")
     name = shlex.quote(show.visible(artifact)) if artifact else first

@@ -41,7 +41,7 @@ def run(proof: Proof, runtime: OnnxRuntime, texts: list[list[int]], dtype: str) 
     _judge(proof, name, f"over {len(ids)} tokens", steps, gate)
     if not runtime.pads:
         proof.not_proven.append(
-            "logits: padding on the left; the graph has no attention_mask or no position_ids"
+            "logits: padding on the left; the graph takes no attention_mask, no position_ids or no batch"
         )
         return
     proof.progress("padding on the left")

@@ -50,7 +50,7 @@ def run(proof: Proof, found: Found) -> None:
         for node in fused.proto.graph.node:
             if node.op_type != "MatMulNBits":
                 continue
-            role = roles.get(node.name)
+            role = roles.get(node.name.partition("/")[0])  # "NAME/MatMulAddFusion"
             if role is None:
                 wrong.append(f"{node.name!r} multiplies by weights that the file does not have")
                 continue

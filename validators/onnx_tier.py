@@ -90,7 +90,8 @@ def _ports(found: Found) -> Iterator[str]:
     """Inputs and outputs that are missing or of another shape than the traits imply."""
     d, graph = found.model.decoder, found.file.proto.graph
     inputs, outputs = ({p.name: _shape(p) for p in side} for side in (graph.input, graph.output))
-    for name in ("input_ids", "attention_mask", "position_ids"):
+    counted = ("position_ids",) if found.file.metadata.get("dialect") != "genai" else ()
+    for name in ("input_ids", "attention_mask", *counted):
         if name not in inputs:
             yield f"there is no input {name}"
     if outputs.get("logits", (0,))[-1] != d.vocab:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lconvert.errors import LconvertError
-from lconvert.validators.runtimes import kind
+from lconvert.validators.runtimes import graph, kind
 
 if TYPE_CHECKING:
     from lconvert.formats.gguf import GGUFFile
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def files(path: Path) -> list[Path]:
     """The files that hold an artifact's weights: shards; of a graph, the external data beside it (NAME.data, NAME_data)."""
+    path = graph(path)
     if path.is_dir():
         return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if path.suffix == ".gguf":

@@ -75,11 +75,7 @@ from .planter import (
 )
 
 #: Faults of formats that lconvert does not write yet, and the name of the format: they become required with it.
-PENDING: tuple[tuple[str, str], ...] = (
-    ("ONNX: initializer transposed", "onnx"),
-    ("ONNX: zero point packed in the other nibble", "onnx"),
-    ("ONNX: position ids shifted by one", "onnx"),
-)
+PENDING: tuple[tuple[str, str], ...] = ()
 
 
 # --- the table -------------------------------------------------------------------------------------------

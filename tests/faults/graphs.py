@@ -271,6 +271,11 @@ def weight(name: str, dtype: Any, change: Callable[[Array], Array]) -> Change:
     return lambda o: o.change(name, dtype, change)
 
 
+def transposed(x: Array) -> Array:
+    side = int(len(x) ** 0.5)
+    return x.reshape(side, side).T.reshape(-1)
+
+
 def other_offset(name: str) -> Change:
     """A weight that begins 64 bytes later in the file."""
 
@@ -355,6 +360,7 @@ FAULTS = [
     GraphFault("scales of the neighbours", DEMO, "int4", "tensors", weight("layers.1.attn.q.scale", F32, moved), ""),
     GraphFault("one scale", DEMO, "int4", "tensors", weight("layers.1.mlp.up.scale", F32, doubled), ""),
     GraphFault("a row of the embedding", DEMO, "fp32", "tensors", weight("embed", F32, doubled), "equal"),
+    GraphFault("a matrix the other way", DEMO, "fp32", "tensors", weight("layers.1.attn.q", F32, transposed), "equal"),
     GraphFault("a norm", DEMO, "int4", "tensors", weight("layers.1.attn_norm", F32, doubled), "equal"),
     GraphFault("a weight at another place", DEMO, "fp32", "tensors", other_offset("layers.1.attn.k"), "equal"),
     GraphFault("gate and up exchanged in the file", DEMO, "int4", "tensors", exchanged_data("layers.1.mlp.gate", "layers.1.mlp.up"), ""),

@@ -7,7 +7,7 @@ them: `input_ids`, and where there are any `attention_mask`, `position_ids` and 
 Products with block-quantized weights (MatMulNBits) run at accuracy level 1, fp32 activations, for parity, and
 at level 4, activations rounded to 8 bits, for speed (docs/ContribOperators.md of onnxruntime,
 `accuracy_level`). The level set here is the session's, for weights that the graph holds as DequantizeLinear;
-a MatMulNBits node that is in the file has its own, which a session cannot change.
+a MatMulNBits node that is in the file has its own, for which the graph is given with another one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
-from lconvert.validators.runtimes import Generation, Purpose, fits, onnx_session, short
+from lconvert.validators.runtimes import Generation, Purpose, fits, graph, onnx_session, short
 
 _ACCURACY_LEVEL: Mapping[Purpose, str] = {"parity": "1", "speed": "4"}
 _ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"  # onnxruntime_session_options_config_keys.h
+#: Where external data lies for a graph that is given as bytes (the same file).
+_FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+#: Graphs with their weights inside are run as they are.
+_GRAPH_BYTES = 64 << 20
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _TYPES: Mapping[str, Any] = {
     "tensor(float)": np.float32,
@@ -52,6 +56,31 @@ def package() -> Any:
         ) from None
 
 
+def _at_level(path: Path, level: str) -> str | bytes:
+    """The file, or its graph where MatMulNBits nodes have another accuracy level than is asked for, with that one."""
+    if path.stat().st_size > _GRAPH_BYTES:
+        return str(path)
+    import onnx
+
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception:  # noqa: BLE001 - the runtime says what is wrong with it
+        return str(path)
+    found = [
+        a
+        for n in proto.graph.node
+        if n.op_type == "MatMulNBits"
+        for a in n.attribute
+        if a.name == "accuracy_level"
+    ]
+    if all(str(a.i) == level for a in found):
+        return str(path)
+    for a in found:
+        a.i = int(level)
+    made: bytes = proto.SerializeToString()
+    return made
+
+
 class OnnxRuntime:
     """A decoder's .onnx file, with the tokenizer.json beside it where there is one.
 
@@ -71,7 +100,8 @@ class OnnxRuntime:
         batch_tokens: int | None = None,
     ):
         self._package = package()
-        self._path, self._context = Path(path), context
+        path = graph(Path(path))
+        self._path, self._context = path, context
         self._tokenizer: Any = None
         self._level = str(accuracy_level) if accuracy_level is not None else _ACCURACY_LEVEL[purpose]
         options = self._package.SessionOptions()
@@ -83,9 +113,10 @@ class OnnxRuntime:
         if threads:
             options.intra_op_num_threads = threads
         try:
-            self._session = self._package.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            model = _at_level(path, self._level)
+            if isinstance(model, bytes):
+                options.add_session_config_entry(_FOLDER_OPTION, str(path.resolve().parent))
+            self._session = self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
             raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)})") from None
         self._inputs = {i.name: i for i in self._session.get_inputs()}
@@ -131,7 +162,8 @@ class OnnxRuntime:
     @property
     def pads(self) -> bool:
         """Whether prompts of different lengths can be one batch."""
-        return {"attention_mask", "position_ids"} <= self._inputs.keys()
+        one = isinstance(self._inputs["input_ids"].shape[0], int)
+        return {"attention_mask", "position_ids"} <= self._inputs.keys() and not one
 
     def empty(self, batch: int = 1) -> dict[str, Any]:
         """Keys and values of no tokens: (batch, heads, 0, width of a head)."""

@@ -22,6 +22,7 @@ TARGETS = (
     ("Hugging Face folder", "lconvert gguf-to-hf", "transformers (dense weights)"),
     ("compressed-tensors, GPTQ, AWQ", "lconvert hf-to-vllm", "vLLM"),
     ("ModelOpt", "lconvert hf-to-trtllm", "TensorRT-LLM, vLLM"),
+    ("ONNX", "lconvert hf-to-onnx", "ONNX Runtime, TensorRT"),
     ("bitsandbytes", "lconvert convert --to bitsandbytes", "transformers, QLoRA"),
     ("MXFP4 experts (gpt-oss)", "lconvert hf-to-vllm", "vLLM, TensorRT-LLM, transformers"),
     ("ONNX", "lconvert convert --to onnx", "ONNX Runtime"),

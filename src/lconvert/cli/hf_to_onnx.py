@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 _DIALECTS = {
     "ort": "standard operators in F32, for ONNX Runtime",
     "trt": "within TensorRT's rules, F16 or BF16",
+    "genai": "ONNX Runtime's own operators, for onnxruntime-genai",
 }
-_FLOATS = {"fp32": ("F32", " [default for ort]"), "fp16": ("F16", " [default for trt]"), "bf16": ("BF16", "")}
+_FLOATS = {
+    "fp32": ("F32", " [default for ort and genai]"),
+    "fp16": ("F16", " [default for trt]"),
+    "bf16": ("BF16", ""),
+}
 _RUN = {
     "ort": "run it: python examples/onnx_generate.py {out} 'Once upon a time'",
     "trt": "build an engine: trtexec --onnx={out}/model.onnx --saveEngine=model.plan",
+    "genai": "run it: onnxruntime_genai.Model({out!r}) in Python",
 }
 
 
