@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lconvert.converters import onnx_trt, regrid
 from lconvert.converters import onnx_weights as weights
-from lconvert.converters import regrid
 from lconvert.converters.onnx_builder import Builder, Shape
 from lconvert.converters.onnx_weights import DIALECTS, Dialect
 from lconvert.errors import UnsupportedError
@@ -115,13 +115,22 @@ def _weight(b: Builder, entry: Entry) -> str:
                 f"as {b.dtype} values: no int8 whose scales {b.dtype} holds",
             )
         return b._add(weights.rows(role, entry, b.dtype), role, verdict)
-    exact, scales = Verdict("exact"), weights.stored(_scales(q), b.dtype)
-    text = "INT8, per tensor" if q.block[0] == -1 else "INT8, per channel"
+    exact, text = Verdict("exact"), f"INT8, per {'tensor' if q.block[0] == -1 else 'channel'}"
+    scales = np.where(
+        _scales(q) == 0, np.float32(1), _scales(q)
+    )  # of codes that are all 0; TensorRT wants none of 0
+    wide = (
+        b.dialect is DIALECTS["trt"] and entry.activation is not None
+    )  # as the scale of its input, onnx_trt.py
     codes = b._add(weights.as_they_lie(role, q.codes, "INT8"), role, exact, text)
     if q.block[0] == -1:
-        return str(g.op("DequantizeLinear", codes, b.number(float(_scales(q)[0]))))
-    made = weights.array(role + ".scale", scales, b.number_type)
-    return str(g.op("DequantizeLinear", codes, b._add(made, role, exact, side=True), axis=0))
+        one = g.constant(float(scales[0]), "FLOAT" if wide else b.number_type)
+        matrix = str(g.op("DequantizeLinear", codes, one))
+    else:
+        held = (scales, "FLOAT") if wide else (weights.stored(scales, b.dtype), b.number_type)
+        made = weights.array(role + ".scale", *held)
+        matrix = str(g.op("DequantizeLinear", codes, b._add(made, role, exact, side=True), axis=0))
+    return onnx_trt.cast(b, matrix) if wide else matrix
 
 
 def _bias(b: Builder, role: str, entry: Entry) -> str:

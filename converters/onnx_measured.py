@@ -18,7 +18,7 @@ def measured(item: Item, model: Model, original: Model | None) -> Item:
     """The item with the verdict "quantized", and the error of its matrix with the first rows that are made of it."""
     if original is None or len(item.sources) != 1 or item.held == SIDE:
         return item
-    role = "embed" if item.sources[0] == "head" and model.decoder.tied else item.sources[0]
+    role = "embed" if item.sources[0] == "head" and "head" not in model.entries else item.sources[0]
     entry, before = model.entries.get(role), original.entries.get(role)
     if (
         entry is None

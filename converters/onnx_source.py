@@ -90,7 +90,7 @@ def read(file: OnnxFile) -> Found:
     keys.finish()
     if not isinstance(decoder, Decoder):
         raise UnsupportedError(
-            f"{file.path}: a graph of {model_type}, which is no decoder; only graphs of decoders are read back"
+            f"{file.path}: a graph of {model_type}, which is no decoder; only graphs of decoders are read back and proven so far"
         )
     roles = dict.fromkeys(role for bind in binds(arch.names, decoder) for role, _ in bind.parts)
     entries = {role: _entry(file, role) for role in roles}

@@ -206,7 +206,7 @@ def test_the_graph_holds_the_codes_of_the_model(tmp_path: Path) -> None:
 
 
 def test_trt_takes_the_symmetric_graph(tmp_path: Path) -> None:
-    """Half precision, int8 codes, and no zero point but zero: what explicit quantization allows."""
+    """Half precision, int8 codes with F32 scales, and no zero point but zero: what explicit quantization allows."""
     transformer("bert", tmp_path / "m")
     module, x = net("lenet")
     made = (
@@ -222,13 +222,46 @@ def test_trt_takes_the_symmetric_graph(tmp_path: Path) -> None:
         types = {t.data_type for t in graph.initializer}
         proto = onnx_package.TensorProto
         assert proto.INT8 in types and proto.FLOAT16 in types
-        assert not types & {proto.UINT8, proto.INT32, proto.FLOAT}
+        assert not types & {proto.UINT8, proto.INT32}
         held = {t.name: t for t in graph.initializer}
         rounded = [n for n in graph.node if n.op_type == "QuantizeLinear"]
         assert rounded
         for node in rounded:
             zero = held[node.input[2]]
             assert zero.data_type == proto.INT8 and not onnx_package.numpy_helper.to_array(zero).any()
+
+
+def test_trt_builds_it(tmp_path: Path) -> None:
+    """The rules find nothing, and TensorRT-RTX makes an engine ahead of time; its attention takes heads of 32."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    from lconvert.converters import trt_rules
+
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, **SIZES
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    convolutions, x = net("lenet")
+    for model, feed in (
+        (lconvert.read(tmp_path / "m"), sentences("bert")),
+        (convnet.from_torch(convolutions, (2, 12, 11)), {"images": x.numpy()}),
+    ):
+        q = static.run(model, static.Options(symmetric=True), [feed])
+        plan = onnx.plan(q, onnx.Options(dialect="trt"))
+        assert trt_rules.check(trt_rules.planned(plan), [89]) == []
+        path = exported(q, tmp_path / "o", dialect="trt")
+        logger = trt.Logger(trt.Logger.ERROR)
+        builder = trt.Builder(logger)
+        network = builder.create_network(0)
+        assert trt.OnnxParser(network, logger).parse_from_file(str(path))
+        options, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            port = network.get_input(i)
+            least, most = ([v if n < 0 else n for n in port.shape] for v in (1, 8))
+            profile.set_shape(port.name, least, most, most)
+        options.add_optimization_profile(profile)
+        options.num_compute_capabilities = 1
+        options.set_compute_capability(trt.ComputeCapability.SM89, 0)
+        assert builder.build_serialized_network(network, options) is not None
 
 
 def test_trt_refuses_zero_points(tmp_path: Path) -> None:
@@ -576,6 +609,15 @@ def test_the_command_line(others: dict[str, Model], tmp_path: Path, capsys: Any,
         assert code == 0 and word in shown
         code, shown = call("inspect", "--json", folder)
         assert json.loads(shown)["arch"]["family"] == name
+        graph = tmp_path / f"{name}-onnx"
+        code, shown = call("hf-to-onnx", folder, "-o", str(graph))
+        assert code == 2 and "is written but not proven" in " ".join(shown.split()), shown
+        feed = sentences("bert") if name == "bert" else {"images": net("gelu")[1].numpy()}
+        got = run(graph / "model.onnx", feed)
+        want = Forward(others[name]).classify(feed) if name == "bert" else None
+        if want is None:
+            want = sequential(others[name])(torch.tensor(feed["images"])).detach().numpy()
+        assert np.abs(got - want).max() < CLOSE
         for verb, flag in (("hf-to-gguf", "--q8_0"), ("hf-to-vllm", "--fp8")):
             code, shown = call(verb, folder, flag, "-o", str(tmp_path / "out.gguf"))
             assert code == 2 and "this works on decoders" in " ".join(shown.split()), shown
