@@ -184,7 +184,8 @@ class Builder:
         g, q = self.graph, form.codes
         text = weights.describe(form)
         number, dtype = ("FLOAT", "F32") if form.wide else (self.number_type, self.dtype)
-        w = self._add(weights.codes(role, q.codes, form.type), role, found.verdict, text)
+        along = tuple(s for s in (q.scale,) if isinstance(s, Tensor) and s.shape[0] == q.shape[0])
+        w = self._add(weights.codes(role, q.codes, form.type, along), role, found.verdict, text)
         inputs = [w]
         if isinstance(q.scale, QTensor):  # FP8 scales above a global one
             assert isinstance(q.scale.scale, Tensor)

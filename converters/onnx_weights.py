@@ -318,6 +318,8 @@ def _small_floats(q: QTensor, dialect: Dialect) -> Iterator[Form]:
 
 #: The last matrices that were transposed: slabs of columns of the source touch all of it.
 _WHOLE = Kept(2)
+#: Scales and zero points that were computed with the last codes.
+_BESIDE = Kept(6)
 #: Rows of the source that are transposed at a time.
 _ROWS = 256
 _NUMPY: Mapping[str, np.dtype[Any]] = {
@@ -350,8 +352,8 @@ def _by_rows(key: Any, rows: int, make: Callable[[], NDArray[Any]]) -> Callable[
     return read
 
 
-def codes(name: str, t: Tensor, type_: str) -> Initializer:
-    """The codes of a matrix, transposed: (columns, rows)."""
+def codes(name: str, t: Tensor, type_: str, along: tuple[Tensor, ...] = ()) -> Initializer:
+    """The codes of a matrix, transposed: (columns, rows). along: what is computed with them row by row, and kept for its turn."""
     n, k = t.shape
 
     def make() -> NDArray[Any]:
@@ -360,9 +362,14 @@ def codes(name: str, t: Tensor, type_: str) -> Initializer:
             flat = np.ascontiguousarray(t.read(0, n).T).reshape(-1)
             return _pack(np.concatenate([flat, np.zeros(-flat.size % per, flat.dtype)]), type_)
         out = np.empty((k, n // per), np.uint8)
+        beside: list[list[NDArray[Any]]] = [[] for _ in along]
         for start in range(0, n, _ROWS):
             stop = min(n, start + _ROWS)
             out[:, start // per : stop // per] = _pack(np.ascontiguousarray(t.read(start, stop).T), type_)
+            for side, found in zip(along, beside, strict=True):
+                found.append(side.read(start, stop))
+        for side, found in zip(along, beside, strict=True):
+            _BESIDE.put((side.read, side.shape), np.concatenate(found))
         return out
 
     rows = k if n % _PER_BYTE.get(type_, 1) == 0 else 1
@@ -374,7 +381,7 @@ def transposed(name: str, t: Tensor, dtype: str) -> Initializer:
     n, k = t.shape
 
     def make() -> NDArray[Any]:
-        x = t.read(0, n)
+        x = _BESIDE.get((t.read, t.shape), lambda: t.read(0, n))
         cast: NDArray[Any] = x if t.dtype == dtype else regrid.nearest(as_f32(x, t.dtype), dtype)
         return np.ascontiguousarray(cast.T)
 

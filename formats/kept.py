@@ -28,3 +28,7 @@ class Kept:
                     del self._arrays[next(iter(self._arrays))]
                 self._arrays[key] = make()
             return self._arrays[key]
+
+    def put(self, key: Hashable, array: NDArray[Any]) -> None:
+        """Keep an array that was made on the way to another one."""
+        self.get(key, lambda: array)
