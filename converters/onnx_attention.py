@@ -233,9 +233,15 @@ def rounded_cache(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str
         b.notes["the cache is not rounded: its latents, windows or order of rounding have no graph"] = None
         return k, v
     out = []
-    for x, side, name in ((k, spec.k, "keys"), (v, spec.v, "values")):
+    for x, spec_of, name in ((k, spec.k, "keys"), (v, spec.v, "values")):
+        side = of_layer(spec_of, i, b.model.decoder.layers)
+        why = onnx_trt.cache_reason(side) if b.dialect.tensorrt and b.shape.rounding else ""
+        if why:
+            b.notes[f"{name} stay in {b.dtype}, not rounded to {activations.text(side)}: {why}"] = None
+            out.append(x)
+            continue
         with b.ranked(4):
-            made = b.rounded(x, of_layer(side, i, b.model.decoder.layers), name)
+            made = b.rounded(x, side, name)
         if made != x:
             b.notes[f"{name} are rounded to {activations.text(side)} and held in {b.dtype}"] = None
         out.append(made)

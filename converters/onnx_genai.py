@@ -95,7 +95,13 @@ class Genai(Builder):
         if q.zero is not None:
             inputs.append(self._add(_zeros(role + ".zero", q.zero, bits), role, found.verdict, side=True))
         said: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": width, "accuracy_level": 4}
-        return str(g.op("MatMulNBits", x, *inputs, output=output, domain=_DOMAIN, **said))
+        last = output if form.factor is None else ""
+        product = str(g.op("MatMulNBits", x, *inputs, output=last, domain=_DOMAIN, **said))
+        if form.factor is not None:
+            factor = self.number(float(weights.numbers(form.factor).reshape(-1)[0]))
+            op = "Div" if form.divisor else "Mul"
+            product = str(g.op(op, product, factor, name="factor", output=output))
+        return product
 
 
 def _blocked(form: Form) -> Form | None:

@@ -267,6 +267,7 @@ def _in_bits(file: OnnxFile, role: str, t: Stored) -> Entry:
     if len(node.input) > 4 and any(node.input[4:]):
         raise _wrong(file, role, "an order or a bias inside its product")
     q = QTensor((n, k), codes, int_grid(bits, False), (1, size), onnx_reader.tensor(scale), zero)
+    q = _with_factor(file, role, q, node.output[0])
     activation, order, _ = _input(file, role, node.input[0])
     if order is None and role + ".order" in file.tensors:
         raise _wrong(file, role, "the order of its columns is not applied to its input")

@@ -71,27 +71,40 @@ def positive(form: Form, lowest: int = -128) -> Form | None:
 
 def quantized_input(b: Builder, x: str, a: ActSpec) -> str:
     """x rounded to codes and back, by nodes that TensorRT fuses into the product."""
-    if (a.grid.exponent, a.grid.mantissa) == (2, 1) and a.group == FP4_BLOCK and a.scale is not None:
+    if why := _lacking(a, "inputs"):
+        raise UnsupportedError(f"{why}; {_REMEDY}")
+    if _is_nvfp4(a):
         return _nvfp4(b, x, _multiplier(a))
-    if a.grid.kind == "int" and (not a.grid.signed or (a.zero is not None and regrid.numbers(a.zero).any())):
-        raise UnsupportedError(
-            f"TensorRT refuses non-zero zero points, and this model's inputs have them; {_REMEDY}"
-        )
-    integers = a.grid.kind == "int" and a.grid.bits == 8
-    if not (integers or (a.grid.exponent, a.grid.mantissa) == (4, 3)):
-        raise UnsupportedError(f"TensorRT has no inputs of {a.grid.bits} bits ({a.grid.kind}); {_REMEDY}")
-    if a.dynamic or a.scale is None:
-        raise UnsupportedError(
-            f"TensorRT's parser has no inputs quantized per {a.per} while the model runs (DynamicQuantizeLinear is refused); {_REMEDY}"
-        )
-    scales = regrid.numbers(a.scale).reshape(-1)
-    if scales.size != 1:
-        raise UnsupportedError(f"inputs with {scales.size} static scales have no TensorRT form; {_REMEDY}")
-    scale = float(scales[0]) if not a.divisor else _multiplier(a)
-    g, type_ = b.graph, "INT8" if integers else "FLOAT8E4M3FN"
-    s, z = g.constant(scale, "FLOAT"), g.constant(0, type_)
+    g, type_ = b.graph, "INT8" if a.grid.kind == "int" else "FLOAT8E4M3FN"
+    s, z = g.constant(_multiplier(a), "FLOAT"), g.constant(0, type_)
     y = g.op("QuantizeLinear", g.op("Cast", x, to=1), s, z)
     return cast(b, g.op("DequantizeLinear", y, s, z))
+
+
+def cache_reason(a: ActSpec) -> str:
+    """Why keys or values cannot be rounded so; empty where they can."""
+    if _is_nvfp4(a):
+        return "TRT_FP4DynamicQuantize takes two or three dimensions, and a cache has four"
+    return _lacking(a, "keys or values")
+
+
+def _is_nvfp4(a: ActSpec) -> bool:
+    return (a.grid.exponent, a.grid.mantissa) == (2, 1) and a.group == FP4_BLOCK and a.scale is not None
+
+
+def _lacking(a: ActSpec, what: str) -> str:
+    """What of `a` TensorRT has no form for; empty where there is one."""
+    if _is_nvfp4(a):
+        return ""
+    if a.grid.kind == "int" and (not a.grid.signed or (a.zero is not None and regrid.numbers(a.zero).any())):
+        return f"TensorRT refuses non-zero zero points, and this model's {what} have them"
+    integers = a.grid.kind == "int" and a.grid.bits == 8
+    if not (integers or (a.grid.exponent, a.grid.mantissa) == (4, 3)):
+        return f"TensorRT has no {what} of {a.grid.bits} bits ({a.grid.kind})"
+    if a.dynamic or a.scale is None:
+        return f"TensorRT's parser has no {what} quantized per {a.per} while the model runs (DynamicQuantizeLinear is refused)"
+    count = regrid.numbers(a.scale).size
+    return f"{what} with {count} static scales have no TensorRT form" if count != 1 else ""
 
 
 _REMEDY = "quantize the plain model with static symmetric inputs (--w8a8, --fp8 with --calibration TEXT), or use the ort dialect"

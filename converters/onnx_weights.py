@@ -109,12 +109,13 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
     reasons, changed = [], False
     found = list(_forms(q, dialect)) if dialect.tensorrt else _forms(q, dialect)
     if isinstance(found, list) and found:
-        reasons.append("TensorRT takes no scales below zero")
+        found = [f for f in found if f.factor is None]
+        reasons.append(
+            "TensorRT takes no scales below zero" if found else "fp32 rounds its scale times the global one"
+        )
     for form in onnx_trt.legal(found, q) if isinstance(found, list) else found:
         sides = (form.minimum, form.factor)
         if isinstance(found, list):
-            if form.factor is not None:
-                continue
             changed = not any(form is f for f in found)
             form = replace(form, wide=entry.activation is not None or not _scales_fit(form, dtype))
         elif not _scales_fit(form, dtype) or not all(s is None or regrid.holds(s, dtype) for s in sides):

@@ -206,7 +206,7 @@ def test_the_graph_holds_the_codes_of_the_model(tmp_path: Path) -> None:
 
 
 def test_trt_takes_the_symmetric_graph(tmp_path: Path) -> None:
-    """Half precision, int8 codes with F32 scales, and no zero point but zero: what explicit quantization allows."""
+    """Half precision, int8 codes, no zero point but zero, and F32 in scales alone: what explicit quantization allows."""
     transformer("bert", tmp_path / "m")
     module, x = net("lenet")
     made = (
@@ -224,6 +224,10 @@ def test_trt_takes_the_symmetric_graph(tmp_path: Path) -> None:
         assert proto.INT8 in types and proto.FLOAT16 in types
         assert not types & {proto.UINT8, proto.INT32}
         held = {t.name: t for t in graph.initializer}
+        quantizers = [n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        wide = {name for name, t in held.items() if t.data_type == proto.FLOAT}
+        assert wide and wide <= {n.input[1] for n in quantizers}
+        assert not wide & {name for n in graph.node if n not in quantizers for name in n.input}
         rounded = [n for n in graph.node if n.op_type == "QuantizeLinear"]
         assert rounded
         for node in rounded:

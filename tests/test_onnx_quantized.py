@@ -198,8 +198,10 @@ def test_onnx_runtime_packs_the_same_integers(name: str, folders: Mapping[str, P
     reader, model = onnx_back.Reader(folders[name]), model_of(name)
     packed = [n for n in graph.node if n.op_type == "MatMulNBits"]
     held = {r for r, (_, text, _) in verdicts(model).items() if text.split(",")[0] in _PACKED}
-    held -= {r for r in held if fused_as_integers(model.entries[r].activation, verdicts(model)[r][1])}
+    fused = {r for r in held if fused_as_integers(model.entries[r].activation, verdicts(model)[r][1])}
+    held -= fused
     assert len(packed) == len(held)
+    assert sum(n.op_type in ("MatMulInteger", "MatMulIntegerToFloat") for n in graph.node) == len(fused)
     found = [unpacked(n, tensors) for n in packed]
     for role in held:
         back = reader.matrix(role)
@@ -219,7 +221,7 @@ _PACKED = ("INT4", "UINT4", "UINT2", "INT8", "UINT8")
 
 def fused_as_integers(a: ActSpec | None, text: str) -> bool:
     """Products whose inputs are 8-bit integers too, with scales that can come after."""
-    return a is not None and a.grid.kind == "int" and text == "INT8, per row"
+    return a is not None and a.grid.kind == "int" and text in ("INT8, per row", "INT8, per tensor")
 
 
 def unpacked(node: Any, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 import lconvert
 from lconvert.cli import cli
-from lconvert.converters import kinds, onnx, onnx_weights, tensorrt, trt_messages, trt_rules
+from lconvert.converters import kinds, onnx, onnx_trt, onnx_weights, tensorrt, trt_messages, trt_rules
 from lconvert.errors import InputError, LconvertError, MissingPackageError, OptionError, UnsupportedError
 from lconvert.executor import execute
 from lconvert.formats import onnx_file
@@ -224,12 +224,16 @@ def test_inputs_that_tensorrt_lacks_are_refused_with_a_remedy(source: str, messa
 
 @pytest.mark.parametrize("source", ["gptqmodel-gptq-4-g32-desc", "gptqmodel-gptq-4-g32-asym", "modelopt-int4-awq", "modelopt-nvfp4-kv-nvfp4", "modelopt-int8-sq", "llmcompressor-w4a16-embedding"])  # fmt: skip
 def test_checkpoints_of_other_tools_build_with_their_integers(source: str, tmp_path: Path) -> None:
-    """g_idx too: columns are gathered."""
+    """g_idx too: columns are gathered. Zero points are a second product, which is another container."""
     model = lconvert.read(PEERS / source)
     path = exported(model, tmp_path)
     report = built(path, 120)
     found = onnx.plan(model, onnx.Options("trt"))
-    assert all(i.verdict.kind == "exact" for i in found.items() if i.held and i.held != "plain")
+    held = {i.name: i for i in found.items() if i.held and i.held != "plain"}
+    for name, item in held.items():
+        relaid = f"{name.removesuffix('.scale')}.minimum" in held
+        assert item.verdict.kind == ("widened" if relaid else "exact"), name
+    assert any(name.endswith(".minimum") for name in held) == ("asym" in source)
     assert report.sizes["plan"] > 0
 
 
@@ -427,5 +431,20 @@ def test_verdicts_of_the_dialect_are_named() -> None:
         entry = kinds.KINDS[name]().entries["layers.0.attn.q"]
         verdict = onnx_weights.held(entry, dialect, "F16").verdict
         kinds_of[name] = verdict.reason or verdict.kind
-    assert kinds_of["uint4 g32 (AWQ)"] == "exact" and kinds_of["Q5_0"] == kinds_of["int3 g128"] == "widened"
+    assert kinds_of["uint4 g32 (AWQ)"] == kinds_of["Q5_0"] == kinds_of["int3 g128"] == "widened"
     assert "scales below zero" in kinds_of["IQ4_NL"]
+
+
+def test_a_cache_that_tensorrt_cannot_round_is_left_and_named() -> None:
+    """Where inputs are refused, keys and values keep the graph's dtype: the model lacks nothing without their rounding."""
+    stays = (
+        "not rounded to FP4, dynamic per group of 16: TRT_FP4DynamicQuantize takes two or three dimensions"
+    )
+    notes = onnx.plan(lconvert.read(PEERS / "modelopt-nvfp4-kv-nvfp4"), onnx.Options("trt")).notes
+    for side in ("keys", "values"):
+        assert any(n.startswith(f"{side} stay in F16, {stays}") for n in notes)
+        assert not any(n.startswith(f"{side} are rounded") for n in notes)
+    held = onnx.plan(lconvert.read(PEERS / "modelopt-fp8-kv"), onnx.Options("trt")).notes
+    assert "keys are rounded to FP8, static per tensor and held in F16" in held
+    per_token = ActSpec(E4M3, "token", True)
+    assert "quantized per token while the model runs" in onnx_trt.cache_reason(per_token)
