@@ -13,18 +13,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lconvert.converters import regrid
 from lconvert.ir import E2M1, E4M3, E8M0, ActSpec, Entry, QTensor, Tensor, int_grid
 
 if TYPE_CHECKING:
     from lconvert.converters.onnx_builder import Builder
+    from lconvert.formats.onnx_graph import Graph
 
 FLOAT, UINT8, FLOAT8 = 1, 2, 17  # TensorProto.FLOAT, UINT8, FLOAT8E4M3FN
 _LARGEST = {E4M3: 448.0, E2M1: 6.0}
 #: The least scale that is found: of FP8 vLLM's, of integers one that nothing real falls below.
 _LEAST_FP8, _LEAST = 1 / (448.0 * 512.0), 1e-30
+#: What the last node of a rounding is called, by which it is found again (onnx_rounding).
+NAME = "rounded"
+
+
+class Site(Protocol):
+    """Where plain arithmetic goes: a graph of a dtype, in which values have so many dimensions."""
+
+    @property
+    def graph(self) -> Graph: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
 
 
 def reason(a: ActSpec, b: Builder, powers: bool = False) -> str:
@@ -58,13 +72,18 @@ def quantized(b: Builder, x: str, a: ActSpec, powers: bool = False) -> str:
     """x rounded to codes and back, in its own type; `reason` has nothing against it."""
     if not a.dynamic and _as_nodes(a, b):
         return _nodes(b, x, a)
+    return arithmetic(b, x, a, powers)
+
+
+def arithmetic(b: Site, x: str, a: ActSpec, powers: bool = False) -> str:
+    """The same by plain operators alone."""
     g = b.graph
     wide = x if b.dtype == "F32" else g.op("Cast", x, to=FLOAT)
     if a.per == "group" and a.dynamic:
         y = _grouped(b, wide, a, powers)
     else:
         y = _rounded(b, wide, a, powers, _axis(b, a))
-    return str(y if b.dtype == "F32" else g.op("CastLike", y, x))
+    return str(y if b.dtype == "F32" else g.op("CastLike", y, x, name=NAME))
 
 
 def text(a: ActSpec, powers: bool = False) -> str:
@@ -82,7 +101,7 @@ def whole(a: ActSpec | None, b: Builder) -> bool:
     return a.grid == int_grid(8, True) and a.dynamic and a.scale is None and a.zero is None
 
 
-def codes(b: Builder, x: str, a: ActSpec) -> tuple[str, str]:
+def codes(b: Site, x: str, a: ActSpec) -> tuple[str, str]:
     """Codes of x as UINT8 with a zero point of 128, and their scales in fp32, for inputs that are `whole`.
 
     ONNX Runtime's signed by signed products take 26 times as long (K = N = 2048, AVX512-VNNI).
@@ -133,11 +152,11 @@ def _zero(a: ActSpec) -> int:
     return 0 if a.zero is None else int(regrid.numbers(a.zero).reshape(-1)[0])
 
 
-def _stored(b: Builder, scale: Tensor) -> str:
+def _stored(b: Site, scale: Tensor) -> str:
     return str(b.graph.constant(float(regrid.numbers(scale).reshape(-1)[0]), "FLOAT"))
 
 
-def _static(b: Builder, a: ActSpec) -> str:
+def _static(b: Site, a: ActSpec) -> str:
     """The stored scale as a multiplier, in fp32."""
     assert a.scale is not None
     scale = _stored(b, a.scale)
@@ -147,11 +166,11 @@ def _static(b: Builder, a: ActSpec) -> str:
 # --- while the graph runs ----------------------------------------------------------------------------------
 
 
-def _number(b: Builder, x: float) -> str:
+def _number(b: Site, x: float) -> str:
     return b.graph.constant(x, "FLOAT")
 
 
-def _grouped(b: Builder, x: str, a: ActSpec, powers: bool) -> str:
+def _grouped(b: Site, x: str, a: ActSpec, powers: bool) -> str:
     """Groups along the last axis, a short last one filled with zeros, which change no maximum. No -1 in shapes: x may have no rows."""
     g, size = b.graph, a.group
     assert size
@@ -163,10 +182,10 @@ def _grouped(b: Builder, x: str, a: ActSpec, powers: bool) -> str:
     cut = g.op("Reshape", filled, g.op("Concat", front, groups, g.constant([size]), axis=0))
     y = _rounded(b, cut, replace(a, per="token"), powers, b.rank)
     joined = g.op("Reshape", y, g.op("Concat", front, whole, axis=0))
-    return str(g.op("Slice", joined, g.constant([0]), width, g.constant([-1])))
+    return str(g.op("Slice", joined, g.constant([0]), width, g.constant([-1]), name=NAME))
 
 
-def _rounded(b: Builder, x: str, a: ActSpec, powers: bool, axis: int | None) -> str:
+def _rounded(b: Site, x: str, a: ActSpec, powers: bool, axis: int | None) -> str:
     """Codes of x along an axis, or of all of it, times their scale."""
     g = b.graph
     if a.grid.kind == "int":
@@ -178,20 +197,20 @@ def _rounded(b: Builder, x: str, a: ActSpec, powers: bool, axis: int | None) -> 
         scale = _power(b, top, a) if powers else _float_scale(b, top, a)
     y = g.op("Div", x, scale)
     y = _fp8(b, y) if a.grid == E4M3 else _fp4(b, y)
-    return str(g.op("Mul", y, scale))
+    return str(g.op("Mul", y, scale, name=NAME))
 
 
-def _axis(b: Builder, a: ActSpec) -> int | None:
+def _axis(b: Site, a: ActSpec) -> int | None:
     """The axis of features, None where one scale is for everything."""
     return None if a.per == "tensor" else b.rank - 1
 
 
-def _largest(b: Builder, x: str, axis: int | None) -> str:
+def _largest(b: Site, x: str, axis: int | None) -> str:
     """The largest magnitude along an axis or of everything."""
     return _extreme(b, "ReduceMax", b.graph.op("Abs", x), axis)
 
 
-def _extreme(b: Builder, kind: str, x: str, axis: int | None) -> str:
+def _extreme(b: Site, kind: str, x: str, axis: int | None) -> str:
     """Also of the no tokens that an expert gets: ONNX Runtime 1.31 does not reduce them along axis -1, and everything needs a zero."""
     g = b.graph
     if axis is not None:
@@ -200,7 +219,7 @@ def _extreme(b: Builder, kind: str, x: str, axis: int | None) -> str:
     return str(g.op(kind, flat, g.constant([0]), keepdims=0))
 
 
-def _float_scale(b: Builder, top: str, a: ActSpec) -> str:
+def _float_scale(b: Site, top: str, a: ActSpec) -> str:
     g, overall = b.graph, None if a.scale is None else _stored(b, a.scale)
     scale = g.op("Div", top, _number(b, _LARGEST[a.grid]))
     if overall is None or a.per == "tensor":
@@ -214,7 +233,7 @@ def _float_scale(b: Builder, top: str, a: ActSpec) -> str:
     return str(g.op(ops[1], small, overall))
 
 
-def _power(b: Builder, top: str, a: ActSpec) -> str:
+def _power(b: Site, top: str, a: ActSpec) -> str:
     """The least power of two s with top <= 448 s for FP8, and top < 7 s for FP4, where 7 is halfway to what does not exist.
 
     Log may be one off, so its guess is compared with both neighbours: those products are exact.
@@ -231,7 +250,7 @@ def _power(b: Builder, top: str, a: ActSpec) -> str:
     return str(g.op("Where", enough, half, power))
 
 
-def _integers(b: Builder, x: str, a: ActSpec, axis: int | None) -> str:
+def _integers(b: Site, x: str, a: ActSpec, axis: int | None) -> str:
     g, bits = b.graph, a.grid.bits
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if a.grid.signed else (0, (1 << bits) - 1)
     zero: str | None = None
@@ -251,16 +270,16 @@ def _integers(b: Builder, x: str, a: ActSpec, axis: int | None) -> str:
     y = y if zero is None else g.op("Add", y, zero)
     y = g.op("Clip", y, _number(b, float(low)), _number(b, float(high)))
     y = y if zero is None else g.op("Sub", y, zero)
-    return str(g.op("Mul", y, scale))
+    return str(g.op("Mul", y, scale, name=NAME))
 
 
-def _fp8(b: Builder, x: str) -> str:
+def _fp8(b: Site, x: str) -> str:
     """To E4M3, nearest, ties to even, 448 where it is more, and back."""
     g = b.graph
     return str(g.op("Cast", g.op("Cast", x, to=FLOAT8, saturate=1), to=FLOAT))
 
 
-def _fp4(b: Builder, x: str) -> str:
+def _fp4(b: Site, x: str) -> str:
     """To E2M1 in arithmetic: steps of 1/2 below 2, 1 below 4, 2 up to 6; the parity of a multiple is that of its code."""
     g = b.graph
     size = g.op("Abs", x)

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from lconvert.archs import find
 from lconvert.archs.common import Keys, binds
+from lconvert.converters import onnx_activations, onnx_rounding
+from lconvert.converters.onnx_rounding import Rounding
 from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, UnsupportedError
 from lconvert.formats import onnx_reader
@@ -30,6 +32,7 @@ from lconvert.ir import (
     Decoder,
     Entry,
     Grid,
+    KVSpec,
     Model,
     QTensor,
     Tensor,
@@ -104,6 +107,7 @@ def read(file: OnnxFile) -> Found:
         generation=read_object(generation) if generation.exists() else {},
         name=folder.resolve().name,
         source=str(file.path),
+        kv=_cache(file, decoder),
     )
     return Found(check(model), head, dtype(file), file)
 
@@ -207,10 +211,12 @@ def _quantized(file: OnnxFile, role: str, t: Stored) -> Entry:
     for name, seen in ((".order", order), (".input_scale", scaled)):
         if role + name in file.tensors and seen is None:
             raise _wrong(file, role, f"{role + name!r} is not applied to its input")
-    transform = None
-    if scaled is not None:
-        transform = Transform("scale", "input", onnx_reader.tensor(scaled), folded=False)
-    return Entry(role, q, activation=activation, transform=transform)
+    return Entry(role, q, activation=activation, transform=_scaled(scaled))
+
+
+def _scaled(t: Stored | None) -> Transform | None:
+    """What the features of an input are multiplied with."""
+    return None if t is None else Transform("scale", "input", onnx_reader.tensor(t), folded=False)
 
 
 def _whole(file: OnnxFile, role: str, t: Stored) -> Entry:
@@ -223,7 +229,13 @@ def _whole(file: OnnxFile, role: str, t: Stored) -> Entry:
         raise _wrong(file, role, f"{t.type} codes with scales of shape {scale.shape} after their product")
     block = (1, -1) if scale.shape[0] == t.shape[1] else (-1, -1)
     q = QTensor((t.shape[1], t.shape[0]), onnx_reader.turned(t), int_grid(8, True), block, _column(scale))
-    return Entry(role, q, activation=ActSpec(int_grid(8, True), "token", True))
+    seen = onnx_rounding.codes(file, product.input[0])
+    if seen is None:
+        raise _wrong(file, role, "its input becomes codes in no way that a scheme has")
+    _, order, scaled = _input(file, role, seen.source)
+    if order is not None or (scaled is None) != (role + ".input_scale" not in file.tensors):
+        raise _wrong(file, role, f"{role + '.input_scale'!r} is not applied to its input")
+    return Entry(role, q, activation=seen.spec, transform=_scaled(scaled))
 
 
 def _with_factor(file: OnnxFile, role: str, q: QTensor, product: str) -> QTensor:
@@ -367,11 +379,8 @@ def _input(file: OnnxFile, role: str, name: str) -> tuple[ActSpec | None, Stored
     for _ in range(4):
         node: Any = file.producers.get(name)
         kind = "" if node is None else node.op_type
-        if kind == "DequantizeLinear":
-            before = file.producers.get(node.input[0])
-            if before is None or before.op_type != "QuantizeLinear" or activation is not None:
-                break
-            activation, name = _rounded(file, role, before, node), before.input[0]
+        if activation is None and (seen := _rounding(file, role, name)) is not None:
+            activation, name = seen.spec, seen.source
         elif kind == "Gather" and node.input[1] == role + ".order":
             if integers(node).get("axis", 0) != -1:
                 raise _wrong(file, role, "the order of its columns is taken along another axis")
@@ -382,6 +391,59 @@ def _input(file: OnnxFile, role: str, name: str) -> tuple[ActSpec | None, Stored
         else:
             break
     return activation, order, scaled
+
+
+def _rounding(file: OnnxFile, role: str, name: str) -> Rounding | None:
+    """How a value was rounded, by QuantizeLinear or by plain operators; None where it was not."""
+    node = file.producers.get(name)
+    if node is None:
+        return None
+    if node.op_type == "DequantizeLinear":
+        before = file.producers.get(node.input[0])
+        if before is None or before.op_type != "QuantizeLinear":
+            return None
+        return Rounding(before.input[0], _rounded(file, role, before, node))
+    seen = onnx_rounding.found(file, name)
+    if seen is None and node.name.startswith(onnx_activations.NAME):
+        raise _wrong(file, role, f"what is called {node.name[:80]!r} rounds in no way that a scheme does")
+    return seen
+
+
+def _cache(file: OnnxFile, d: Decoder) -> KVSpec | None:
+    """How keys and values are rounded before they are kept."""
+    sides = [_side(file, d, side) for side in ("key", "value")]
+    if sides[0] is None or sides[1] is None:
+        if sides[0] is not sides[1]:
+            raise InputError(
+                f"{file.path}: of keys and values only one is rounded; lconvert writes no such graph"
+            )
+        return None
+    return KVSpec(sides[0], sides[1])
+
+
+def _side(file: OnnxFile, d: Decoder, side: str) -> ActSpec | None:
+    """The same of one of both, with the scales of all layers in one."""
+    specs = []
+    for i in range(d.layers):
+        role = f"layers.{i}.{side}"
+        node = file.producers.get(f"present.{i}.{side}")
+        kept = node is not None and node.op_type in ("Concat", "TensorScatter") and len(node.input) > 1
+        seen = _rounding(file, role, node.input[1]) if kept and node is not None else None
+        specs.append(None if seen is None else seen.spec)
+    first = specs[0]
+    alike = {
+        None if s is None else (s.grid, s.per, s.dynamic, s.group, s.scale is None, s.divisor) for s in specs
+    }
+    if len(alike) != 1:
+        raise InputError(f"{file.path}: {side}s are rounded in several ways; lconvert writes no such graph")
+    if first is None or first.scale is None:
+        return first
+    scales = [
+        as_f32(s.scale.load(), s.scale.dtype).reshape(-1)
+        for s in specs
+        if s is not None and s.scale is not None
+    ]
+    return replace(first, scale=dense(np.concatenate(scales)))
 
 
 def _rounded(file: OnnxFile, role: str, there: Any, back: Any) -> ActSpec:

@@ -167,6 +167,16 @@ class Graph:
         self.weights.setdefault(made.name, made)
         return made.name
 
+    @property
+    def nodes(self) -> tuple[Any, ...]:
+        """NodeProtos, in their order."""
+        return tuple(self._nodes)
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """TensorProtos of the small constants inside the model."""
+        return tuple(self._inline)
+
     def has(self, kind: str) -> bool:
         """Whether there is a node of this kind."""
         return any(n.op_type == kind for n in self._nodes)

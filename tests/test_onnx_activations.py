@@ -20,11 +20,13 @@ import onnxruntime
 import torch
 
 import lconvert
-from lconvert.converters import onnx, onnx_activations, onnx_weights
+from lconvert.converters import onnx, onnx_activations, onnx_rounding, onnx_weights
 from lconvert.converters.kinds import KINDS, matrices, plain, rounded
 from lconvert.converters.onnx_builder import Builder
 from lconvert.executor import execute
+from lconvert.formats import onnx_reader
 from lconvert.forward import Forward
+from lconvert.validators import carried
 from tests import rounded_inputs
 from tests.conftest import ROOT
 from tests.test_onnx_archs import Session, tokens
@@ -109,6 +111,30 @@ def test_half_graphs_round_in_fp32(name: str) -> None:
     (got,) = graph_of(a, 128, powers, "F16").run(None, {"x": x})
     want = rounded_inputs.rounded(x.astype(np.float32), a, powers)
     assert np.array_equal(got, np.clip(want, -65504, 65504).astype(np.float16))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_what_rounds_is_read_back(name: str, dtype: str, tmp_path: Path) -> None:
+    """Out of the nodes alone; with another constant or operator anywhere in them they round in no way that is known."""
+    a, powers = SPECS[name]
+    b = Builder(plain(), onnx_weights.DIALECTS["ort"], dtype)
+    b.graph.op("Identity", onnx_activations.arithmetic(b, "x", a, powers), output="y")
+    (tmp_path / "m.onnx").write_bytes(b.graph.model("", {}))
+    file = onnx_reader.read(tmp_path / "m.onnx")
+    last = file.producers["y"].input[0]
+    seen = onnx_rounding.found(file, last)
+    assert seen is not None and (seen.source, seen.powers) == ("x", powers)
+    assert carried.differences(a, seen.spec) is None
+    for i, node in enumerate(file.proto.graph.node[:-1]):
+        other = {"Max": "Min", "Mul": "Div", "Div": "Mul", "Round": "Floor", "Neg": "Abs"}.get(
+            node.op_type, "Neg"
+        )
+        changed = type(file.proto)()
+        changed.CopyFrom(file.proto)
+        changed.graph.node[i].op_type = other
+        again = onnx_rounding.found(onnx_reader.OnnxFile(file.path, changed, file.tensors), last)
+        assert again is None or again.source != "x" or carried.differences(a, again.spec), node.name
 
 
 _CT = {

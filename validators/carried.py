@@ -168,7 +168,7 @@ def settings(source: Model, artifact: Model, again: Collection[str] = ()) -> Ite
         other = artifact.entries[role]
         if role in again:
             continue
-        if (found := _activation(entry.activation, other.activation)) is not None:
+        if (found := differences(entry.activation, other.activation)) is not None:
             yield f"{role}: {found}"
         a, b = entry.transform, other.transform
         if _unfolded(a) != _unfolded(b) or (_unfolded(a) and not _same_param(a, b)):
@@ -177,7 +177,7 @@ def settings(source: Model, artifact: Model, again: Collection[str] = ()) -> Ite
         yield f"KV cache: {_states(artifact.kv)} here, {_states(source.kv)} in the source"
     elif source.kv is not None and artifact.kv is not None:
         for side in ("k", "v"):
-            found = _activation(getattr(source.kv, side), getattr(artifact.kv, side))
+            found = differences(getattr(source.kv, side), getattr(artifact.kv, side))
             if found is not None:
                 yield f"KV cache, {side}: {found}"
 
@@ -210,7 +210,7 @@ def _number(t: Tensor) -> NDArray[np.float32]:
     return as_f32(t.load(), t.dtype).reshape(-1)
 
 
-def _activation(a: ActSpec | None, b: ActSpec | None) -> str | None:
+def differences(a: ActSpec | None, b: ActSpec | None) -> str | None:
     """How b differs from a, in words."""
     if a is None or b is None:
         return None if a is b else f"its input is {_states(b)} here, {_states(a)} in the source"

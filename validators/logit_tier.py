@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lconvert.converters import gguf
-from lconvert.errors import InputError, RuntimeFailure
+from lconvert.errors import InputError, RuntimeFailure, UnsupportedError
 from lconvert.executor import execute
 from lconvert.ir import Model, QTensor
 from lconvert.validators import gates as gate_file
-from lconvert.validators import greedy, logit_gates, onnx_behaviour, stock, stored
+from lconvert.validators import greedy, logit_gates, onnx_behaviour, rounded_forward, stock, stored
 from lconvert.validators.evaluation_text import shown, window
 from lconvert.validators.logits import Logits, LogitStats, compare, paired
 from lconvert.validators.proof import Proof
@@ -213,7 +213,25 @@ class _Comparison:
             return None
         from lconvert.forward import Forward
 
-        return Forward(dequantized(p.source, p.artifact))
+        model = dequantized(p.source, p.artifact)
+        return self._rounding(model) or Forward(model)
+
+    def _rounding(self, model: Model) -> Any:
+        """The same with inputs rounded as a graph does, None where they are not, or where transformers cannot be made to."""
+        p = self.proof
+        if p.graph is None or not rounded_forward.rounds(model):
+            return None
+        try:
+            made = rounded_forward.RoundedForward(model)
+        except UnsupportedError as e:
+            p.notes.append(
+                f"fidelity: with what rounding inputs costs, for the reference does not round them ({e})"
+            )
+            return None
+        p.notes.append(
+            "fidelity: the reference rounds inputs as the graph does; a value between two codes may fall to either"
+        )
+        return made
 
     def _decoder(self) -> Callable[[list[int]], str] | None:
         fast = self.proof.tokenizer
