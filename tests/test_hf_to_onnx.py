@@ -152,6 +152,30 @@ def test_integers_of_other_tools_are_carried(peer: str, tmp_path: Path) -> None:
     assert not [f for f in failed(report) if not f.startswith(settings)], failed(report)
 
 
+@pytest.mark.parametrize(
+    "peer",
+    [
+        "llmcompressor-fp8-dynamic-kv",
+        "llmcompressor-nvfp4",
+        "modelopt-w4a8-awq",
+        "llmcompressor-w8a8-static-asym",
+    ],
+)
+def test_graphs_that_round_inputs_are_proven(peer: str, tmp_path: Path) -> None:
+    """Against a reference that rounds them as well they are exact; against one that does not, their gate is that of rounding."""
+    for name in ("onnxruntime", "torch", "transformers"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    execute(onnx.plan(lconvert.read(PEERS / peer)), tmp_path / "m")
+    options = {"context": 32, "max_windows": 1, "greedy": (1, 4), "cache": tmp_path / "logits"}
+    report = proven(PEERS / peer, tmp_path / "m", "structure", "tensors", "logits", **options)
+    assert not failed(report), failed(report)
+    assert value(report, "activations and KV cache") == "as the source says"
+    measured = {c.name: c.measured for c in report.checks}
+    fidelity, cost = (measured[f"{what}: KL divergence"] for what in ("fidelity", "cost"))
+    assert fidelity is not None and cost is not None and fidelity < 1e-5 < cost
+    assert any("the reference rounds inputs" in n for n in report.notes)
+
+
 def test_shapes_of_graphs_are_proven(tmp_path: Path) -> None:
     """Without a cache, with the last logits alone, with fewer positions."""
     for name in ("onnxruntime", "torch", "transformers"):

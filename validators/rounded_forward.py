@@ -42,15 +42,15 @@ def fp4(x: Array) -> Array:
     least = distance.min(-1, keepdims=True)
     even_first = np.array([0, 2, 4, 6, 1, 3, 5, 7])
     at = even_first[np.argmax((distance == least)[..., even_first], -1)]
-    return np.copysign(_FP4[at], x).astype(np.float32)
+    return np.asarray(np.copysign(_FP4[at], x), np.float32)
 
 
 def _power_of_two(top: Array, a: ActSpec) -> Array:
     """MXFP8: smallest with top <= 448 s (vLLM utils/mxfp8_utils.py); MXFP4: smallest with top < 7 s, by bits of the exponent."""
     mantissa, exponent = np.frexp(np.maximum(top, np.float32(1e-30)))
     if a.grid == E4M3:  # 448 = 0.875 * 2^9
-        return np.ldexp(np.float32(1), exponent - 9 + (mantissa > 0.875)).astype(np.float32)
-    return np.ldexp(np.float32(1), exponent - 3 + (mantissa >= 0.875)).astype(np.float32)
+        return np.asarray(np.ldexp(np.float32(1), exponent - 9 + (mantissa > 0.875)), np.float32)
+    return np.asarray(np.ldexp(np.float32(1), exponent - 3 + (mantissa >= 0.875)), np.float32)
 
 
 def rounded(x: Array, a: ActSpec, powers: bool = False) -> Array:
@@ -58,8 +58,9 @@ def rounded(x: Array, a: ActSpec, powers: bool = False) -> Array:
     one = np.float32
     if a.per == "group" and a.dynamic:
         k = x.shape[-1]
-        lack = -k % (a.group or k)
-        wide = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lack)]).reshape(*x.shape[:-1], -1, a.group)
+        size = a.group or k
+        lack = -k % size
+        wide = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lack)]).reshape(*x.shape[:-1], -1, size)
         return _rounded(wide, a, powers).reshape(*x.shape[:-1], -1)[..., :k].astype(one)
     return _rounded(x, a, powers).astype(one)
 
@@ -74,10 +75,10 @@ def _rounded(x: Array, a: ActSpec, powers: bool) -> Array:
         return _integers(x, a, top, static, axis)
     cast = fp8 if a.grid == E4M3 else fp4
     if not a.dynamic:
-        return cast(x / static) * static
+        return np.asarray(cast(x / static) * static)
     if powers:
         s = _power_of_two(top, a)
-        return cast(x / s) * s
+        return np.asarray(cast(x / s) * s)
     s = top / one(448 if a.grid == E4M3 else 6)
     if a.grid == E4M3:
         s = np.maximum(s, one(1 / (448 * 512)))
@@ -88,7 +89,7 @@ def _rounded(x: Array, a: ActSpec, powers: bool) -> Array:
         s = small / static if a.divisor else small * static
     else:
         s = np.maximum(s, one(1e-30))
-    return cast(x / s) * s
+    return np.asarray(cast(x / s) * s)
 
 
 def _integers(x: Array, a: ActSpec, top: Array, static: Any, axis: Any) -> Array:
@@ -103,7 +104,7 @@ def _integers(x: Array, a: ActSpec, top: Array, static: Any, axis: Any) -> Array
         most, least = np.maximum(x.max(axis, keepdims=True), 0), np.minimum(x.min(axis, keepdims=True), 0)
         s = np.maximum((most - least) / one(high), one(1e-30))
         zero = np.rint(-(least / s))
-    return (np.clip(np.rint(x / s) + zero, low, high) - zero) * s
+    return np.asarray((np.clip(np.rint(x / s) + zero, low, high) - zero) * s)
 
 
 def powers_of(e: Entry) -> bool:
