@@ -29,7 +29,7 @@ _FLOATS = {
 }
 _RUN = {
     "ort": "run it: python examples/onnx_generate.py {out} 'Once upon a time'",
-    "trt": "build an engine: trtexec --onnx={out}/model.onnx --saveEngine=model.plan",
+    "trt": "build an engine: lconvert build-engine {out} -o model.plan",
     "genai": "run it: onnxruntime_genai.Model({out!r}) in Python",
 }
 
