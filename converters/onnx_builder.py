@@ -120,23 +120,29 @@ class Builder:
             made = weights.values(role, entry, self.dtype)
             w = self._add(made, role, found.verdict, "" if not isinstance(entry.data, QTensor) else "plain")
             return str(g.op("MatMul", x, w, output=output))
-        if form.order is not None:
-            order = self._add(
-                weights.array(role + ".order", form.order, "INT64"), role, Verdict("exact"), side=True
-            )
-            x = g.op("Gather", x, order, axis=-1)
+        x = self._ordered(x, form, role)
         w = self._dequantized(form, role, found)
         last = output if form.minimum is None and form.factor is None else ""
         product = str(g.op("MatMul", x, w, output=last))
         if form.minimum is not None:
             less = self._minima(x, form, form.minimum, role)
             product = str(g.op("Sub", product, less, output=output if form.factor is None else ""))
-        if form.factor is not None:
-            factor = self.number(float(weights.numbers(form.factor).reshape(-1)[0]))
-            product = str(
-                g.op("Div" if form.divisor else "Mul", product, factor, name="factor", output=output)
-            )
-        return product
+        return self._times_factor(product, form, output)
+
+    def _ordered(self, x: str, form: Form, role: str) -> str:
+        """x with its features in the order of the form's columns."""
+        if form.order is None:
+            return x
+        made = weights.array(role + ".order", form.order, "INT64")
+        return str(self.graph.op("Gather", x, self._add(made, role, Verdict("exact"), side=True), axis=-1))
+
+    def _times_factor(self, product: str, form: Form, output: str) -> str:
+        """A product, as `output`, with the outer of two scales where there is one."""
+        if form.factor is None:
+            return product
+        factor = self.number(float(weights.numbers(form.factor).reshape(-1)[0]))
+        kind = "Div" if form.divisor else "Mul"
+        return str(self.graph.op(kind, product, factor, name="factor", output=output))
 
     def _integer_product(self, x: str, entry: Entry, form: Form, role: str, found: Held, output: str) -> str:
         """int8 x int8 in integers, then both scales."""

@@ -22,7 +22,6 @@ from lconvert.converters.onnx_weights import Dialect, Form
 from lconvert.errors import UnsupportedError
 from lconvert.formats.onnx_graph import Initializer
 from lconvert.ir import Decoder, Entry, Layer, Mlp, Model, QTensor, Tensor
-from lconvert.plan import Verdict
 
 CONFIG = "genai_config.json"
 _DOMAIN = "com.microsoft"
@@ -77,14 +76,12 @@ class Genai(Builder):
             verdict = (
                 found.verdict
                 if found.form is None
-                else Verdict("widened", "as values: blocks that MatMulNBits lacks")
+                else weights.as_values(self.dtype, "blocks that MatMulNBits lacks")
             )
             held = "plain" if isinstance(entry.data, QTensor) else ""
             w = self._add(weights.values(role, entry, self.dtype), role, verdict, held)
             return str(g.op("MatMul", x, w, output=output))
-        if form.order is not None:
-            made = weights.array(role + ".order", form.order, "INT64")
-            x = g.op("Gather", x, self._add(made, role, Verdict("exact"), side=True), axis=-1)
+        x = self._ordered(x, form, role)
         q, bits = form.codes, form.codes.grid.bits
         (n, k), width = q.shape, q.block[1]
         assert isinstance(q.scale, Tensor)
@@ -97,11 +94,7 @@ class Genai(Builder):
         said: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": width, "accuracy_level": 4}
         last = output if form.factor is None else ""
         product = str(g.op("MatMulNBits", x, *inputs, output=last, domain=_DOMAIN, **said))
-        if form.factor is not None:
-            factor = self.number(float(weights.numbers(form.factor).reshape(-1)[0]))
-            op = "Div" if form.divisor else "Mul"
-            product = str(g.op(op, product, factor, name="factor", output=output))
-        return product
+        return self._times_factor(product, form, output)
 
 
 def _blocked(form: Form) -> Form | None:
@@ -124,7 +117,7 @@ def _codes(name: str, q: QTensor, bits: int) -> Initializer:
 
     def read(start: int, stop: int) -> NDArray[Any]:
         codes = q.codes.read(start, stop).astype(np.int16) + (1 << (bits - 1) if q.grid.signed else 0)
-        return _packed(codes.astype(np.uint8), bits).reshape(stop - start, *shape[1:])
+        return weights.packed(codes.astype(np.uint8), bits).reshape(stop - start, *shape[1:])
 
     return Initializer(name, "UINT8", shape, n, read)
 
@@ -136,17 +129,9 @@ def _zeros(name: str, zero: Tensor, bits: int) -> Initializer:
 
     def read(start: int, stop: int) -> NDArray[Any]:
         x = zero.read(start, stop).astype(np.uint8)
-        return _packed(np.pad(x, ((0, 0), (0, -blocks % per))), bits)
+        return weights.packed(np.pad(x, ((0, 0), (0, -blocks % per))), bits)
 
     return Initializer(name, "UINT8", (n, -(-blocks // per)), n, read)
-
-
-def _packed(x: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    per = 8 // bits
-    out = x[..., ::per].copy()
-    for i in range(1, per):
-        out |= x[..., i::per] << np.uint8(i * bits)
-    return out
 
 
 def _scales(name: str, scale: Tensor, dtype: str) -> Initializer:

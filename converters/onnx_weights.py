@@ -104,7 +104,7 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
     if q.g_idx is not None:
         order = act_order.order(q)
         if order is None:
-            return Held(None, _values(dtype, "its groups are of unequal sizes"))
+            return Held(None, as_values(dtype, "its groups are of unequal sizes"))
         q = act_order.contiguous(q, order)
     reasons, changed = [], False
     found = list(_forms(q, dialect)) if dialect.tensorrt else _forms(q, dialect)
@@ -126,7 +126,7 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
             continue
         exact = _same(q, form) and not changed
         return Held(replace(form, order=order), Verdict("exact" if exact else "widened"))
-    return Held(None, _values(dtype, reasons[0] if reasons else "no type of ONNX has this grid"))
+    return Held(None, as_values(dtype, reasons[0] if reasons else "no type of ONNX has this grid"))
 
 
 def _same(q: QTensor, form: Form) -> bool:
@@ -144,7 +144,8 @@ def plain(own: str, dtype: str) -> Verdict:
     return Verdict("widened") if dtype == "F32" else Verdict("rounded", f"to {dtype}")
 
 
-def _values(dtype: str, reason: str) -> Verdict:
+def as_values(dtype: str, reason: str) -> Verdict:
+    """What happens to codes that a graph of `dtype` holds as the values they stand for."""
     kind, text = ("widened", "as F32 values") if dtype == "F32" else ("rounded", f"as {dtype} values")
     return Verdict(kind, f"{text}: {reason}")  # type: ignore[arg-type]
 
@@ -331,12 +332,11 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
 _PER_BYTE = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "UINT2": 4}
 
 
-def _pack(codes: NDArray[Any], type_: str) -> NDArray[np.uint8]:
+def packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     """Codes of 4 or 2 bits, the first in the low bits, along the last axis; codes of 8 bits as they are."""
-    per = _PER_BYTE.get(type_, 1)
-    if per == 1:
+    if bits == 8:
         return np.ascontiguousarray(codes).view(np.uint8)
-    bits = 8 // per
+    per = 8 // bits
     u = codes.view(np.uint8) & np.uint8((1 << bits) - 1)
     out = u[..., ::per].copy()
     for i in range(1, per):
@@ -361,12 +361,12 @@ def codes(name: str, t: Tensor, type_: str, along: tuple[Tensor, ...] = ()) -> I
         per = _PER_BYTE.get(type_, 1)
         if n % per:  # rows of the result do not fill whole bytes
             flat = np.ascontiguousarray(t.read(0, n).T).reshape(-1)
-            return _pack(np.concatenate([flat, np.zeros(-flat.size % per, flat.dtype)]), type_)
+            return packed(np.concatenate([flat, np.zeros(-flat.size % per, flat.dtype)]), 8 // per)
         out = np.empty((k, n // per), np.uint8)
         beside: list[list[NDArray[Any]]] = [[] for _ in along]
         for start in range(0, n, _ROWS):
             stop = min(n, start + _ROWS)
-            out[:, start // per : stop // per] = _pack(np.ascontiguousarray(t.read(start, stop).T), type_)
+            out[:, start // per : stop // per] = packed(np.ascontiguousarray(t.read(start, stop).T), 8 // per)
             for side, found in zip(along, beside, strict=True):
                 found.append(side.read(start, stop))
         for side, found in zip(along, beside, strict=True):

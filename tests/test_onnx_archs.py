@@ -179,3 +179,23 @@ def test_a_cache_of_fixed_length(name: str, tmp_path: Path) -> None:
             row.append(logits)
     for row, one in zip(ids, seen, strict=True):
         assert np.abs(np.concatenate(one) - Forward(model).logits(row)).max() < CLOSE
+
+
+def test_rotary_frequencies_are_those_of_transformers() -> None:
+    """The buffers of its own modules hold what the tables are made of, for every kind of scaling; longrope's short factors."""
+    seen = set()
+    for case in arch_cases.load():
+        model = lconvert.read(case_models.folder(case.name))
+        ropes = {a.rope for _, layer in model.decoder.each() if (a := layer.attention).rope is not None}
+        if not ropes or (key := (case.model_type, frozenset(ropes))) in seen:
+            continue
+        seen.add(key)
+        buffers = [
+            b.float().numpy() for n, b in Forward(model).module.named_buffers() if n.endswith("inv_freq")
+        ]
+        for rope in ropes:
+            ours = rotary.frequencies(rope)
+            close = [np.allclose(ours, b, rtol=2e-6, atol=0) for b in buffers if b.shape == ours.shape]
+            assert any(close), (case.name, rope, buffers, ours)
+    scalings = {rope.scaling for _, ropes in seen for rope in ropes}
+    assert scalings == {"none", "linear", "yarn", "llama3", "longrope"}

@@ -12,6 +12,7 @@ pytest.importorskip("onnx", reason="onnx is not installed")
 
 import lconvert
 from lconvert.converters import onnx, onnx_presets, onnx_source
+from lconvert.converters.kinds import rounded
 from lconvert.errors import UnsupportedError
 from lconvert.executor import execute
 from lconvert.formats import onnx_reader
@@ -148,3 +149,12 @@ def test_its_configuration(tmp_path: Path) -> None:
     assert (
         stated["search"]["max_length"] == d.context and stated["search"]["past_present_share_buffer"] is True
     )
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("F32", "widened"), ("F16", "rounded")])
+def test_blocks_that_it_lacks_are_values_and_say_what_that_costs(dtype: str, kind: str) -> None:
+    """Groups of 8 are no blocks of MatMulNBits: half precision rounds the values, and the verdict must not call that widened."""
+    plan = onnx.plan(rounded("int4", 8), onnx.Options(dialect="genai", dtype=dtype))
+    found = {i.verdict.kind for i in plan.items() if i.held == "plain"}
+    reasons = {i.verdict.reason for i in plan.items() if i.held == "plain"}
+    assert found == {kind} and reasons == {f"as {dtype} values: blocks that MatMulNBits lacks"}

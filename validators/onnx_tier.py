@@ -54,7 +54,7 @@ def structure(proof: Proof, found: Found) -> None:
     proof.count("structure", "onnx.checker", _checker(found), "accepts it, types and shapes inferred")
     proof.count("structure", "types", list(_types(found)), f"floats are {found.dtype}")
     proof.count("structure", "inputs and outputs", list(_ports(found)), "as exporters name them")
-    proof.count("structure", "rotary tables", list(_rotary(proof, found)), "as transformers computes them")
+    proof.count("structure", "rotary tables", list(_rotary(proof, found)), "as the traits say")
     if found.head is not None:
         same = tensors.compare("head", found.head.data, proof.expected.entries["embed"].data)
         table = found.model.entries["embed"].data
