@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lconvert.converters import onnx_activations as activations
-from lconvert.converters import onnx_static, onnx_trt, rotary
-from lconvert.converters import onnx_weights as weights
+from lconvert.converters import onnx_static, onnx_trt, regrid, rotary
 from lconvert.converters.onnx_builder import Builder
 from lconvert.ir import ActSpec, Attention, Mla, Rope, dense
 
@@ -252,7 +251,7 @@ def of_layer(a: ActSpec, i: int, layers: int) -> ActSpec:
     """A spec whose scales are one per layer, for layer i."""
     if a.scale is None or a.scale.size != layers:
         return a
-    return replace(a, scale=dense(weights.numbers(a.scale).reshape(-1)[i : i + 1]))
+    return replace(a, scale=dense(regrid.numbers(a.scale).reshape(-1)[i : i + 1]))
 
 
 def attend(b: Builder, q: str, k: str, v: str, a: Attention) -> str:

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from lconvert.converters import onnx_activations as activations
+from lconvert.converters import onnx_arrays as arrays
 from lconvert.converters import onnx_trt, regrid
 from lconvert.converters import onnx_weights as weights
-from lconvert.converters.onnx_weights import FLOATS, Dialect, Form, Held
+from lconvert.converters.onnx_arrays import FLOATS
+from lconvert.converters.onnx_weights import Dialect, Form, Held
 from lconvert.errors import UnsupportedError
 from lconvert.formats.onnx_graph import Graph, Initializer
 from lconvert.ir import ActSpec, Attention, Entry, Model, QTensor, Tensor
@@ -80,13 +82,13 @@ class Builder:
     def vector(self, role: str, offset: float = 0.0) -> str:
         """A norm, a bias or another small tensor."""
         entry = self.model.entries[role]
-        made = weights.rows(role, entry, self.dtype, offset)
+        made = arrays.rows(role, entry, self.dtype, offset)
         own = entry.data.dtype if isinstance(entry.data, Tensor) else "F32"
         return self._add(made, role, weights.plain(own, self.dtype))
 
     def table(self, name: str, x: Any) -> str:
         """An array that the traits imply, in the graph's dtype."""
-        made = weights.array(name, weights.stored(x, self.dtype), self.number_type)
+        made = arrays.array(name, arrays.stored(x, self.dtype), self.number_type)
         return self._add(made, "traits", Verdict("exact"))
 
     def number(self, x: float) -> str:
@@ -111,13 +113,13 @@ class Builder:
         if t is not None and not t.folded and (form is not None or rounds):
             assert t.param is not None
             scaled = Entry(role + ".input_scale", t.param)
-            x = g.op("Mul", x, self._side(weights.rows(scaled.name, scaled, self.dtype), role, t.param))
+            x = g.op("Mul", x, self._side(arrays.rows(scaled.name, scaled, self.dtype), role, t.param))
             entry = replace(entry, transform=None)
         if form is not None and form.whole and activations.whole(entry.activation, self):
             return self._integer_product(x, entry, form, role, found, output)
         x = self._quantized(x, entry)
         if form is None:  # where inputs are not rounded, their scale is in these values
-            made = weights.values(role, entry, self.dtype)
+            made = arrays.values(role, entry, self.dtype)
             w = self._add(made, role, found.verdict, "" if not isinstance(entry.data, QTensor) else "plain")
             return str(g.op("MatMul", x, w, output=output))
         x = self._ordered(x, form, role)
@@ -133,14 +135,14 @@ class Builder:
         """x with its features in the order of the form's columns."""
         if form.order is None:
             return x
-        made = weights.array(role + ".order", form.order, "INT64")
+        made = arrays.array(role + ".order", form.order, "INT64")
         return str(self.graph.op("Gather", x, self._add(made, role, Verdict("exact"), side=True), axis=-1))
 
     def _times_factor(self, product: str, form: Form, output: str) -> str:
         """A product, as `output`, with the outer of two scales where there is one."""
         if form.factor is None:
             return product
-        factor = self.number(float(weights.numbers(form.factor).reshape(-1)[0]))
+        factor = self.number(float(regrid.numbers(form.factor).reshape(-1)[0]))
         kind = "Div" if form.divisor else "Mul"
         return str(self.graph.op(kind, product, factor, name="factor", output=output))
 
@@ -149,11 +151,11 @@ class Builder:
         g, q = self.graph, form.codes
         assert entry.activation is not None and isinstance(q.scale, Tensor)
         codes, scales = activations.codes(self, x, entry.activation)
-        w = self._add(weights.codes(role, q.codes, form.type), role, found.verdict, weights.describe(form))
+        w = self._add(arrays.codes(role, q.codes, form.type), role, found.verdict, weights.describe(form))
         product = g.op(
             "Cast", g.op("MatMulInteger", codes, w, g.constant(128, "UINT8")), to=activations.FLOAT
         )
-        made = weights.flat(weights.transposed(role + ".scale", q.scale, "F32"))
+        made = arrays.flat(arrays.transposed(role + ".scale", q.scale, "F32"))
         own = self._add(made, role, found.verdict, side=True)
         product = g.op("Mul", product, scales)
         if self.dtype == "F32":
@@ -172,12 +174,12 @@ class Builder:
 
         found = g.once(("sums", x, groups), sums)
         if self.dialect.tensorrt and not regrid.holds(minimum, self.dtype):
-            made = weights.transposed(role + ".minimum", minimum, "F32")
+            made = arrays.transposed(role + ".minimum", minimum, "F32")
             wide = g.op(
                 "MatMul", g.op("Cast", found, to=1), self._add(made, role, Verdict("exact"), side=True)
             )
             return onnx_trt.cast(self, wide)
-        made = weights.transposed(role + ".minimum", minimum, self.dtype)
+        made = arrays.transposed(role + ".minimum", minimum, self.dtype)
         return str(g.op("MatMul", found, self._side(made, role, minimum)))
 
     def _side(self, made: Initializer, role: str, t: Tensor) -> str:
@@ -191,26 +193,26 @@ class Builder:
         text = weights.describe(form)
         number, dtype = ("FLOAT", "F32") if form.wide else (self.number_type, self.dtype)
         along = tuple(s for s in (q.scale,) if isinstance(s, Tensor) and s.shape[0] == q.shape[0])
-        w = self._add(weights.codes(role, q.codes, form.type, along), role, found.verdict, text)
+        w = self._add(arrays.codes(role, q.codes, form.type, along), role, found.verdict, text)
         inputs = [w]
         if isinstance(q.scale, QTensor):  # FP8 scales above a global one
             assert isinstance(q.scale.scale, Tensor)
             fine = self._add(
-                weights.codes(role + ".scale", q.scale.codes, "FLOAT8E4M3FN"), role, found.verdict, side=True
+                arrays.codes(role + ".scale", q.scale.codes, "FLOAT8E4M3FN"), role, found.verdict, side=True
             )
-            coarse = g.constant(float(weights.numbers(q.scale.scale).reshape(-1)[0]), number)
+            coarse = g.constant(float(regrid.numbers(q.scale.scale).reshape(-1)[0]), number)
             inputs.append(g.op("DequantizeLinear", fine, coarse, name="scales"))
         elif q.block == (-1, -1):
-            inputs.append(g.constant(float(weights.numbers(q.scale).reshape(-1)[0]), number))
+            inputs.append(g.constant(float(regrid.numbers(q.scale).reshape(-1)[0]), number))
         else:
-            made = weights.transposed(role + ".scale", q.scale, dtype)
+            made = arrays.transposed(role + ".scale", q.scale, dtype)
             inputs.append(
-                self._add(weights.flat(made) if q.block[1] == -1 else made, role, found.verdict, side=True)
+                self._add(arrays.flat(made) if q.block[1] == -1 else made, role, found.verdict, side=True)
             )
         if q.zero is not None:
-            zero = weights.codes(role + ".zero", q.zero, form.type)
+            zero = arrays.codes(role + ".zero", q.zero, form.type)
             inputs.append(
-                self._add(weights.flat(zero) if q.block[1] == -1 else zero, role, found.verdict, side=True)
+                self._add(arrays.flat(zero) if q.block[1] == -1 else zero, role, found.verdict, side=True)
             )
         where: dict[str, Any] = {"axis": 0, "block_size": q.block[1]}
         if q.block[1] == -1:
@@ -296,6 +298,6 @@ class Builder:
 
 
 def _key(a: ActSpec) -> Any:
-    scale = None if a.scale is None else tuple(weights.numbers(a.scale).reshape(-1).tolist())
-    zero = None if a.zero is None else tuple(weights.numbers(a.zero).reshape(-1).tolist())
+    scale = None if a.scale is None else tuple(regrid.numbers(a.scale).reshape(-1).tolist())
+    zero = None if a.zero is None else tuple(regrid.numbers(a.zero).reshape(-1).tolist())
     return a.grid, a.per, a.dynamic, a.group, scale, zero, a.divisor

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lconvert.converters import onnx_arrays as arrays
 from lconvert.converters import onnx_trt, regrid
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_builder import Builder, Shape
@@ -101,7 +102,7 @@ def _int8(q: Any, dtype: str) -> bool:
 
 def _scales(q: QTensor) -> NDArray[np.float32]:
     assert isinstance(q.scale, Tensor)
-    return weights.numbers(q.scale).reshape(-1)
+    return regrid.numbers(q.scale).reshape(-1)
 
 
 def _weight(b: Builder, entry: Entry) -> str:
@@ -114,7 +115,7 @@ def _weight(b: Builder, entry: Entry) -> str:
                 "widened" if b.dtype == "F32" else "rounded",
                 f"as {b.dtype} values: no int8 whose scales {b.dtype} holds",
             )
-        return b._add(weights.rows(role, entry, b.dtype), role, verdict)
+        return b._add(arrays.rows(role, entry, b.dtype), role, verdict)
     exact, text = Verdict("exact"), f"INT8, per {'tensor' if q.block[0] == -1 else 'channel'}"
     scales = np.where(
         _scales(q) == 0, np.float32(1), _scales(q)
@@ -122,13 +123,13 @@ def _weight(b: Builder, entry: Entry) -> str:
     wide = (
         b.dialect is DIALECTS["trt"] and entry.activation is not None
     )  # as the scale of its input, onnx_trt.py
-    codes = b._add(weights.as_they_lie(role, q.codes, "INT8"), role, exact, text)
+    codes = b._add(arrays.as_they_lie(role, q.codes, "INT8"), role, exact, text)
     if q.block[0] == -1:
         one = g.constant(float(scales[0]), "FLOAT" if wide else b.number_type)
         matrix = str(g.op("DequantizeLinear", codes, one))
     else:
-        held = (scales, "FLOAT") if wide else (weights.stored(scales, b.dtype), b.number_type)
-        made = weights.array(role + ".scale", *held)
+        held = (scales, "FLOAT") if wide else (arrays.stored(scales, b.dtype), b.number_type)
+        made = arrays.array(role + ".scale", *held)
         matrix = str(g.op("DequantizeLinear", codes, b._add(made, role, exact, side=True), axis=0))
     return onnx_trt.cast(b, matrix) if wide else matrix
 
@@ -142,7 +143,7 @@ def _bias(b: Builder, role: str, entry: Entry) -> str:
     assert isinstance(q, QTensor)
     assert a is not None and a.scale is not None
     x = values(b.model.entries[name].data).astype(np.float64)
-    scale = (weights.numbers(a.scale).reshape(-1)[0] * _scales(q)).astype(np.float32)
+    scale = (regrid.numbers(a.scale).reshape(-1)[0] * _scales(q)).astype(np.float32)
     divisor = np.where(scale > 0, scale, np.float32(1)).astype(np.float64)
     codes = np.rint(x / divisor)
     if np.abs(codes).max() > np.iinfo(np.int32).max:
@@ -152,11 +153,11 @@ def _bias(b: Builder, role: str, entry: Entry) -> str:
         return b.vector(name)
     error = float(np.sqrt(np.square(codes * divisor - x).sum() / max(np.square(x).sum(), 1e-300)))
     verdict = Verdict("quantized", "to int32 at the scales of the product", error)
-    made = b._add(weights.array(name, codes.astype(np.int32), "INT32"), name, verdict, "INT32")
+    made = b._add(arrays.array(name, codes.astype(np.int32), "INT32"), name, verdict, "INT32")
     if q.block[0] == -1:
         return str(b.graph.op("DequantizeLinear", made, b.number(float(scale[0])), name="dequantized_bias"))
     side = b._add(
-        weights.array(name + ".scale", divisor.astype(np.float32)), name, Verdict("exact"), side=True
+        arrays.array(name + ".scale", divisor.astype(np.float32)), name, Verdict("exact"), side=True
     )
     return str(b.graph.op("DequantizeLinear", made, side, axis=0, name="dequantized_bias"))
 

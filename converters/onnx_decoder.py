@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lconvert.converters import onnx_arrays as arrays
 from lconvert.converters import onnx_experts, onnx_static, onnx_trt
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_attention import attention
@@ -62,7 +63,7 @@ def weights_rows(b: Builder, role: str, ids: str) -> str:
     g, entry = b.graph, b.model.entries[role]
     found = weights.table_form(entry, b.dialect, b.dtype)
     if found.form is None:
-        made = weights.rows(role, entry, b.dtype)
+        made = arrays.rows(role, entry, b.dtype)
         return str(g.op("Gather", b._add(made, role, found.verdict), ids))
     if b.dialect.tensorrt:
         return onnx_trt.quantized_rows(b, role, found, ids)
@@ -71,7 +72,7 @@ def weights_rows(b: Builder, role: str, ids: str) -> str:
         g.op(
             "Gather",
             b._add(
-                weights.as_they_lie(role + ".table", q.codes, found.form.type),
+                arrays.as_they_lie(role + ".table", q.codes, found.form.type),
                 role,
                 found.verdict,
                 weights.describe(found.form),
@@ -84,9 +85,7 @@ def weights_rows(b: Builder, role: str, ids: str) -> str:
     sides += [] if q.zero is None else [(role + ".table.zero", q.zero, found.form.type)]
     for name, side, type_ in sides:
         parts.append(
-            g.op(
-                "Gather", b._add(weights.as_they_lie(name, side, type_), role, found.verdict, side=True), ids
-            )
+            g.op("Gather", b._add(arrays.as_they_lie(name, side, type_), role, found.verdict, side=True), ids)
         )
     return str(g.op("DequantizeLinear", *parts, axis=2, block_size=q.block[1]))
 
@@ -130,7 +129,7 @@ def head(b: Builder, x: str, output: str) -> str:
             turned = g.op(
                 "Transpose",
                 b._add(
-                    weights.rows("embed", entry, b.dtype), "embed", weights.plain(entry.data.dtype, b.dtype)
+                    arrays.rows("embed", entry, b.dtype), "embed", weights.plain(entry.data.dtype, b.dtype)
                 ),
                 perm=[1, 0],
             )

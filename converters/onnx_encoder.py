@@ -7,6 +7,7 @@ scales become MatMulIntegerToFloat in ONNX Runtime (core/optimizer/qdq_transform
 
 from __future__ import annotations
 
+from lconvert.converters import onnx_arrays as arrays
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_builder import Builder, Shape
 from lconvert.converters.onnx_weights import Dialect
@@ -45,7 +46,7 @@ def _table(b: Builder, role: str) -> str:
         verdict = Verdict("widened" if wide else "rounded", f"as {b.dtype} values: a table of an encoder")
     else:
         verdict = weights.plain(entry.data.dtype, b.dtype)
-    return b._add(weights.rows(role, entry, b.dtype), role, verdict)
+    return b._add(arrays.rows(role, entry, b.dtype), role, verdict)
 
 
 def _norm(b: Builder, e: Encoder, x: str, role: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lconvert.converters import onnx_arrays as arrays
 from lconvert.converters import onnx_attention, onnx_decoder, regrid
 from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_builder import Builder, Shape
@@ -79,7 +80,7 @@ class Genai(Builder):
                 else weights.as_values(self.dtype, "blocks that MatMulNBits lacks")
             )
             held = "plain" if isinstance(entry.data, QTensor) else ""
-            w = self._add(weights.values(role, entry, self.dtype), role, verdict, held)
+            w = self._add(arrays.values(role, entry, self.dtype), role, verdict, held)
             return str(g.op("MatMul", x, w, output=output))
         x = self._ordered(x, form, role)
         q, bits = form.codes, form.codes.grid.bits
@@ -117,7 +118,7 @@ def _codes(name: str, q: QTensor, bits: int) -> Initializer:
 
     def read(start: int, stop: int) -> NDArray[Any]:
         codes = q.codes.read(start, stop).astype(np.int16) + (1 << (bits - 1) if q.grid.signed else 0)
-        return weights.packed(codes.astype(np.uint8), bits).reshape(stop - start, *shape[1:])
+        return arrays.packed(codes.astype(np.uint8), bits).reshape(stop - start, *shape[1:])
 
     return Initializer(name, "UINT8", shape, n, read)
 
@@ -129,14 +130,14 @@ def _zeros(name: str, zero: Tensor, bits: int) -> Initializer:
 
     def read(start: int, stop: int) -> NDArray[Any]:
         x = zero.read(start, stop).astype(np.uint8)
-        return weights.packed(np.pad(x, ((0, 0), (0, -blocks % per))), bits)
+        return arrays.packed(np.pad(x, ((0, 0), (0, -blocks % per))), bits)
 
     return Initializer(name, "UINT8", (n, -(-blocks // per)), n, read)
 
 
 def _scales(name: str, scale: Tensor, dtype: str) -> Initializer:
     """(rows, blocks)."""
-    return weights.as_they_lie(name, scale, weights.FLOATS[dtype])
+    return arrays.as_they_lie(name, scale, arrays.FLOATS[dtype])
 
 
 # --- the decoder -------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-
 from lconvert.ir import Entry, Model, QTensor, Tensor
 from lconvert.kernels.qtensor import values
+from lconvert.kernels.rounding import squares
 from lconvert.plan import SIDE, Item, Slab, Verdict
 
-_VALUES = 1 << 22
+#: Values at a time: what a second-level cache holds.
+_VALUES = 1 << 18
 
 
 def measured(item: Item, model: Model, original: Model | None) -> Item:
@@ -40,9 +40,8 @@ def _with_error(item: Item, entry: Entry, plain: Tensor) -> Callable[[int, int],
         step = max(1, _VALUES // max(1, plain.shape[-1]))
         for a in range(0, plain.rows, step):
             b = min(a + step, plain.rows)
-            x = values(plain, a, b).astype(np.float64)
-            error += float(np.square(x - values(entry.data, a, b)).sum())
-            norm += float(np.square(x).sum())
+            e, n = squares(plain.read(a, b).reshape(b - a, -1), values(entry.data, a, b).reshape(b - a, -1))
+            error, norm = error + e, norm + n
         return Slab(slab.data, error, norm)
 
     return produce

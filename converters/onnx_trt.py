@@ -151,14 +151,15 @@ def fused(a: Attention) -> bool:
 
 def quantized_rows(b: Builder, role: str, found: Held, ids: str) -> str:
     """Rows of a quantized table, dequantized before they are gathered: scales must be constants."""
+    from lconvert.converters import onnx_arrays as arrays
     from lconvert.converters import onnx_weights as weights
 
     form, g = found.form, b.graph
     assert form is not None and isinstance(form.codes.scale, Tensor)
     q, scales = form.codes, form.codes.scale
-    table = weights.as_they_lie(role + ".table", q.codes, form.type)
+    table = arrays.as_they_lie(role + ".table", q.codes, form.type)
     codes = b._add(table, role, found.verdict, weights.describe(form))
     type_ = "FLOAT" if form.wide else b.number_type
-    scale = b._add(weights.as_they_lie(role + ".table.scale", scales, type_), role, found.verdict, side=True)
+    scale = b._add(arrays.as_they_lie(role + ".table.scale", scales, type_), role, found.verdict, side=True)
     rows = g.op("Gather", g.op("DequantizeLinear", codes, scale, axis=1, block_size=q.block[1]), ids)
     return cast(b, rows) if form.wide else str(rows)

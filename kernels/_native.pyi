@@ -39,8 +39,11 @@ def unpack_blocks(
     scale: NDArray[uint8],
     offset: NDArray[uint8] | None,
 ) -> None: ...
-def group_extent(x: NDArray[float32], group: int, low: NDArray[float32], high: NDArray[float32]) -> bool: ...
+def group_extent(
+    isa: str, x: NDArray[float32], group: int, low: NDArray[float32], high: NDArray[float32]
+) -> bool: ...
 def round_groups(
+    isa: str,
     x: NDArray[float32],
     group: int,
     scale: NDArray[float32],
@@ -49,3 +52,24 @@ def round_groups(
     most: float,
     codes: NDArray[int8],
 ) -> None: ...
+def nearest_groups(
+    isa: str,
+    x: NDArray[Any],
+    group: int,
+    bits: int,
+    codes: NDArray[int8],
+    scale: NDArray[float32],
+    zero: NDArray[uint8] | None,
+) -> bool: ...
+def group_values(
+    isa: str,
+    codes: NDArray[uint8],
+    is_signed: bool,
+    group: int,
+    scale: NDArray[float32],
+    zero: NDArray[float32] | None,
+    out: NDArray[float32],
+) -> None: ...
+def squares(isa: str, x: NDArray[Any], y: NDArray[float32]) -> tuple[float, float]: ...
+def transpose_rows(rows: NDArray[Any], out: NDArray[Any], start: int) -> None: ...
+def pack_transposed(codes: NDArray[uint8], bits: int, out: NDArray[uint8], start: int) -> None: ...

@@ -7,6 +7,7 @@
 #include "quant_k.h"
 #include "quant_legacy.h"
 #include "quant_ternary.h"
+#include "rounding.h"
 
 namespace lconvert::LCONVERT_ISA {
 namespace {
@@ -27,7 +28,8 @@ const Kernel kKernels[] = {
 
 #undef LCONVERT_ROW
 
-const Isa kIsa = {kKernels, sizeof kKernels / sizeof kKernels[0], widen_f16, widen_bf16, all_below};
+const Isa kIsa = {kKernels, sizeof kKernels / sizeof kKernels[0], widen_f16, widen_bf16, all_below,
+                  kInGroups};
 
 }  // namespace
 }  // namespace lconvert::LCONVERT_ISA

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "table.h"
+#include "native.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -23,12 +23,14 @@
 namespace nb = nanobind;
 
 void bind_packing(nb::module_& m);  // packing.cpp
-void bind_rounding(nb::module_& m);
+void bind_rounding(nb::module_& m);   // rounding.cpp
+void bind_transpose(nb::module_& m);  // transpose.cpp
 
 namespace {
 
 using lconvert::Isa;
 using lconvert::Kernel;
+using lconvert::find_isa;
 
 using Source = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Weights = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -81,12 +83,6 @@ const std::vector<NamedIsa>& runnable() {
         return found;
     }();
     return list;
-}
-
-const Isa& find_isa(const std::string& name) {
-    for (const NamedIsa& named : runnable())
-        if (named.name == name) return *named.isa;
-    throw std::invalid_argument("instruction set " + name + " cannot run here");
 }
 
 const Kernel& find_kernel(const Isa& isa, int type) {
@@ -175,6 +171,12 @@ void dequantize(const std::string& isa_name, int type, const ConstBytes& blocks,
 
 }  // namespace
 
+const Isa& lconvert::find_isa(const std::string& name) {
+    for (const NamedIsa& named : runnable())
+        if (named.name == name) return *named.isa;
+    throw std::invalid_argument("instruction set " + name + " cannot run here");
+}
+
 NB_MODULE(_native, m) {
     m.def("isas", &isas, "Instruction sets that run here, widest last.");
     m.def("types", &types, nb::arg("isa"), "ggml ids with a compiled kernel.");
@@ -186,4 +188,5 @@ NB_MODULE(_native, m) {
           "Fills out (rows, cols) with the values of blocks (rows, row_bytes).");
     bind_packing(m);
     bind_rounding(m);
+    bind_transpose(m);
 }

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lconvert.errors import UnsupportedError
 from lconvert.ir import Entry, Grid, QTensor, Tensor, as_f32
+from lconvert.kernels import rounding
 
 _F32 = np.float32
 
@@ -78,6 +79,15 @@ def _spread(q: QTensor, value: Tensor | QTensor, start: int, stop: int) -> NDArr
     return out
 
 
+def _group(q: QTensor) -> int | None:
+    """The width of groups that lie in rows and hold bytes with a scale and perhaps a zero point, nothing else."""
+    plain = q.grid.kind == "int" and q.codes.dtype in ("I8", "U8") and len(q.shape) == 2
+    if not plain or q.divisor or q.offset is not None or q.g_idx is not None or q.block[0] != 1:
+        return None
+    width = q.shape[1] if q.block[1] == -1 else q.block[1]
+    return width if width and q.shape[1] % width == 0 else None
+
+
 def dequantize(q: QTensor, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
     """Rows start..stop of a QTensor in fp32, each operation one rounding."""
     if q.outliers or q.low_rank or q.mask is not None:
@@ -85,6 +95,9 @@ def dequantize(q: QTensor, start: int = 0, stop: int | None = None) -> NDArray[n
             f"{q.origin}: masks, outliers and low-rank corrections cannot be dequantized so far"
         )
     stop = q.rows if stop is None else stop
+    if (width := _group(q)) is not None:
+        zero = None if q.zero is None else _side(q.zero, start, stop)
+        return rounding.group_values(q.codes.read(start, stop), width, _side(q.scale, start, stop), zero)
     w = grid_values(q.grid, q.codes.read(start, stop))
     if q.zero is not None:
         w = w - _spread(q, q.zero, start, stop)

@@ -1,4 +1,4 @@
-"""Rounding to integers in groups: the parts of round-to-nearest that touch every weight.
+"""Rounding to integers in groups, and back: the parts of round-to-nearest that touch every weight.
 
 The compiled module does the work, `lconvert.kernels.reference.rounding` where it is missing or LCONVERT_ISA is "reference";
 both give the same codes. The compiled functions release the GIL.
@@ -6,14 +6,24 @@ both give the same codes. The compiled functions release the GIL.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError
-from lconvert.kernels import native_module
+from lconvert.kernels import isa, native_module
 from lconvert.kernels.reference import rounding as reference
 
 F32 = NDArray[np.float32]
+_NOT_FINITE = "holds NaN or infinite values"
+
+
+def _f32(x: NDArray[Any]) -> F32:
+    """Values of float32, float16, or uint16 that are bfloat16."""
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return x.astype(np.float32, copy=False)
 
 
 def group_extent(x: F32, group: int) -> tuple[F32, F32]:
@@ -29,9 +39,9 @@ def group_extent(x: F32, group: int) -> tuple[F32, F32]:
         x = np.ascontiguousarray(x, np.float32)
         shape = (x.shape[0], x.shape[1] // group)
         low, high = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        finite = native.group_extent(x, group, low, high)
+        finite = native.group_extent(isa(), x, group, low, high)
     if not finite:
-        raise InputError("holds NaN or infinite values")
+        raise InputError(_NOT_FINITE)
     return low, high
 
 
@@ -47,5 +57,50 @@ def round_groups(x: F32, group: int, scale: F32, zero: F32 | None, least: int, m
     x = np.ascontiguousarray(x, np.float32)
     codes = np.empty(x.shape, np.int8)
     zero = None if zero is None else np.ascontiguousarray(zero, np.float32)
-    native.round_groups(x, group, np.ascontiguousarray(scale, np.float32), zero, least, most, codes)
+    native.round_groups(isa(), x, group, np.ascontiguousarray(scale, np.float32), zero, least, most, codes)
     return codes
+
+
+def nearest_groups(
+    x: NDArray[Any], group: int, bits: int, signed: bool
+) -> tuple[NDArray[np.int8], F32, NDArray[np.uint8] | None]:
+    """x (rows, cols) in its storage type (uint16: bfloat16) to codes of `bits`, scales and zero points (rows, cols / group).
+
+    Formulas: `reference.rounding.nearest_groups`. Unsigned codes come as the bytes of int8. Raises InputError for NaN and infinities.
+    """
+    native = native_module()
+    if native is None:
+        wide = _f32(x)
+        group_extent(wide, group)
+        found, scale, zeros = reference.nearest_groups(wide, group, bits, signed)
+        return found, scale, None if zeros is None else zeros.astype(np.uint8)
+    x = np.ascontiguousarray(x)
+    shape = (x.shape[0], x.shape[1] // group)
+    codes, scale = np.empty(x.shape, np.int8), np.empty(shape, np.float32)
+    zero = None if signed else np.empty(shape, np.uint8)
+    if not native.nearest_groups(isa(), x, group, bits, codes, scale, zero):
+        raise InputError(_NOT_FINITE)
+    return codes, scale, zero
+
+
+def group_values(codes: NDArray[Any], group: int, scale: F32, zero: F32 | None) -> F32:
+    """(codes - zero) * scale: codes (rows, cols) of int8 or uint8, a scale and a zero point per group."""
+    native = native_module()
+    if native is None:
+        return reference.group_values(codes, group, scale, zero)
+    codes = np.ascontiguousarray(codes)
+    out = np.empty(codes.shape, np.float32)
+    zero = None if zero is None else np.ascontiguousarray(zero, np.float32)
+    signed = codes.dtype == np.int8
+    native.group_values(
+        isa(), codes.view(np.uint8), signed, group, np.ascontiguousarray(scale, np.float32), zero, out
+    )
+    return out
+
+
+def squares(x: NDArray[Any], y: F32) -> tuple[float, float]:
+    """Sums of (x - y)^2 and of x^2; x (rows, cols) in its storage type (uint16: bfloat16)."""
+    native = native_module()
+    if native is None or x.dtype not in (np.uint16, np.float16, np.float32):
+        return reference.squares(_f32(x), y)
+    return native.squares(isa(), np.ascontiguousarray(x), np.ascontiguousarray(y))  # type: ignore[no-any-return]

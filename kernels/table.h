@@ -13,6 +13,17 @@ struct Kernel {
     void (*dequantize)(const uint8_t* src, int64_t ncols, float* dst);
 };
 
+// Integers in groups (rounding.h): `count` groups of `n` values, one after another.
+struct Rounding {
+    bool (*extents)(const float* x, int64_t count, int64_t n, float* low, float* high);
+    void (*round)(const float* x, int64_t count, int64_t n, const float* scales, const float* zeros, float least, float most,
+                  int8_t* codes);
+    bool (*nearest)(const float* x, int64_t count, int64_t n, int width, int8_t* codes, float* scales, uint8_t* zeros);
+    void (*values)(const uint8_t* codes, bool is_signed, int64_t count, int64_t n, const float* scales, const float* zeros,
+                   float* out);
+    void (*add_squares)(const float* x, const float* y, int64_t n, double* sums);
+};
+
 struct Isa {
     const Kernel* kernels;
     size_t count;
@@ -20,6 +31,7 @@ struct Isa {
     void (*widen_bf16)(const uint16_t* src, int64_t n, float* dst);
     // True if every |x[i]|, taken as an unsigned integer, is below `limit`.
     bool (*all_below)(const float* x, int64_t n, uint32_t limit);
+    Rounding rounding;
 };
 
 // Null where the target architecture lacks the instruction set.

@@ -88,7 +88,7 @@ def _chosen(scale: float, grid: str) -> float:
     """A power of two for a global scale; 8 significant bits for the others, which all runtimes hold."""
     import numpy as np
 
-    from lconvert.passes.rtn import short_scale
+    from lconvert.kernels.reference.rounding import short_scale
     from lconvert.passes.rtn_float import power_of_two_above
 
     if grid == "fp4":

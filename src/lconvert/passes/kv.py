@@ -38,7 +38,7 @@ def run(model: Model, options: Options) -> Model:
         keys, values = found.keys, found.values
 
     def scales(peaks: dict[int, float]) -> Tensor:
-        from lconvert.passes.rtn import short_scale
+        from lconvert.kernels.reference.rounding import short_scale
 
         x = np.array([peaks[i] / 448.0 for i in range(layers)], np.float32)
         return dense(short_scale(np.where(x > 0, x, np.float32(1)), 8))

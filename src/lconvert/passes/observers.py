@@ -63,7 +63,7 @@ class Codes:
 
 def codes(found: Range, symmetric: bool) -> Codes:
     """The codes for a range; it is widened to hold 0, which padding and ReLU are full of. Scales have 8 significant bits."""
-    from lconvert.passes.rtn import short_scale
+    from lconvert.kernels.reference.rounding import short_scale
 
     low, high = min(found[0], 0.0), max(found[1], 0.0)
     wide = max(-low, high) / 127 if symmetric else (high - low) / 255

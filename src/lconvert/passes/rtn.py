@@ -18,7 +18,6 @@ tensor are tied over the modules that runtimes fuse, and a global scale is a pow
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,15 +121,6 @@ def _block_type(t: Tensor, type_: str) -> QTensor:
     return raised(type_, Tensor((t.rows, block.row_bytes(t.shape[1])), "U8", read, t.origin, t.files))
 
 
-def short_scale(s: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
-    """Scales rounded to so many significant bits, to nearest, ties to even; 0 stays 0."""
-    import numpy as np
-
-    mantissa, exponent = np.frexp(s)
-    out: NDArray[np.float32] = np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits).astype(np.float32)
-    return out
-
-
 def _portable(t: Tensor, options: Options) -> QTensor:
     import numpy as np
 
@@ -144,18 +134,16 @@ def _portable(t: Tensor, options: Options) -> QTensor:
     count = cols // group
 
     def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:
-        from lconvert.kernels.rounding import group_extent
-
-        x = as_f32(t.read(start, stop), t.dtype)
+        x = t.read(start, stop)
+        x = x if t.dtype in ("BF16", "F16", "F32") else as_f32(x, t.dtype)
         try:
-            low, high = group_extent(x, group)
+            codes, scale, zero = _rounded(x, group, bits, signed, options.search)
         except InputError as e:
             raise InputError(f"{t.origin}: {e} in rows {start}..{stop}") from None
-        found = (_symmetric if signed else _asymmetric)(x, group, low, high, bits, options.search)
-        if (found["scale"] > 65504).any():
+        if (scale > 65504).any():
             raise InputError(f"{t.origin}: a scale beyond fp16 in rows {start}..{stop}")
-        found["scale"] = found["scale"].astype(np.float16)
-        return found
+        found = {"codes": codes if signed else codes.view(np.uint8), "scale": scale.astype(np.float16)}
+        return found if zero is None else {**found, "zero": zero}
 
     reader = parts(compute, cols)
     codes = Tensor(t.shape, "I8" if signed else "U8", reader("codes"), t.origin, t.files)
@@ -165,98 +153,34 @@ def _portable(t: Tensor, options: Options) -> QTensor:
     return QTensor(t.shape, codes, int_grid(bits, signed), block, scale, zero)
 
 
-Trial = Callable[[Any], "tuple[NDArray[Any], NDArray[np.float32] | None]"]
-
-
-def _best(
-    x: NDArray[np.float32],
-    group: int,
-    scale: NDArray[np.float32],
-    search: str,
-    significant: int,
-    trial: Trial,
-) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32] | None]:
-    """`trial(scale) -> codes, zero` at the scale, or at the shrunken scale with the least squared error."""
+def _rounded(
+    x: NDArray[Any], group: int, bits: int, signed: bool, search: str
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.uint8] | None]:
+    """Codes, scales and zero points at the scale that covers a group, or at the shrunken scale with the least squared error."""
     import numpy as np
 
-    first = storable(short_scale(scale, significant))
-    codes, zero = trial(first)
+    from lconvert.kernels import rounding
+    from lconvert.kernels.reference.rounding import short_scale, storable, widest_scale, zero_points
+
     if search == "minmax":
-        return codes, first, zero
-    cut = (*scale.shape, group)
-
-    def loss(codes: NDArray[Any], zero: Any, s: NDArray[np.float32]) -> NDArray[np.float64]:
-        steps = codes.reshape(cut).astype(np.float32) - (0 if zero is None else zero[..., None])
-        out: NDArray[np.float64] = ((steps * s[..., None] - x.reshape(cut)).astype(np.float64) ** 2).sum(-1)
-        return out
-
-    best, chosen = loss(codes, zero, first), first
-    for step in range(1, _SHRINK):
-        s = storable(short_scale(scale * np.float32(1 - step / 100), significant))
-        c, z = trial(s)
-        error = loss(c, z, s)
+        return rounding.nearest_groups(x, group, bits, signed)
+    x = as_f32(x, "BF16" if x.dtype == np.uint16 else "F32")
+    low, high = rounding.group_extent(x, group)
+    widest = widest_scale(low, high, bits, signed)
+    least, most = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    cut = (*widest.shape, group)
+    values = x.reshape(cut)
+    best = np.full(widest.shape, np.inf)
+    codes = np.zeros(cut, np.int8)
+    scale, zero = widest, np.zeros_like(widest)
+    for step in range(_SHRINK):
+        s = storable(short_scale(widest * np.float32(1 - step / 100), 8 if signed else 7))
+        z = None if signed else zero_points(low, s, bits)
+        c = rounding.round_groups(x, group, s, z, least, most)
+        y = rounding.group_values(c if signed else c.view(np.uint8), group, s, z).reshape(cut)
+        error = ((y - values).astype(np.float64) ** 2).sum(-1)
         better = error < best
-        best, chosen = np.where(better, error, best), np.where(better, s, chosen)
-        codes = np.where(better[..., None], c.reshape(cut), codes.reshape(cut)).reshape(x.shape)
-        zero = None if zero is None or z is None else np.where(better, z, zero)
-    return codes, chosen, zero
-
-
-def storable(s: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scales below fp16's smallest normal number on multiples of 2^-24, which subnormal fp16 holds, and bf16 with their few bits."""
-    import numpy as np
-
-    unit, normal = np.float32(2.0**-24), np.float32(2.0**-14)
-    return np.where(s < normal, np.rint(np.minimum(s, normal) / unit) * unit, s)
-
-
-def _symmetric(
-    x: NDArray[np.float32],
-    group: int,
-    low: NDArray[np.float32],
-    high: NDArray[np.float32],
-    bits: int,
-    search: str,
-) -> dict[str, NDArray[Any]]:
-    import numpy as np
-
-    from lconvert.kernels.rounding import round_groups
-
-    top = (1 << (bits - 1)) - 1
-
-    def trial(s: NDArray[np.float32]) -> tuple[NDArray[Any], None]:
-        return round_groups(x, group, s, None, -top - 1, top), None
-
-    scale = _f32(np.maximum(np.abs(low), np.abs(high)) / np.float32(top))
-    codes, scale, _ = _best(x, group, scale, search, 8, trial)
-    return {"codes": codes, "scale": scale}
-
-
-def _asymmetric(
-    x: NDArray[np.float32],
-    group: int,
-    low: NDArray[np.float32],
-    high: NDArray[np.float32],
-    bits: int,
-    search: str,
-) -> dict[str, NDArray[Any]]:
-    import numpy as np
-
-    from lconvert.kernels.rounding import round_groups
-
-    top = (1 << bits) - 1
-    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
-
-    def trial(s: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        zero = np.clip(np.rint(np.divide(-low, s, out=np.zeros_like(s), where=s > 0)), 0, top)
-        return round_groups(x, group, s, zero, 0, top).view(np.uint8), zero
-
-    codes, scale, zero = _best(x, group, _f32((high - low) / np.float32(top)), search, 7, trial)
-    assert zero is not None
-    return {"codes": codes, "scale": scale, "zero": zero.astype(np.uint8)}
-
-
-def _f32(x: Any) -> NDArray[np.float32]:
-    """What NumPy computes out of fp32 arrays and scalars is fp32; its annotations do not say so."""
-    out: NDArray[np.float32] = x
-    return out
+        best, scale = np.where(better, error, best), np.where(better, s, scale)
+        codes = np.where(better[..., None], c.reshape(cut), codes)
+        zero = zero if z is None else np.where(better, z, zero)
+    return codes.reshape(x.shape), scale, None if signed else zero.astype(np.uint8)

@@ -125,7 +125,7 @@ def quantized(t: Tensor, grid: str, group: int | str, peak: Peak) -> QTensor:
 
 
 def _short(scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    from lconvert.passes.rtn import short_scale
+    from lconvert.kernels.reference.rounding import short_scale
 
     return short_scale(scale, 8)
 

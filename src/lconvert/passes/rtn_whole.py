@@ -60,7 +60,7 @@ def _whole(t: Tensor, shape: tuple[int, ...]) -> QTensor:
     """Codes clamp(rint(x / s), -128, 127) with one scale s = max|x| / 127, on 8 significant bits."""
     import numpy as np
 
-    from lconvert.passes.rtn import short_scale, storable
+    from lconvert.kernels.reference.rounding import short_scale, storable
 
     peak = Peak((t,))
 
