@@ -19,10 +19,10 @@ _PRODUCTS = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)|head"
 _ALL = _PRODUCTS + "|embed"
 
 PRESETS: Mapping[str, Preset] = {
-    "int4": Preset("int4 weights, symmetric, blocks of 32, the head and the embedding too", "onnx",
-                   (("rtn", {"grid": "int4", "group": 32, "targets": _ALL}),)),
+    "int4": Preset("int4 weights, symmetric, blocks of 32, the head too; an embedding that is not the head int8", "onnx",
+                   (("rtn", {"grid": "int4", "group": 32, "search": "extreme", "targets": _ALL, "lookup": "int8"}),)),
     "int8": Preset("int8 weights, a scale per row, the head and the embedding too", "onnx",
-                   (("rtn", {"grid": "int8", "group": -1, "targets": _ALL}),)),
+                   (("rtn", {"grid": "int8", "group": -1, "search": "extreme", "targets": _ALL}),)),
     "w8a8": Preset("int8 weights per row, int8 activations, static (--calibration)", "onnx",
                    (("rtn", {"grid": "int8", "group": -1}), ("activations", {"grid": "int8", "dynamic": False})), True),
     "fp8": Preset("FP8 weights and activations, a scale per tensor, static (--calibration)", "onnx",
@@ -37,8 +37,8 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("genai", "w8a8"): "its graph multiplies by MatMulNBits, whose inputs are floats; --dialect ort has static int8",
     ("genai", "fp8"): "MatMulNBits holds integers only; --dialect trt and ort have FP8",
 }  # fmt: skip
-#: Where only whole matrices can be quantized: TensorRT looks rows up in floats.
-_TABLES_ARE_FLOATS = ("trt",)
+#: Where only whole matrices can be quantized, TensorRT looks rows up in floats, and scales must not be negative.
+_TENSORRT = ("trt",)
 
 
 def recipe(preset: str, dialect: str, *, calibration: str = "", block: int | None = None) -> Recipe:
@@ -55,11 +55,12 @@ def recipe(preset: str, dialect: str, *, calibration: str = "", block: int | Non
 
 
 def _table(dialect: str) -> Mapping[str, Preset]:
-    if dialect not in _TABLES_ARE_FLOATS:
+    if dialect not in _TENSORRT:
         return PRESETS
-    return {name: replace(p, steps=tuple(map(_without_tables, p.steps))) for name, p in PRESETS.items()}
+    return {name: replace(p, steps=tuple(map(_for_tensorrt, p.steps))) for name, p in PRESETS.items()}
 
 
-def _without_tables(step: tuple[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
+def _for_tensorrt(step: tuple[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
     name, options = step
-    return name, {**options, **({"targets": _PRODUCTS} if options.get("targets") == _ALL else {})}
+    others = {"targets": _PRODUCTS} if options.get("targets") == _ALL else {}
+    return name, {k: v for k, v in options.items() if k not in ("search", "lookup")} | others

@@ -57,6 +57,7 @@ def nearest_groups(
     x: NDArray[Any],
     group: int,
     bits: int,
+    extreme: bool,
     codes: NDArray[int8],
     scale: NDArray[float32],
     zero: NDArray[uint8] | None,

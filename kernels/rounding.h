@@ -52,7 +52,7 @@ bool group_extent(const float* x, int64_t n, float* low, float* high) {
 
 // clamp(round(x / scale) + zero, least, most); 0 + zero where the scale is 0.
 void round_group(const float* x, int64_t n, float scale, float zero, float least, float most, int8_t* codes) {
-    if (!(scale > 0)) {
+    if (scale == 0) {
         const float v = zero < least ? least : (zero > most ? most : zero);
         __builtin_memset(codes, (int)v, (size_t)n);
         return;
@@ -89,19 +89,21 @@ void round_groups(const float* x, int64_t count, int64_t n, const float* scales,
         round_group(x + g * n, n, scales[g], zeros ? zeros[g] : 0.0f, least, most, codes + g * n);
 }
 
-// A positive number rounded to `significant` bits; in fp16's subnormal range to a multiple of 2^-24.
+// A number rounded to `significant` bits; in fp16's subnormal range to a multiple of 2^-24.
 LANE_FN float short_scale(float v, int significant) {
     const int cut = 24 - significant;
     uint32_t raw;
     __builtin_memcpy(&raw, &v, 4);
     raw = (raw + (1u << (cut - 1)) - 1 + ((raw >> cut) & 1)) >> cut << cut;
     __builtin_memcpy(&v, &raw, 4);
-    if (v < 0x1p-14f) v = ((v * 0x1p24f + kRound) - kRound) * 0x1p-24f;
+    if (v < 0x1p-14f && v > -0x1p-14f) v = ((v * 0x1p24f + kRound) - kRound) * 0x1p-24f;
     return v;
 }
 
-// Groups of n values to codes, scales and, where `zeros` is not null, zero points. False if a value is NaN or infinite.
-bool nearest_groups(const float* x, int64_t count, int64_t n, int width, int8_t* codes, float* scales, uint8_t* zeros) {
+// Groups of n values to codes, scales and, where `zeros` is not null, zero points. extreme: the value of the largest magnitude gets the
+// least code. False if a value is NaN or infinite.
+bool nearest_groups(const float* x, int64_t count, int64_t n, int width, bool extreme, int8_t* codes, float* scales,
+                    uint8_t* zeros) {
     bool finite = true;
     const float top = (float)(zeros ? (1 << width) - 1 : (1 << (width - 1)) - 1);
     for (int64_t g = 0; g < count; ++g, x += n, codes += n) {
@@ -120,9 +122,9 @@ bool nearest_groups(const float* x, int64_t count, int64_t n, int width, int8_t*
             zeros[g] = (uint8_t)zero;
             round_group(x, n, scale, zero, 0.0f, top, codes);
         } else {
-            low = low < 0.0f ? -low : low;
-            high = high < 0.0f ? -high : high;
-            scales[g] = short_scale((low > high ? low : high) / top, 8);
+            const float below = low < 0.0f ? -low : low, above = high < 0.0f ? -high : high;
+            const float widest = extreme ? (below < above ? high : low) / (-top - 1.0f) : (below < above ? above : below) / top;
+            scales[g] = short_scale(widest, 8) + 0.0f;
             round_group(x, n, scales[g], 0.0f, -top - 1.0f, top, codes);
         }
     }

@@ -1,8 +1,8 @@
 """The logits tier: the artifact in its runtimes against the original model and against its own numbers.
 
 cost: artifact against the original. fidelity: artifact against its own values evaluated in fp32. graph: for llama.cpp, the
-same values as F32 blocks, which separates a wrong graph from kernels that round activations. stock: what llama.cpp's own
-quantizer makes of the model at this size, which the artifact must not be worse than.
+same values as F32 blocks, which separates a wrong graph from kernels that round activations. stock: what llama.cpp's or, for graphs,
+ONNX Runtime's own quantizer makes of the model at this size, which the artifact must not be worse than.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from lconvert.errors import InputError, RuntimeFailure, UnsupportedError
 from lconvert.executor import execute
 from lconvert.ir import Model, QTensor
 from lconvert.validators import gates as gate_file
-from lconvert.validators import greedy, logit_gates, onnx_behaviour, rounded_forward, stock, stored
+from lconvert.validators import (
+    greedy,
+    logit_gates,
+    onnx_behaviour,
+    rounded_forward,
+    stock,
+    stock_onnx,
+    stored,
+)
 from lconvert.validators.evaluation_text import shown, window
 from lconvert.validators.logits import Logits, LogitStats, compare, paired
 from lconvert.validators.proof import Proof
@@ -120,6 +128,16 @@ def opened(
     )
 
 
+@dataclass(frozen=True)
+class _Rival:
+    """Another quantizer's numbers for the same model. bits: per weight."""
+
+    maker: str
+    type: str
+    bits: float
+    logits: Logits
+
+
 class _Comparison:
     """One runtime's part."""
 
@@ -153,8 +171,9 @@ class _Comparison:
                 models["own"] = own.logits
                 pairs.append(("own", "candidate"))
             made = None if encoder is None else self._stock(encoder)
-            if made is not None:
-                models["stock"] = self._opened(stack, "llama.cpp", made.path).logits
+            rival = self._rival(stack, made)
+            if rival is not None:
+                models["stock"] = rival.logits
                 pairs.append(("reference", "stock"))
             total, done = len(self.texts), iter(range(1, len(self.texts) + 1))
             try:
@@ -170,11 +189,11 @@ class _Comparison:
                 raise
             self._runtimes(candidate)
             cost = stats["reference", "candidate"]
-            self._cost(cost, None if made is None else stats["reference", "stock"])
+            self._cost(cost, None if rival is None else stats["reference", "stock"])
             if own is not None:
                 self._fidelity(stats["own", "candidate"])
-            if made is not None:
-                self._relative(cost, stats["reference", "stock"], made)
+            if rival is not None:
+                self._relative(cost, stats["reference", "stock"], rival)
             self._greedy(candidate)
             if isinstance(candidate, OnnxRuntime):
                 onnx_behaviour.run(p, candidate, self.texts, self.dtype)
@@ -353,16 +372,33 @@ class _Comparison:
             p.not_proven.append(f"relative to the stock encoder: it makes nothing of {bits:.2f} bits or less")
         return None if name is None else encoder.make(name)
 
-    def _relative(self, ours: LogitStats, theirs: LogitStats, made: stock.Stock) -> None:
+    def _rival(self, stack: ExitStack, made: stock.Stock | None) -> _Rival | None:
+        """What a quantized artifact must not be worse than: a file of llama.cpp's quantizer, or the numbers of ONNX Runtime's."""
         p = self.proof
-        self._record("stock", theirs, p.source.name or "original", f"llama.cpp {made.type}")
+        if made is not None:
+            logits = self._opened(stack, "llama.cpp", made.path).logits
+            return _Rival("llama.cpp", made.type, made.bits_per_weight, logits)
+        if p.graph is None or p.artifact is None or self.name != "onnxruntime" or not p.quantized:
+            return None
+        found = stock_onnx.rival(p.source, p.artifact) if p.options.relative else "left out by choice"
+        if isinstance(found, str):
+            p.not_proven.append(f"relative to the stock encoder: {found}")
+            return None
+        from lconvert.forward import Forward
+
+        bits = logit_gates.typical_bits(p)
+        return _Rival("ONNX Runtime's quantizer", "same blocks", bits, Forward(found).logits)
+
+    def _relative(self, ours: LogitStats, theirs: LogitStats, made: _Rival) -> None:
+        p = self.proof
+        self._record("stock", theirs, p.source.name or "original", f"{made.maker} {made.type}")
         difference, error = paired(ours, theirs)
         rule = p.gates["relative"]
         limit = theirs.kld_mean * (float(rule["factor"]) - 1) + float(rule["errors"]) * error
-        value = f"{ours.kld_mean:.3e} against {theirs.kld_mean:.3e} ({made.type}, {made.bits_per_weight:.2f} bits)"
+        value = f"{ours.kld_mean:.3e} against {theirs.kld_mean:.3e} ({made.type}, {made.bits:.2f} bits)"
         gate = f"difference {difference:.1e} <= {limit:.1e}"
         self._add("no worse than the stock encoder", value, gate, difference, limit)
-        p.details["artifact"]["stock"] = {"type": made.type, "bits_per_weight": made.bits_per_weight}
+        p.details["artifact"]["stock"] = {"type": made.type, "bits_per_weight": made.bits}
 
     def _curve(
         self, stack: ExitStack, encoder: stock.StockEncoder, made: stock.Stock | None, stats: Any

@@ -19,7 +19,7 @@ def group_extent(x: F32, group: int) -> tuple[F32, F32]:
 def round_groups(x: F32, group: int, scale: F32, zero: F32 | None, least: int, most: int) -> NDArray[Any]:
     """clamp(rint(x / scale) + zero, least, most); a scale of 0 makes every quotient 0."""
     cut, s = x.reshape(x.shape[0], -1, group), scale[..., None]
-    codes = np.rint(np.divide(cut, s, out=np.zeros_like(cut), where=s > 0))
+    codes = np.rint(np.divide(cut, s, out=np.zeros_like(cut), where=s != 0))
     if zero is not None:
         codes = codes + zero[..., None]
     return np.clip(codes, least, most).astype(np.int16).astype(np.int8).reshape(x.shape)
@@ -35,11 +35,18 @@ def short_scale(s: F32, bits: int) -> F32:
 def storable(s: F32) -> F32:
     """Scales below fp16's smallest normal number on multiples of 2^-24, which subnormal fp16 holds, and bf16 with their few bits."""
     unit, normal = np.float32(2.0**-24), np.float32(2.0**-14)
-    return np.where(s < normal, np.rint(np.minimum(s, normal) / unit) * unit, s)
+    return np.where(np.abs(s) < normal, np.rint(np.clip(s, -normal, normal) / unit) * unit, s)
 
 
-def widest_scale(low: F32, high: F32, bits: int, signed: bool) -> F32:
-    """The scale that covers a group from low to high, before it is shortened."""
+def widest_scale(low: F32, high: F32, bits: int, signed: bool, extreme: bool = False) -> F32:
+    """The scale that covers a group from low to high, before it is shortened.
+
+    extreme: the one at which the value of the largest magnitude has the least code, -2^(bits - 1); below zero where it is positive.
+    """
+    if signed and extreme:
+        farthest = np.where(np.abs(low) < np.abs(high), high, low)
+        mirrored: NDArray[Any] = farthest / np.float32(-(1 << (bits - 1)))
+        return mirrored
     if signed:
         top = np.float32((1 << (bits - 1)) - 1)
         symmetric: NDArray[Any] = np.maximum(np.abs(low), np.abs(high)) / top
@@ -56,11 +63,14 @@ def zero_points(low: F32, scale: F32, bits: int) -> F32:
     return np.clip(np.rint(quotient), 0, (1 << bits) - 1)
 
 
-def nearest_groups(x: F32, group: int, bits: int, signed: bool) -> tuple[NDArray[Any], F32, F32 | None]:
+def nearest_groups(
+    x: F32, group: int, bits: int, signed: bool, extreme: bool = False
+) -> tuple[NDArray[Any], F32, F32 | None]:
     """Codes, scales and zero points by the extent of every group; scales have 8 significant bits, 7 beside zero points."""
     low, high = group_extent(x, group)
-    scale = storable(short_scale(widest_scale(low, high, bits, signed), 8 if signed else 7))
+    scale = storable(short_scale(widest_scale(low, high, bits, signed, extreme), 8 if signed else 7))
     if signed:
+        scale = scale + np.float32(0)  # of a group of zeros: no -0
         top = (1 << (bits - 1)) - 1
         return round_groups(x, group, scale, None, -top - 1, top), scale, None
     zero = zero_points(low, scale, bits)

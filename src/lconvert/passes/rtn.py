@@ -6,7 +6,9 @@ what llama-quantize writes. Portable integer grids (int2 .. int8, uint2 .. uint8
     symmetric   s = max|x| / (2^(b-1) - 1)            code = clamp(rint(x / s), -2^(b-1), 2^(b-1) - 1)
     asymmetric  s = (max - min) / (2^b - 1), z = rint(-min / s), min <= 0 <= max
 
-search "mse" tries s, 0.99 s .. 0.5 s and keeps the smallest squared error. Chosen scales are rounded to 8 significant
+search "extreme" (symmetric only) gives the value of the largest magnitude the code -2^(b-1), which makes s smaller, and negative where
+that value is positive: what Q4_0 (ggml-quants.c quantize_row_q4_0_ref) and ONNX Runtime's quantizer (mlas q4_dq.cpp) do. TensorRT takes
+no negative scales. "mse" tries s, 0.99 s .. 0.5 s and keeps the smallest squared error. Chosen scales are rounded to 8 significant
 bits first (7 for asymmetric ones), which makes them exact in fp16 and bf16 runtimes and, up to 4 bits, keeps z * s exact
 in fp16 (7 + 4 bits fit its 11).
 
@@ -38,17 +40,21 @@ _SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
 class Options:
     """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), fp8, fp4, nf4, or a GGUF block type. group: values per scale along
     the input dimension, -1 for a whole row (of a convolution: an output channel), tensor for int8 with one scale; fp8 takes -1, tensor or block (128 x 128); block types, fp4 bring their own. targets, ignore: regular expressions on
-    canonical names; a weight is rounded if it matches `targets` and not `ignore`."""
+    canonical names; a weight is rounded if it matches `targets` and not `ignore`. lookup: the grid of an embedding that is not the head
+    too, "": the same; its rows are only looked up, and not every format has narrow integers for that."""
 
     grid: str = "int4"
     group: int | str = 128
-    search: Literal["minmax", "mse"] = "minmax"
+    search: Literal["minmax", "extreme", "mse"] = "minmax"
     targets: str = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)"
     ignore: str = ""
+    lookup: str = ""
 
     def __post_init__(self) -> None:
-        if self.search not in ("minmax", "mse"):
-            raise OptionError(f"rtn: search {self.search!r}; choose minmax or mse")
+        if self.search not in ("minmax", "extreme", "mse"):
+            raise OptionError(f"rtn: search {self.search!r}; choose minmax, extreme or mse")
+        if self.search == "extreme" and not re.fullmatch(r"int[2-8]", self.grid):
+            raise OptionError(f"rtn: search extreme with {self.grid}; it is for int2 .. int8")
         if self.grid == "fp8":
             if self.group not in (-1, "tensor", "block"):
                 raise OptionError(
@@ -68,6 +74,8 @@ class Options:
                 raise OptionError(
                     f"rtn: grid {self.grid!r}; choose int2..int8, uint2..uint8, fp8, fp4, nf4 or {', '.join(SCHEMES)}"
                 )
+        if self.lookup:
+            replace(self, grid=self.lookup, lookup="")  # which checks it
         for pattern in (self.targets, self.ignore):
             try:
                 re.compile(pattern)
@@ -85,9 +93,11 @@ def run(model: Model, options: Options) -> Model:
         )
         if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) not in (2, 4):
             continue
-        note = f"rtn {options.grid} group {options.group} {options.search}"
+        looked_up = options.lookup and name == "embed" and "head" in model.entries
+        chosen = replace(options, grid=options.lookup) if looked_up else options
+        note = f"rtn {chosen.grid} group {chosen.group} {chosen.search}"
         new[name] = replace(
-            entry, data=quantized(entry.data, options, peaks.get(name)), provenance=(*entry.provenance, note)
+            entry, data=quantized(entry.data, chosen, peaks.get(name)), provenance=(*entry.provenance, note)
         )
     if not new:
         raise OptionError(f"rtn: no dense matrix matches targets {options.targets!r}")
@@ -140,7 +150,7 @@ def _portable(t: Tensor, options: Options) -> QTensor:
             codes, scale, zero = _rounded(x, group, bits, signed, options.search)
         except InputError as e:
             raise InputError(f"{t.origin}: {e} in rows {start}..{stop}") from None
-        if (scale > 65504).any():
+        if (np.abs(scale) > 65504).any():
             raise InputError(f"{t.origin}: a scale beyond fp16 in rows {start}..{stop}")
         found = {"codes": codes if signed else codes.view(np.uint8), "scale": scale.astype(np.float16)}
         return found if zero is None else {**found, "zero": zero}
@@ -162,8 +172,8 @@ def _rounded(
     from lconvert.kernels import rounding
     from lconvert.kernels.reference.rounding import short_scale, storable, widest_scale, zero_points
 
-    if search == "minmax":
-        return rounding.nearest_groups(x, group, bits, signed)
+    if search != "mse":
+        return rounding.nearest_groups(x, group, bits, signed, search == "extreme")
     x = as_f32(x, "BF16" if x.dtype == np.uint16 else "F32")
     low, high = rounding.group_extent(x, group)
     widest = widest_scale(low, high, bits, signed)
