@@ -19,8 +19,8 @@ _PRODUCTS = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)|head"
 _ALL = _PRODUCTS + "|embed"
 
 PRESETS: Mapping[str, Preset] = {
-    "int4": Preset("int4 weights, symmetric, blocks of 32, the head too; an embedding that is not the head int8", "onnx",
-                   (("rtn", {"grid": "int4", "group": 32, "search": "extreme", "targets": _ALL, "lookup": "int8"}),)),
+    "int4": Preset("int4 weights, symmetric, blocks of 32, the head too; int8 for the embedding", "onnx",
+                   (("rtn", {"grid": "int4", "group": 32, "search": "extreme", "targets": _ALL, "embed": "int8"}),)),
     "int8": Preset("int8 weights, a scale per row, the head and the embedding too", "onnx",
                    (("rtn", {"grid": "int8", "group": -1, "search": "extreme", "targets": _ALL}),)),
     "w8a8": Preset("int8 weights per row, int8 activations, static (--calibration)", "onnx",
@@ -63,4 +63,4 @@ def _table(dialect: str) -> Mapping[str, Preset]:
 def _for_tensorrt(step: tuple[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
     name, options = step
     others = {"targets": _PRODUCTS} if options.get("targets") == _ALL else {}
-    return name, {k: v for k, v in options.items() if k not in ("search", "lookup")} | others
+    return name, {k: v for k, v in options.items() if k not in ("search", "embed")} | others

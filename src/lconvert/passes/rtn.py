@@ -40,15 +40,15 @@ _SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
 class Options:
     """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), fp8, fp4, nf4, or a GGUF block type. group: values per scale along
     the input dimension, -1 for a whole row (of a convolution: an output channel), tensor for int8 with one scale; fp8 takes -1, tensor or block (128 x 128); block types, fp4 bring their own. targets, ignore: regular expressions on
-    canonical names; a weight is rounded if it matches `targets` and not `ignore`. lookup: the grid of an embedding that is not the head
-    too, "": the same; its rows are only looked up, and not every format has narrow integers for that."""
+    canonical names; a weight is rounded if it matches `targets` and not `ignore`. embed: the grid of the embedding, "": the same as of the rest. Its rows
+    are looked up, for which not every format has narrow integers, and a tied one is the head, the most sensitive product."""
 
     grid: str = "int4"
     group: int | str = 128
     search: Literal["minmax", "extreme", "mse"] = "minmax"
     targets: str = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)"
     ignore: str = ""
-    lookup: str = ""
+    embed: str = ""
 
     def __post_init__(self) -> None:
         if self.search not in ("minmax", "extreme", "mse"):
@@ -74,8 +74,8 @@ class Options:
                 raise OptionError(
                     f"rtn: grid {self.grid!r}; choose int2..int8, uint2..uint8, fp8, fp4, nf4 or {', '.join(SCHEMES)}"
                 )
-        if self.lookup:
-            replace(self, grid=self.lookup, lookup="")  # which checks it
+        if self.embed:
+            replace(self, grid=self.embed, embed="")  # which checks it
         for pattern in (self.targets, self.ignore):
             try:
                 re.compile(pattern)
@@ -93,8 +93,7 @@ def run(model: Model, options: Options) -> Model:
         )
         if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) not in (2, 4):
             continue
-        looked_up = options.lookup and name == "embed" and "head" in model.entries
-        chosen = replace(options, grid=options.lookup) if looked_up else options
+        chosen = replace(options, grid=options.embed) if options.embed and name == "embed" else options
         note = f"rtn {chosen.grid} group {chosen.group} {chosen.search}"
         new[name] = replace(
             entry, data=quantized(entry.data, chosen, peaks.get(name)), provenance=(*entry.provenance, note)
