@@ -99,7 +99,7 @@ def inference(source: Path, work: Path, peer: str, threads: int, prompt: int, ne
     )  # fmt: skip
     artifacts = [str(work / "ours-int4"), str(work / "builder-int4"), str(gguf)]
     command = [sys.executable, "-m", "lconvert", "bench", *artifacts, "--json", "--threads", str(threads)]
-    command += ["--prompt", str(prompt), "--new", str(new)]
+    command += ["--prompt", str(prompt), "--tokens", str(new)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     loop = [peer, "-c", _LOOP, artifacts[1], str(prompt), str(new), "5"]
     runs = json.loads(subprocess.run(loop, check=True, capture_output=True, text=True).stdout)

@@ -186,6 +186,46 @@ def other_frequencies(name: str, from_row: int) -> Change:
     return change
 
 
+# --- caches of fixed length --------------------------------------------------------------------------------
+
+
+def written(place: Callable[[Opened, Any], str], part: str = "") -> Change:
+    """Keys and values at another place of the cache."""
+
+    def change(o: Opened) -> None:
+        for node in [n for n in o.graph.node if n.op_type == "TensorScatter" and part in n.output[0]]:
+            node.input[2] = place(o, node)
+
+    return change
+
+
+def one_later(o: Opened, node: Any) -> str:
+    return o.before(node, "Add", ["cache_position", o.number(1)])
+
+
+def over_the_last(o: Opened, node: Any) -> str:
+    """A run after a past begins on the past's last position."""
+    return o.before(node, "Max", [o.before(node, "Sub", ["cache_position", o.number(1)]), o.number(0)])
+
+
+def at_the_beginning(o: Opened, node: Any) -> str:
+    return ""
+
+
+def sees_one_slot_more(o: Opened) -> None:
+    """Only tokens after a past do."""
+    node = o.of("LessOrEqual")
+    more = o.before(node, "Min", ["cache_position", o.number(1)])
+    more = o.before(node, "Unsqueeze", [more, o.number([1, 2, 3])])
+    node.input[1] = o.before(node, "Add", [node.input[1], more])
+
+
+def reads_what_was(o: Opened) -> None:
+    """Attention takes the cache before it is written: right where both are one block of memory, by the order of nodes."""
+    node = o.of("Attention", "layers.1")
+    node.input[1] = "past_key_values.1.key"
+
+
 # --- nodes -------------------------------------------------------------------------------------------------
 
 
@@ -366,5 +406,19 @@ FAULTS = [
     GraphFault("gate and up exchanged in the file", DEMO, "int4", "tensors", exchanged_data("layers.1.mlp.gate", "layers.1.mlp.up"), ""),
     GraphFault("another epsilon in the configuration", DEMO, "fp32", "structure", config("rms_norm_eps", 1e-6), "traits"),
     GraphFault("another base in the configuration", DEMO, "int4", "structure", config("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}), ""),
+    GraphFault("cache written one slot later", DEMO, "fp32 static", "logits", written(one_later), "cost"),
+    GraphFault("values of a layer written one slot later", DEMO, "int4 static", "logits", written(one_later, "1.value"), "fidelity"),
+    GraphFault("cache written over the last position", DEMO, "fp32 static", "logits", written(over_the_last), "step by step"),
+    GraphFault("keys of a layer over the last position", DEMO, "int4 static", "logits", written(over_the_last, "1.key"), "step by step"),
+    GraphFault("cache written at its beginning", DEMO, "fp32 static", "logits", written(at_the_beginning), "step by step"),
+    GraphFault("sees the next token", DEMO, "fp32 static", "logits", sees(1), "cost"),
+    GraphFault("does not see the token before", DEMO, "int4 static", "logits", sees(-2), "fidelity"),
+    GraphFault("sees a slot that is not taken", DEMO, "fp32 static", "logits", sees_one_slot_more, "step by step"),
+    GraphFault("padding is not masked", DEMO, "fp32 static", "logits", mask_without_padding, "padding"),
+    GraphFault("positions without the past", DEMO, "fp32 static", "logits", positions_from_zero, "step by step"),
+    GraphFault("a window one wider", GEMMA, "fp32 static", "logits", kind_of("Less", "LessOrEqual"), "cost"),
+    GraphFault("a full cache goes on at its beginning", DEMO, "fp32 static", "structure", attribute("TensorScatter", "mode", "circular"), "inputs and outputs"),
+    GraphFault("attention reads the cache as it was", DEMO, "fp32 static", "structure", reads_what_was, "inputs and outputs"),
+    GraphFault("cache written along heads", DEMO, "fp32 static", "structure", attribute("TensorScatter", "axis", 1), "inputs and outputs"),
     GraphFault("fewer positions claimed", DEMO, "fp32", "structure", metadata("positions", "100"), "rotary"),
 ]  # fmt: skip
