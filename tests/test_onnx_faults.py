@@ -49,7 +49,9 @@ class Artifacts:
         source = DEMO if model == "demo" else case_models.folder(CASES.get(model, model))
         read = lconvert.read(source)
         out = self.root / f"{model}-{type_}"
-        type_, _, cache = type_.partition(" ")
+        type_, *shape = type_.split()
+        dialect = "genai" if "genai" in shape else "ort"
+        options = onnx.Options(dialect, static_cache="static" in shape, last_logit="last" in shape)
         if type_ == "gptq":  # quantized before: its integers are carried
             folder = self.root / f"{model}-source"
             execute(targets.plan(Recipe("", (step("rtn", _STEPS[type_]),)).apply(read), "gptq", "x"), folder)
@@ -57,8 +59,8 @@ class Artifacts:
         elif type_ in _STEPS:
             read = Recipe("", (step("rtn", _STEPS[type_]),)).apply(read)
         elif type_ != "fp32":
-            read = onnx_presets.recipe(type_, "ort").apply(read)
-        execute(onnx.plan(read, onnx.Options(static_cache=bool(cache))), out)
+            read = onnx_presets.recipe(type_, dialect).apply(read)
+        execute(onnx.plan(read, options), out)
         return source, out
 
 

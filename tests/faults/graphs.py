@@ -226,6 +226,33 @@ def reads_what_was(o: Opened) -> None:
     node.input[1] = "past_key_values.1.key"
 
 
+# --- onnxruntime-genai's operators -------------------------------------------------------------------------
+
+
+def keys_for_values(o: Opened) -> None:
+    """Values of the past where keys belong, in one layer."""
+    node = o.of("GroupQueryAttention", "layers.1")
+    node.input[3], node.input[4] = node.input[4], node.input[3]
+
+
+def padding_counted(o: Opened) -> None:
+    """The last token of every sequence is taken to be in the last column."""
+    node = o.of("GroupQueryAttention")
+    last = node.input[5]
+    total = o.before(node, "Sub", [node.input[6], o.number(1, np.int32)])
+    row = o.before(node, "Expand", [total, o.before(node, "Shape", [last])])
+    for other in (n for n in o.graph.node if n.op_type == "GroupQueryAttention"):
+        other.input[5] = row
+
+
+def last_column(o: Opened) -> None:
+    """Logits of the last column, where a shorter prompt has padding."""
+    node = o.of("GatherND")
+    made = o.before(node, "Gather", [node.input[0], o.number([-1])], axis=1)
+    user = next(n for n in o.graph.node if node.output[0] in n.input)
+    user.input[0] = made
+
+
 # --- nodes -------------------------------------------------------------------------------------------------
 
 
@@ -420,5 +447,16 @@ FAULTS = [
     GraphFault("a full cache goes on at its beginning", DEMO, "fp32 static", "structure", attribute("TensorScatter", "mode", "circular"), "inputs and outputs"),
     GraphFault("attention reads the cache as it was", DEMO, "fp32 static", "structure", reads_what_was, "inputs and outputs"),
     GraphFault("cache written along heads", DEMO, "fp32 static", "structure", attribute("TensorScatter", "axis", 1), "inputs and outputs"),
+    GraphFault("halves turned as pairs", DEMO, "fp32 genai", "logits", attribute("GroupQueryAttention", "rotary_interleaved", 1), "cost"),
+    GraphFault("another scale of attention", DEMO, "fp32 genai", "logits", attribute("GroupQueryAttention", "scale", 0.18), "cost"),
+    GraphFault("a layer that is not turned", DEMO, "int4 genai", "logits", attribute("GroupQueryAttention", "do_rotary", 0, "layers.1"), "fidelity"),
+    GraphFault("past keys and values exchanged", DEMO, "fp32 genai", "logits", keys_for_values, "step by step"),
+    GraphFault("past keys and values exchanged", DEMO, "int4 genai", "logits", keys_for_values, "step by step"),
+    GraphFault("padding counted as tokens", DEMO, "fp32 genai", "logits", padding_counted, "padding on the right"),
+    GraphFault("logits of the last column", DEMO, "fp32 genai last", "logits", last_column, "padding on the right"),
+    GraphFault("rotary tables too short", DEMO, "fp32 genai", "structure", shorter_tables, "rotary"),
+    GraphFault("another epsilon", DEMO, "fp32 genai", "logits", attribute("SkipSimplifiedLayerNormalization", "epsilon", 1e-4), "cost"),
+    GraphFault("one code", DEMO, "int4 genai", "tensors", weight("layers.1.attn.q", U8, one_code), ""),
+    GraphFault("scales of the neighbours", DEMO, "int4 genai", "tensors", weight("layers.1.attn.q.scale", F32, moved), ""),
     GraphFault("fewer positions claimed", DEMO, "fp32", "structure", metadata("positions", "100"), "rotary"),
 ]  # fmt: skip
