@@ -92,6 +92,18 @@ def test_one_position_over_the_end(folder: Path) -> None:
         runtime._run(IDS[16:17], past, 16)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_graph_for_fewer_positions_than_the_context(static: bool, tmp_path: Path) -> None:
+    """Said before anything runs, and the last position works."""
+    execute(onnx.plan(lconvert.read(DEMO), onnx.Options(static_cache=static, positions=64)), tmp_path / "m")
+    runtime = opened(tmp_path / "m", context=512)
+    assert runtime.logits(IDS[:64]).shape[0] == 64 and len(runtime.generate(IDS[:60], 5).ids) == 5
+    with pytest.raises(InputError, match="65 tokens do not fit the context of 64"):
+        runtime.logits(IDS[:65])
+    with pytest.raises(InputError, match="65 tokens do not fit the context of 64"):
+        runtime.generate(IDS[:60], 6)
+
+
 def test_the_graph_itself_refuses_it(folder: Path) -> None:
     """Whatever runs it: nothing is written over the cache's beginning."""
     options = onnxruntime.SessionOptions()

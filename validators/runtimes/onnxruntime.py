@@ -124,6 +124,11 @@ class OnnxRuntime:
             self._session = self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
             raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)})") from None
+        held = self._session.get_modelmeta().custom_metadata_map.get(
+            "positions", ""
+        )  # of rotary tables, ours
+        if held.isascii() and held.isdigit() and len(held) < 12:
+            self._context = min(context, int(held))
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
