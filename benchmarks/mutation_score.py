@@ -97,7 +97,7 @@ def main() -> int:
     for name, format_ in PENDING:
         print(f"- {name} ({format_})")
     print(
-        "\nFaults of ONNX graphs (masks, caches, positions, rotary tables, nodes, packed weights, external data) are planted by\n"
+        "\nFaults of ONNX graphs (masks, caches that grow and caches of fixed length, positions, rotary tables, nodes, packed weights, external data) are planted by\n"
         "tests/faults/graphs.py and judged by tests/test_onnx_faults.py."
     )
     caught = sum(r["caught"] for r in rows)

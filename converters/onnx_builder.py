@@ -241,6 +241,10 @@ class Builder:
             ("rounded", x, _key(a), powers), lambda: activations.quantized(self, x, a, powers)
         )
 
+    def last(self, x: str) -> str:
+        """The hidden states of every sequence's last token, (batch, 1, hidden): padding is on the left."""
+        return str(self.graph.op("Gather", x, self.graph.constant([-1]), axis=1, name="last"))
+
     # --- parts of a layer ----------------------------------------------------------------------------------
 
     def norm(self, x: str, role: str) -> str:

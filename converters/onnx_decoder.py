@@ -95,7 +95,7 @@ def logits(b: Builder, x: str) -> None:
     g, d = b.graph, b.model.decoder
     x = b.norm(x, "norm")
     if b.shape.last_logit:
-        x = g.op("Gather", x, g.constant([-1]), axis=1, name="last")
+        x = b.last(x)
     steps: list[Callable[[str, str], str]] = []
     if d.logit_scale != 1:
         steps.append(lambda y, out: str(g.op("Mul", y, b.number(d.logit_scale), output=out)))

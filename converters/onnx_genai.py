@@ -97,6 +97,21 @@ class Genai(Builder):
         product = str(g.op("MatMulNBits", x, *inputs, output=last, domain=_DOMAIN, **said))
         return self._times_factor(product, form, output)
 
+    def last(self, x: str) -> str:
+        """Of every sequence's own last token: onnxruntime-genai fills the shorter prompts of a batch on the right."""
+        g = self.graph
+        count = g.op("ReduceSum", "attention_mask", g.constant([1]), keepdims=1)
+        past = g.op(
+            "Sub",
+            g.op("Shape", "attention_mask", start=1, end=2),
+            now := g.op("Shape", "input_ids", start=1, end=2),
+        )
+        row = g.op("Max", g.op("Sub", g.op("Sub", count, g.constant(1)), past), g.constant(0))
+        row = g.op("Min", row, g.op("Sub", now, g.constant(1)))
+        return str(
+            g.op("GatherND", x, g.op("Unsqueeze", row, g.constant([2])), batch_dims=1, name="last.hidden")
+        )
+
 
 def _blocked(form: Form) -> Form | None:
     """The form with blocks that MatMulNBits takes."""

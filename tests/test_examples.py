@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -43,8 +44,13 @@ def test_compress_once(tmp_path: Path) -> None:
     assert lconvert.read(tmp_path / "model.lcir").arch == lconvert.read(DEMO).arch
 
 
-def test_onnx_generate(tmp_path: Path) -> None:
-    """The script's text is the greedy one of the source in transformers."""
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"static_cache": True}, {"prefill_only": True}, {"last_logit": True}, {"dialect": "genai"}],
+    ids=str,
+)
+def test_onnx_generate(chosen: dict[str, Any], tmp_path: Path) -> None:
+    """The script's text is the greedy one of the source in transformers, whatever keeps keys and values."""
     for name in ("onnx", "onnxruntime", "tokenizers", "torch", "transformers"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     from lconvert.converters import onnx
@@ -52,7 +58,7 @@ def test_onnx_generate(tmp_path: Path) -> None:
     from lconvert.validators.runtimes import open_runtime
     from lconvert.validators.runtimes.hf import file_tokenizer
 
-    execute(onnx.plan(lconvert.read(DEMO)), tmp_path / "m")
+    execute(onnx.plan(lconvert.read(DEMO), onnx.Options(**chosen)), tmp_path / "m")
     text = _load("onnx_generate").generate(tmp_path / "m", "Once upon a time", 12)
     tokenizer = file_tokenizer(DEMO / "tokenizer.json")
     ids = tokenizer.encode("Once upon a time").ids

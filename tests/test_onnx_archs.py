@@ -86,28 +86,33 @@ def test_every_architecture(case: arch_cases.Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-gqa", "gemma2-alternating", "gpt2-tied", "deepseek_v2-lite", "gpt_oss-experts"]
+    "name",
+    ["llama-gqa", "gemma2-alternating", "gpt2-tied", "deepseek_v2-lite", "gpt_oss-experts", "mistral-window"],
 )
 def test_a_batch_with_padding_on_the_left(name: str, tmp_path: Path) -> None:
-    """Sequences of different lengths in one batch say what each says alone, in the prompt and in the steps after it."""
+    """Sequences of different lengths in one batch say what each says alone, in the prompt and in the steps after it; beyond a window,
+    and beside a row that is nothing but padding."""
     model = lconvert.read(case_models.folder(name))
     session = Session(exported(model, tmp_path / "m"))
-    rows = [tokens(model, n, seed=n) for n in (5, 12, 9)]
-    longest, steps = 12, 3
+    rows = [tokens(model, n, seed=n) for n in (5, 112, 70)]
+    longest, steps = 112, 3
     alone = [session.logits([*r, 1, 2, 3][: len(r) + steps], [len(r)]) for r in rows]
-    ids = np.array([[0] * (longest - len(r)) + r for r in rows])
-    mask = np.array([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    lanes = [*rows, []]
+    ids = np.array([[0] * (longest - len(r)) + r for r in lanes])
+    mask = np.array([[0] * (longest - len(r)) + [1] * len(r) for r in lanes])
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    past = {k: np.zeros((3, *v.shape[1:]), np.float32) for k, v in session.past.items()}
+    past = {k: np.zeros((len(lanes), *v.shape[1:]), np.float32) for k, v in session.past.items()}
     out, past = session.run(ids, mask, positions, past)
     assert np.isfinite(out).all(), "rows of padding"
-    for row, one, r in zip(out, alone, rows, strict=True):
+    for row, one, r in zip(out[:-1], alone, rows, strict=True):
         assert np.abs(row[-len(r) :] - one[: len(r)]).max() < CLOSE
     for step in range(steps):
-        mask = np.concatenate([mask, np.ones((3, 1), int)], 1)
-        out, past = session.run([[step + 1]] * 3, mask, mask.sum(1)[:, None] - 1, past)
-        for row, one, r in zip(out, alone, rows, strict=True):
+        mask = np.concatenate([mask, np.ones((len(lanes), 1), int)], 1)
+        out, past = session.run([[step + 1]] * len(lanes), mask, mask.sum(1)[:, None] - 1, past)
+        for row, one, r in zip(out[:-1], alone, rows, strict=True):
             assert np.abs(row[0] - one[len(r) + step]).max() < CLOSE
+    fresh = session.logits(list(range(1, steps + 1)), [1])
+    assert np.abs(out[-1][0] - fresh[-1]).max() < CLOSE  # its first tokens came with the steps
 
 
 def test_a_long_past(tmp_path: Path) -> None:
@@ -148,12 +153,70 @@ def test_rotary_tables_are_bounded_by_an_option(tmp_path: Path) -> None:
     assert np.allclose(cos**2 + sin**2, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "gemma2-alternating", "deepseek_v2-lite"])
+_CACHE = {
+    f"past_key_values.{i}.{side}": ("float", ("batch", 4, "past", 32))
+    for i in range(3)
+    for side in ("key", "value")
+}
+_IDS, _MASK = (
+    {"input_ids": ("int64", ("batch", "sequence"))},
+    {"attention_mask": ("int64", ("batch", "total"))},
+)
+_POSITIONS = {"position_ids": ("int64", ("batch", "sequence"))}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "inputs"),
+    [
+        ({}, _IDS | _MASK | _POSITIONS | _CACHE),
+        ({"last_logit": True}, _IDS | _MASK | _POSITIONS | _CACHE),
+        ({"prefill_only": True}, _IDS | _MASK | _POSITIONS),
+        ({"dialect": "trt"}, _IDS | _MASK | _POSITIONS | _CACHE),
+        ({"dialect": "genai"}, _IDS | _MASK | _CACHE),
+        (
+            {"static_cache": True},
+            _IDS | _MASK | _POSITIONS | {"cache_position": ("int64", ("batch",))} | _CACHE,
+        ),
+    ],
+    ids=lambda x: (
+        "-".join(map(str, x.values())) if x and isinstance(next(iter(x.values())), (bool, str)) else ""
+    ),
+)
+def test_inputs_and_outputs(
+    chosen: dict[str, Any], inputs: dict[str, tuple[str, tuple[Any, ...]]], tmp_path: Path
+) -> None:
+    """Names, types, order of outputs and free dimensions as exporters of Hugging Face have them."""
+    session = onnxruntime.InferenceSession(exported(lconvert.read(DEMO), tmp_path / "m", **chosen))
+    floats = "float16" if chosen.get("dialect") == "trt" else "float"
+    names = {"past": "capacity", "total": "capacity"} if "static_cache" in chosen else {}
+
+    def said(ports: Any) -> dict[str, tuple[str, tuple[Any, ...]]]:
+        return {p.name: (p.type.removeprefix("tensor(").removesuffix(")"), tuple(p.shape)) for p in ports}
+
+    def named(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(names.get(d, d) for d in shape)
+
+    wanted = {n: (floats if t == "float" else t, named(shape)) for n, (t, shape) in inputs.items()}
+    assert said(session.get_inputs()) == wanted
+    rows = 1 if "last_logit" in chosen else "sequence"
+    outputs = {"logits": (floats, ("batch", rows, 2048))} | {
+        n.replace("past_key_values", "present"): (floats, named(("batch", 4, "total", 32)))
+        for n in inputs
+        if n.startswith("past")
+    }
+    found = said(session.get_outputs())
+    assert found == outputs and list(found) == list(outputs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama-gqa", "mistral-window", "gemma2-alternating", "deepseek_v2-lite", "gpt2-tied", "gpt_oss-experts"],
+)
 def test_a_cache_of_fixed_length(name: str, tmp_path: Path) -> None:
     """Two sequences of different lengths in one batch, each at its own place in the cache; what is beyond it is never seen."""
     model = lconvert.read(case_models.folder(name))
     session = Session(exported(model, tmp_path / "m", static_cache=True)).session
-    capacity, chunks = 96, (40, 1, 7, 1)
+    capacity, chunks = 128, (100, 1, 7, 1)  # beyond the windows
     ids = [tokens(model, sum(chunks), seed=s) for s in (1, 2)]
     rng = np.random.default_rng(0)
     past = {

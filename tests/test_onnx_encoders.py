@@ -273,7 +273,7 @@ def test_trt_refuses_zero_points(tmp_path: Path) -> None:
     q = static.run(lconvert.read(tmp_path / "m"), static.Options(), [sentences("bert")])
     with pytest.raises(UnsupportedError, match=r"zero point.*symmetric"):
         onnx.plan(q, onnx.Options(dialect="trt"))
-    for wrong in ({"last_logit": True}, {"prefill_only": True}):
+    for wrong in ({"last_logit": True}, {"prefill_only": True}, {"static_cache": True}):
         with pytest.raises(UnsupportedError, match="is an encoder"):
             onnx.plan(q, onnx.Options(**wrong))
 

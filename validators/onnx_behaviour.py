@@ -1,5 +1,5 @@
 """A decoder's graph against itself, in the ways in which generation uses it: what a prompt says at once it must say token by token, out of
-a long past, and in a batch beside longer prompts with padding on the left.
+a long past, and in a batch beside longer prompts with padding on the left, or on the right where onnxruntime-genai has it.
 
 The comparison of logits runs whole windows, which no mistake in the cache, in positions after a past or in the mask of padding shows.
 """
@@ -39,16 +39,21 @@ def run(proof: Proof, runtime: OnnxRuntime, texts: list[list[int]], dtype: str) 
 
     name = "step by step: KL divergence from the whole prompt"
     _judge(proof, name, f"over {len(ids)} tokens", steps, gate)
-    if not runtime.pads:
+    genai = proof.graph is not None and proof.graph.file.metadata.get("dialect") == "genai"
+    if genai:
+        proof.not_proven.append(
+            "logits: onnxruntime-genai's own loop; the graph was run in plain ONNX Runtime"
+        )
+    if not runtime.pads and not (genai and runtime.batches):
         proof.not_proven.append(
             "logits: padding on the left; the graph takes no attention_mask, no position_ids or no batch"
         )
         return
-    proof.progress("padding on the left")
-    name = "padding on the left: KL divergence from each prompt alone"
-    _judge(
-        proof, name, f"in a batch of {len(_BATCH)}", lambda: padded(runtime, [ids[:n] for n in _BATCH]), gate
-    )
+    side = "right" if genai else "left"
+    proof.progress(f"padding on the {side}")
+    name = f"padding on the {side}: KL divergence from each prompt alone"
+    prompts = [ids[:n] for n in _BATCH]
+    _judge(proof, name, f"in a batch of {len(_BATCH)}", lambda: padded(runtime, prompts, right=genai), gate)
 
 
 def _judge(proof: Proof, name: str, of: str, measure: Callable[[], float], gate: float) -> None:
@@ -74,7 +79,7 @@ def stepped(runtime: OnnxRuntime, ids: list[int]) -> tuple[NDArray[np.float32], 
     single = min(_SINGLE, len(ids) // 3)
     middle = len(ids) - 2 * single
     parts = [*[1] * single, middle // 2, middle - middle // 2, *[1] * single]
-    past, out, at = runtime.empty(), [], 0
+    past, out, at = runtime.empty(capacity=len(ids)), [], 0  # a cache of fixed length is full at the end
     where: list[NDArray[np.int64]] = []
     for n in filter(None, parts):
         positions = np.arange(at, at + n)[None]
@@ -85,16 +90,24 @@ def stepped(runtime: OnnxRuntime, ids: list[int]) -> tuple[NDArray[np.float32], 
     return np.concatenate(out), np.concatenate(where)
 
 
-def padded(runtime: OnnxRuntime, prompts: list[list[int]]) -> float:
-    """Mean KL divergence of a batch from its prompts one by one, the steps after them included. Rows of padding must be finite."""
+def padded(runtime: OnnxRuntime, prompts: list[list[int]], *, right: bool = False) -> float:
+    """Mean KL divergence of a batch from its prompts one by one, the steps after them included. Rows of padding must be finite.
+
+    right: the padding is behind the prompts, as onnxruntime-genai has it (GroupQueryAttention takes no other)."""
     width, more = max(map(len, prompts)), prompts[-1][:_STEPS]
-    mask = np.array([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    ids = np.array([[0] * (width - len(p)) + p for p in prompts])
+
+    def filled(rows: list[list[int]]) -> NDArray[np.int64]:
+        return np.array([r + [0] * (width - len(r)) if right else [0] * (width - len(r)) + r for r in rows])
+
+    mask = filled([[1] * len(p) for p in prompts])
     past = runtime.empty(len(prompts))
-    logits, past = runtime.forward(ids, mask, np.maximum(mask.cumsum(1) - 1, 0), past)
+    logits, past = runtime.forward(filled(prompts), mask, np.maximum(mask.cumsum(1) - 1, 0), past)
     if not np.isfinite(logits).all():
         return float("inf")
-    found: list[list[Any]] = [[row[-min(len(p), len(row)) :]] for row, p in zip(logits, prompts, strict=True)]
+    found: list[list[Any]] = [
+        [row[: len(p)] if right else row[-min(len(p), len(row)) :]]
+        for row, p in zip(logits, prompts, strict=True)
+    ]
     for token in more:
         mask = np.concatenate([mask, np.ones((len(prompts), 1), int)], 1)
         logits, past = runtime.forward(

@@ -98,6 +98,7 @@ def _ports(found: Found) -> Iterator[str]:
         yield f"logits have the shape {outputs.get('logits')}, the vocabulary has {d.vocab} tokens"
     if not any(name.startswith("past_key_values") for name in inputs):
         return
+    yield from _writes(found)
     for i, layer in d.each():
         a = layer.attention
         for side in ("key", "value"):
@@ -106,6 +107,21 @@ def _ports(found: Found) -> Iterator[str]:
                 shape = ports.get(name, ())
                 if len(shape) != 4 or (shape[1], shape[3]) != (a.kv_heads, width):
                     yield f"{name} has the shape {shape or 'of nothing: it is absent'}, expected {a.kv_heads} heads of {width}"
+
+
+def _writes(found: Found) -> Iterator[str]:
+    """Caches of fixed length that go on at their beginning when they are full, that are written along another axis, and those that
+    nothing reads after they are written, which only the order of nodes would make right."""
+    nodes = found.file.proto.graph.node
+    read = {name for node in nodes for name in node.input}
+    for node in (n for n in nodes if n.op_type == "TensorScatter"):
+        said = {a.name: package().helper.get_attribute_value(a) for a in node.attribute}
+        if said.get("mode", b"linear") != b"linear":
+            yield f"{node.output[0]} is written in a circle, so that a full cache loses its beginning"
+        if said.get("axis", -2) not in (2, -2):
+            yield f"{node.output[0]} is written along axis {said['axis']}, positions are axis 2"
+        if node.output[0] not in read:
+            yield f"nothing reads {node.output[0]}, so attention does not see what is written"
 
 
 def _shape(port: Any) -> tuple[int | str, ...]:

@@ -186,6 +186,73 @@ def other_frequencies(name: str, from_row: int) -> Change:
     return change
 
 
+# --- caches of fixed length --------------------------------------------------------------------------------
+
+
+def written(place: Callable[[Opened, Any], str], part: str = "") -> Change:
+    """Keys and values at another place of the cache."""
+
+    def change(o: Opened) -> None:
+        for node in [n for n in o.graph.node if n.op_type == "TensorScatter" and part in n.output[0]]:
+            node.input[2] = place(o, node)
+
+    return change
+
+
+def one_later(o: Opened, node: Any) -> str:
+    return o.before(node, "Add", ["cache_position", o.number(1)])
+
+
+def over_the_last(o: Opened, node: Any) -> str:
+    """A run after a past begins on the past's last position."""
+    return o.before(node, "Max", [o.before(node, "Sub", ["cache_position", o.number(1)]), o.number(0)])
+
+
+def at_the_beginning(o: Opened, node: Any) -> str:
+    return ""
+
+
+def sees_one_slot_more(o: Opened) -> None:
+    """Only tokens after a past do."""
+    node = o.of("LessOrEqual")
+    more = o.before(node, "Min", ["cache_position", o.number(1)])
+    more = o.before(node, "Unsqueeze", [more, o.number([1, 2, 3])])
+    node.input[1] = o.before(node, "Add", [node.input[1], more])
+
+
+def reads_what_was(o: Opened) -> None:
+    """Attention takes the cache before it is written: right where both are one block of memory, by the order of nodes."""
+    node = o.of("Attention", "layers.1")
+    node.input[1] = "past_key_values.1.key"
+
+
+# --- onnxruntime-genai's operators -------------------------------------------------------------------------
+
+
+def keys_for_values(o: Opened) -> None:
+    """Values of the past where keys belong, in one layer."""
+    node = o.of("GroupQueryAttention", "layers.1")
+    node.input[3], node.input[4] = node.input[4], node.input[3]
+
+
+def padding_counted(o: Opened) -> None:
+    """The last token of every sequence is taken to be in the last column."""
+    node = o.of("GroupQueryAttention")
+    last = node.input[5]
+    total = o.before(node, "Sub", [node.input[6], o.number(1, np.int32)])
+    row = o.before(node, "Expand", [total, o.before(node, "Shape", [last])])
+    for other in (n for n in o.graph.node if n.op_type == "GroupQueryAttention"):
+        other.input[5] = row
+
+
+def last_column(o: Opened) -> None:
+    """Logits of the last column, where a shorter prompt has padding."""
+    node = o.of("GatherND")
+    made = o.before(node, "Gather", [node.input[0], o.number([-1])], axis=1)
+    user = next(n for n in o.graph.node if node.output[0] in n.input)
+    user.input[0] = made
+
+
 # --- nodes -------------------------------------------------------------------------------------------------
 
 
@@ -366,5 +433,30 @@ FAULTS = [
     GraphFault("gate and up exchanged in the file", DEMO, "int4", "tensors", exchanged_data("layers.1.mlp.gate", "layers.1.mlp.up"), ""),
     GraphFault("another epsilon in the configuration", DEMO, "fp32", "structure", config("rms_norm_eps", 1e-6), "traits"),
     GraphFault("another base in the configuration", DEMO, "int4", "structure", config("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}), ""),
+    GraphFault("cache written one slot later", DEMO, "fp32 static", "logits", written(one_later), "cost"),
+    GraphFault("values of a layer written one slot later", DEMO, "int4 static", "logits", written(one_later, "1.value"), "fidelity"),
+    GraphFault("cache written over the last position", DEMO, "fp32 static", "logits", written(over_the_last), "step by step"),
+    GraphFault("keys of a layer over the last position", DEMO, "int4 static", "logits", written(over_the_last, "1.key"), "step by step"),
+    GraphFault("cache written at its beginning", DEMO, "fp32 static", "logits", written(at_the_beginning), "step by step"),
+    GraphFault("sees the next token", DEMO, "fp32 static", "logits", sees(1), "cost"),
+    GraphFault("does not see the token before", DEMO, "int4 static", "logits", sees(-2), "fidelity"),
+    GraphFault("sees a slot that is not taken", DEMO, "fp32 static", "logits", sees_one_slot_more, "step by step"),
+    GraphFault("padding is not masked", DEMO, "fp32 static", "logits", mask_without_padding, "padding"),
+    GraphFault("positions without the past", DEMO, "fp32 static", "logits", positions_from_zero, "step by step"),
+    GraphFault("a window one wider", GEMMA, "fp32 static", "logits", kind_of("Less", "LessOrEqual"), "cost"),
+    GraphFault("a full cache goes on at its beginning", DEMO, "fp32 static", "structure", attribute("TensorScatter", "mode", "circular"), "inputs and outputs"),
+    GraphFault("attention reads the cache as it was", DEMO, "fp32 static", "structure", reads_what_was, "inputs and outputs"),
+    GraphFault("cache written along heads", DEMO, "fp32 static", "structure", attribute("TensorScatter", "axis", 1), "inputs and outputs"),
+    GraphFault("halves turned as pairs", DEMO, "fp32 genai", "logits", attribute("GroupQueryAttention", "rotary_interleaved", 1), "cost"),
+    GraphFault("another scale of attention", DEMO, "fp32 genai", "logits", attribute("GroupQueryAttention", "scale", 0.18), "cost"),
+    GraphFault("a layer that is not turned", DEMO, "int4 genai", "logits", attribute("GroupQueryAttention", "do_rotary", 0, "layers.1"), "fidelity"),
+    GraphFault("past keys and values exchanged", DEMO, "fp32 genai", "logits", keys_for_values, "step by step"),
+    GraphFault("past keys and values exchanged", DEMO, "int4 genai", "logits", keys_for_values, "step by step"),
+    GraphFault("padding counted as tokens", DEMO, "fp32 genai", "logits", padding_counted, "padding on the right"),
+    GraphFault("logits of the last column", DEMO, "fp32 genai last", "logits", last_column, "padding on the right"),
+    GraphFault("rotary tables too short", DEMO, "fp32 genai", "structure", shorter_tables, "rotary"),
+    GraphFault("another epsilon", DEMO, "fp32 genai", "logits", attribute("SkipSimplifiedLayerNormalization", "epsilon", 1e-4), "cost"),
+    GraphFault("one code", DEMO, "int4 genai", "tensors", weight("layers.1.attn.q", U8, one_code), ""),
+    GraphFault("scales of the neighbours", DEMO, "int4 genai", "tensors", weight("layers.1.attn.q.scale", F32, moved), ""),
     GraphFault("fewer positions claimed", DEMO, "fp32", "structure", metadata("positions", "100"), "rotary"),
 ]  # fmt: skip

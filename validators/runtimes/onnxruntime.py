@@ -2,7 +2,8 @@
 
 Graphs are taken by the names of their inputs, as the exporters of Hugging Face and of onnxruntime-genai give
 them: `input_ids`, and where there are any `attention_mask`, `position_ids` and `past_key_values.N.key` /
-`.value` with outputs `present.N.key` / `.value`; the logits are the output `logits`.
+`.value` with outputs `present.N.key` / `.value`; the logits are the output `logits`. With `cache_position` the
+keys and values lie in a cache of fixed length (onnx_cache.py).
 
 Products with block-quantized weights (MatMulNBits) run at accuracy level 1, fp32 activations, for parity, and
 at level 4, activations rounded to 8 bits, for speed (docs/ContribOperators.md of onnxruntime,
@@ -24,6 +25,10 @@ from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
 from lconvert.validators.runtimes import Generation, Purpose, fits, graph, onnx_session, short
+from lconvert.validators.runtimes.onnx_cache import POSITION, Fixed
+
+#: Keys and values between two runs: arrays by input, or a cache of fixed length.
+Past = Mapping[str, Any] | Fixed
 
 _ACCURACY_LEVEL: Mapping[Purpose, str] = {"parity": "1", "speed": "4"}
 _ACCURACY_OPTION = "session.qdq_matmulnbits_accuracy_level"  # onnxruntime_session_options_config_keys.h
@@ -119,6 +124,11 @@ class OnnxRuntime:
             self._session = self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
             raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)})") from None
+        held = self._session.get_modelmeta().custom_metadata_map.get(
+            "positions", ""
+        )  # of rotary tables, ours
+        if held.isascii() and held.isdigit() and len(held) < 12:
+            self._context = min(context, int(held))
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
@@ -136,7 +146,13 @@ class OnnxRuntime:
         )
 
     def _check(self) -> None:
-        known = {"input_ids", "attention_mask", "position_ids", *self._past}
+        known = {
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            *self._past,
+            *([POSITION] if self.fixed else []),
+        }
         if "input_ids" not in self._inputs or "logits" not in self._outputs:
             raise InputError(
                 f"{self._path}: not a decoder: inputs {sorted(self._inputs)}, outputs {self._outputs}; expected the "
@@ -160,13 +176,27 @@ class OnnxRuntime:
         return bool(self._past)
 
     @property
-    def pads(self) -> bool:
-        """Whether prompts of different lengths can be one batch."""
-        one = isinstance(self._inputs["input_ids"].shape[0], int)
-        return {"attention_mask", "position_ids"} <= self._inputs.keys() and not one
+    def batches(self) -> bool:
+        """Whether several prompts can be one batch with a mask."""
+        return "attention_mask" in self._inputs and not isinstance(self._inputs["input_ids"].shape[0], int)
 
-    def empty(self, batch: int = 1) -> dict[str, Any]:
-        """Keys and values of no tokens: (batch, heads, 0, width of a head)."""
+    @property
+    def pads(self) -> bool:
+        """Whether prompts of different lengths can be one batch, with padding on the left."""
+        return self.batches and "position_ids" in self._inputs
+
+    @property
+    def fixed(self) -> bool:
+        """Whether keys and values lie in a cache of fixed length: cache_position is one number for each sequence."""
+        place, ids = self._inputs.get(POSITION), self._inputs.get("input_ids")
+        if place is None or ids is None:
+            return False
+        return bool(self._past) and list(place.shape) == list(ids.shape[:1])
+
+    def empty(self, batch: int = 1, capacity: int | None = None) -> Past:
+        """Keys and values of no tokens: (batch, heads, 0, width of a head), or a cache of so many positions [default: the
+        context], all of ones, so that a slot that is seen before it is written shows.
+        """
         out = {}
         for name in self._past:
             node = self._inputs[name]
@@ -179,10 +209,12 @@ class OnnxRuntime:
                     f"{self._path}: input {name} has the shape {node.shape}; expected (batch, heads, past, width) with "
                     "fixed heads and width"
                 )
-            out[name] = np.zeros((batch, node.shape[1], 0, node.shape[3]), _TYPES[node.type])
-        return out
+            held = node.shape[2] if isinstance(node.shape[2], int) else capacity or self._context
+            shape = (batch, node.shape[1], held if self.fixed else 0, node.shape[3])
+            out[name] = np.ones(shape, _TYPES[node.type])
+        return Fixed(self._package, self._session, self._past, out) if self.fixed else out
 
-    def _run(self, ids: list[int], past: Mapping[str, Any], at: int) -> tuple[Any, dict[str, Any]]:
+    def _run(self, ids: list[int], past: Past, at: int) -> tuple[Any, Past]:
         """Logits (1, tokens, vocab) of `ids` as positions from `at` on, and the keys and values after
         them.
         """
@@ -190,14 +222,20 @@ class OnnxRuntime:
         return self.forward(np.array([ids]), np.ones((1, at + len(ids))), positions, past)
 
     def forward(
-        self, ids: NDArray[Any], mask: NDArray[Any], positions: NDArray[Any], past: Mapping[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        """Logits (batch, tokens, vocab) of ids (batch, tokens) after a past, and the keys and values after them. mask: (batch,
-        tokens of the past and these)."""
+        self, ids: NDArray[Any], mask: NDArray[Any], positions: NDArray[Any], past: Past
+    ) -> tuple[Any, Past]:
+        """Logits (batch, tokens, vocab) of ids (batch, tokens) after a past, and the keys and values after them; a cache of fixed
+        length is changed and given back. mask: (batch, tokens of the past and these)."""
         whole = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        if isinstance(past, Fixed):
+            past.fits(ids.shape[1])
+            whole[POSITION] = np.full(len(ids), past.taken)
         feed = {n: np.asarray(a, _TYPES[self._inputs[n].type]) for n, a in whole.items() if n in self._inputs}
         try:
-            out = self._session.run(["logits", *self._past.values()], {**feed, **past})
+            if isinstance(past, Fixed):
+                out = [past.run(feed, ids.shape[1])]
+            else:
+                out = self._session.run(["logits", *self._past.values()], {**feed, **past})
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
             raise InputError(
                 f"{self._path}: ONNX Runtime failed on {ids.shape[1]} tokens ({short(e)})"
@@ -206,7 +244,7 @@ class OnnxRuntime:
             raise InputError(
                 f"{self._path}: logits have the shape {out[0].shape}, expected ({len(ids)}, tokens, vocabulary)"
             )
-        return out[0], dict(zip(self._past, out[1:], strict=True))
+        return out[0], past if isinstance(past, Fixed) else dict(zip(self._past, out[1:], strict=True))
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         from lconvert.validators.runtimes.hf import encode, file_tokenizer
@@ -221,7 +259,7 @@ class OnnxRuntime:
             alone = [self._run(ids[: n + 1], {}, 0)[0][0, -1] for n in range(len(ids))]
             return np.ascontiguousarray(alone, dtype=np.float32)
         rows = self._rows if self._past else len(ids)
-        past = self.empty()
+        past = self.empty(capacity=len(ids) + 1)  # a write that is one off must show in the numbers
         out: NDArray[np.float32] | None = None
         for at in range(0, len(ids), rows):
             part, past = self._run(ids[at : at + rows], past, at)
@@ -235,7 +273,7 @@ class OnnxRuntime:
     def generate(self, ids: list[int], n: int) -> Generation:
         fits(len(ids) + n - 1 if ids else 0, self._context)
         start, made, seconds = time.perf_counter(), list[int](), list[float]()
-        new, past, at = list(ids), self.empty(), 0
+        new, past, at = list(ids), self.empty(capacity=len(ids) + n), 0
         while len(made) < n:
             logits, past = self._run(new, past, at)
             made.append(int(logits[0, -1].argmax()))
@@ -256,7 +294,11 @@ class OnnxRuntime:
             "dtype": self._dtype,
             **{key.removeprefix("session."): value for key, value in self._settings.items()},
             "threads": str(options.intra_op_num_threads or "all"),
-            "kv_cache": "yes" if self._past else "no: every token runs the whole sequence",
+            "kv_cache": "of fixed length, in place"
+            if self.fixed
+            else "yes"
+            if self._past
+            else "no: every token runs the whole sequence",
         }
 
     def close(self) -> None:

@@ -53,6 +53,7 @@ def _arguments() -> tuple[Any, ...]:
         click.option("--block-size", type=int, help="Weights per scale of --int4 [default: 32] and --int8 [default: a row]."),
         click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations."),
         click.option("--prefill-only", is_flag=True, help="Logits of a prompt; no keys and values in or out."),
+        click.option("--static-cache", is_flag=True, help="Keys and values in a cache of fixed length, written in place (TensorScatter)."),
         click.option("--last-logit", is_flag=True, help="Logits of the last token alone."),
         click.option("--positions", type=click.IntRange(1), help="Positions the graph is for [default: the model's context]."),
         output_options,
@@ -70,6 +71,7 @@ def command(
     block_size: int | None,
     calibration: Path | None,
     prefill_only: bool,
+    static_cache: bool,
     last_logit: bool,
     positions: int | None,
     **rest: Any,
@@ -98,6 +100,7 @@ def command(
         "dialect": dialect,
         "dtype": _FLOATS[dtype][0] if dtype else None,
         "prefill_only": prefill_only,
+        "static_cache": static_cache,
         "last_logit": last_logit,
         "positions": positions,
     }
