@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lconvert.archs import find
-from lconvert.archs.common import Keys, binds
+from lconvert.archs import configured
+from lconvert.archs.common import binds
 from lconvert.converters import onnx_activations, onnx_rounding
 from lconvert.converters.onnx_rounding import Rounding
 from lconvert.converters.tokenizer_hf import read_tokenizer
@@ -84,16 +84,10 @@ def read(file: OnnxFile) -> Found:
             )
     folder = file.path.parent
     config = read_object(folder / "config.json")
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise InputError(f"{folder / 'config.json'}: the required key 'model_type' is missing")
-    arch = find(model_type)
-    keys = Keys(config, str(folder / "config.json"))
-    decoder = arch.traits(keys)
-    keys.finish()
+    arch, decoder, *_ = configured(config, str(folder / "config.json"))
     if not isinstance(decoder, Decoder):
         raise UnsupportedError(
-            f"{file.path}: a graph of {model_type}, which is no decoder; only graphs of decoders are read back and proven so far"
+            f"{file.path}: a graph of {decoder.family}, which is no decoder; only graphs of decoders are read back and proven so far"
         )
     roles = dict.fromkeys(role for bind in binds(arch.names, decoder) for role, _ in bind.parts)
     entries = {role: _entry(file, role) for role in roles}

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lconvert.errors import InputError, UnsupportedError
-from lconvert.formats.onnx_file import OnnxModel
 from lconvert.formats.onnx_graph import package
+from lconvert.formats.onnx_reader import OnnxFile, Stored, opened
 from lconvert.plan import Item, Plan
 
 
@@ -37,7 +38,7 @@ class Finding:
 class View:
     """A graph with what rules ask of it: types and shapes of values, constants. sms: compute capabilities that are built for."""
 
-    model: OnnxModel
+    model: OnnxFile
     sms: tuple[int, ...] = ()
     names: Mapping[int, str] = field(
         default_factory=lambda: {v: k for k, v in package().TensorProto.DataType.items()}
@@ -51,14 +52,9 @@ class View:
     def of(self, *kinds: str) -> Iterator[Any]:
         return (n for n in self.nodes if n.op_type in kinds)
 
-    @cached_property
-    def constants(self) -> Mapping[str, Any]:
-        made = {t.name: t for t in self.model.proto.graph.initializer}
-        for n in self.of("Constant"):
-            for a in n.attribute:
-                if a.name == "value":
-                    made[n.output[0]] = a.t
-        return made
+    @property
+    def constants(self) -> Mapping[str, Stored]:
+        return self.model.constants
 
     @cached_property
     def producers(self) -> Mapping[str, Any]:
@@ -81,13 +77,13 @@ class View:
     def type(self, name: str) -> str:
         """ONNX's name of a value's type, "" where it is not known."""
         if name in self.constants:
-            return self.names[self.constants[name].data_type]
+            return self.constants[name].type
         return self.names[self._values[name].elem_type] if name in self._values else ""
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """None where the rank is not known; None for dimensions that are not fixed."""
         if name in self.constants:
-            return tuple(self.constants[name].dims)
+            return self.constants[name].shape
         if name not in self._values or not self._values[name].HasField("shape"):
             return None
         dims = self._values[name].shape.dim
@@ -95,7 +91,7 @@ class View:
 
     def numbers(self, name: str) -> Any:
         """A constant's numbers as float64, None for a value that is computed."""
-        return self.model.array(self.constants[name]).astype(np.float64) if name in self.constants else None
+        return self.constants[name].numbers() if name in self.constants else None
 
 
 def attribute(node: Any, name: str, default: Any = None) -> Any:
@@ -124,8 +120,8 @@ FP4_SM = 100
 
 def _tensor_types(v: View) -> Iterator[tuple[str, str]]:
     for name, t in v.constants.items():
-        if v.names[t.data_type] in _NO_TENSORS:
-            yield name, f"a tensor of {v.names[t.data_type]}"
+        if t.type in _NO_TENSORS:
+            yield name, f"a tensor of {t.type}"
     for n in v.of("Cast"):
         to = v.names.get(attribute(n, "to", 1), "")
         if to in _NO_TENSORS:
@@ -255,14 +251,14 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
-def check(model: OnnxModel, sms: Sequence[int] = ()) -> list[Finding]:
+def check(model: OnnxFile, sms: Sequence[int] = ()) -> list[Finding]:
     """Everything in the graph that TensorRT refuses. sms: compute capabilities to build for, such as 89 and 120."""
     view = View(model, tuple(sms))
     try:
         return _found(view)
     except (IndexError, KeyError, ZeroDivisionError, TypeError) as e:
         raise InputError(
-            f"{model.name}: a node lacks inputs or attributes that its operator has ({e})"
+            f"{model.path}: a node lacks inputs or attributes that its operator has ({e})"
         ) from None
 
 
@@ -272,7 +268,7 @@ def _found(view: View) -> list[Finding]:
     ]  # fmt: skip
 
 
-def planned(plan: Plan) -> OnnxModel:
+def planned(plan: Plan) -> OnnxFile:
     """The graph of a plan, whose small tensors are made when a rule asks for them."""
     graph = next(f for f in plan.files if f.name.endswith(".onnx"))
     proto = package().ModelProto.FromString(graph.head)
@@ -280,12 +276,12 @@ def planned(plan: Plan) -> OnnxModel:
     def maker(item: Item) -> Callable[[], bytes]:
         return lambda: bytes(np.ascontiguousarray(item.produce(0, item.rows).data).tobytes())
 
-    return OnnxModel(proto, raw={item.name: maker(item) for item in plan.items()})
+    return opened(Path(graph.name), proto, {item.name: maker(item) for item in plan.items()})
 
 
-def require(model: OnnxModel, sms: Sequence[int] = ()) -> None:
+def require(model: OnnxFile, sms: Sequence[int] = ()) -> None:
     """UnsupportedError that names the first findings, if there are any."""
     found = check(model, sms)
     if found:
-        more = f" (and {len(found) - 3} more: lconvert plan {model.name} --to trt)" if len(found) > 3 else ""
-        raise UnsupportedError(f"{model.name}: TensorRT refuses " + "; ".join(map(str, found[:3])) + more)
+        more = f" (and {len(found) - 3} more: lconvert plan {model.path} --to trt)" if len(found) > 3 else ""
+        raise UnsupportedError(f"{model.path}: TensorRT refuses " + "; ".join(map(str, found[:3])) + more)
