@@ -195,7 +195,12 @@ def _configure(trt: Any, builder: Any, network: Any, options: Options) -> Any:
     profile = builder.create_optimization_profile()
     for name, given in _inputs(network, options).items():
         if given["dynamic"]:
-            profile.set_shape(name, given["min"], given["opt"], given["max"])
+            try:
+                profile.set_shape(name, given["min"], given["opt"], given["max"])
+            except (RuntimeError, TypeError) as e:
+                raise UnsupportedError(
+                    f"input {name}: no profile {given['min']} .. {given['max']} ({e})"
+                ) from None
     config.add_optimization_profile(profile)
     return config
 

@@ -175,6 +175,41 @@ def _blocks(v: View) -> Iterator[tuple[str, str]]:
             yield n.name, "blocks of 1"
 
 
+def _whole_blocks(v: View) -> Iterator[tuple[str, str]]:
+    for n, size, axis, codes, scales in _blocked(v):
+        if codes[axis] is not None and scales[axis] is not None and codes[axis] % max(1, scales[axis]):
+            yield n.name, f"{codes[axis]} in blocks of {size}"
+
+
+def _blocked(v: View) -> Iterator[tuple[Any, int, int, Any, Any]]:
+    """(node, block size, axis, shape of the codes, of the scales) where both shapes are known and of one rank."""
+    for n in v.of(_DEQUANTIZE, _QUANTIZE):
+        codes, scales = v.shape(n.input[0]), v.shape(n.input[1])
+        if codes and scales and len(codes) == len(scales) > 1:
+            axis = attribute(n, "axis", 1)
+            if not -len(codes) <= axis < len(codes):
+                raise InputError(
+                    f"{v.model.path}: {n.name}: axis {axis} of {len(codes)} dimensions; the graph is damaged"
+                )
+            yield n, attribute(n, "block_size", 0), axis % len(codes), codes, scales
+
+
+def _sound(v: View) -> None:
+    """InputError where a size of blocks is not that of the shapes, which TensorRT would go by without a word, or a scale is no number."""
+    for n, size, axis, codes, scales in _blocked(v):
+        k, blocks = codes[axis], scales[axis]
+        if k is not None and blocks is not None and (size < 1 or -(-k // size) != blocks):
+            raise InputError(
+                f"{v.model.path}: {n.name}: block_size {size}, but {k} codes have {blocks} scales along axis {axis}; the graph is damaged"
+            )
+    for n in v.of(_DEQUANTIZE, _QUANTIZE):
+        s = v.numbers(n.input[1])
+        if s is not None and not np.isfinite(s).all():
+            raise InputError(
+                f"{v.model.path}: {n.name}: scales in {n.input[1]} that are no finite numbers; quantize the model again"
+            )
+
+
 def _attention_outputs(v: View) -> Iterator[tuple[str, str]]:
     for n in v.of("Attention"):
         if not n.domain and sum(map(bool, n.output)) > 1:
@@ -240,6 +275,7 @@ RULES: tuple[Rule, ...] = (
     Rule("positive-scale", "Scale coefficients must all be positive", "negate the block's codes with its scale (the trt dialect does); a scale of 0 is a block of zeros", _scales),
     Rule("block-output-type", "Myelin infer_type: could not infer output types", "leave output_dtype out and add a Cast, which is fused", _output_type),
     Rule("block-axis", "The blocking dimension must be the last or second to last dimension; only a single blocking dimension is allowed", "quantize in blocks of more than one along the last two dimensions", _blocks),
+    Rule("whole-blocks", "The quantization axis must divide into whole blocks", "quantize with a block size that divides the columns (hf-to-onnx --block-size)", _whole_blocks),
     Rule("attention-outputs", "TensorRT only supports Attention nodes with one output (NVIDIA/TensorRT issue 4738)", "concatenate keys and values outside of Attention (both dialects do)", _attention_outputs),
     Rule("attention-type", "Attention operation was not supported by a dedicated kernel", "export with --fp16 or --bf16", _attention_type),
     Rule("attention-options", "Setting softcap / softmax precision is not supported in TensorRT Attention", "write the attention out of MatMul and Softmax (the trt dialect does)", _attention_options),
@@ -255,6 +291,7 @@ def check(model: OnnxFile, sms: Sequence[int] = ()) -> list[Finding]:
     """Everything in the graph that TensorRT refuses. sms: compute capabilities to build for, such as 89 and 120."""
     view = View(model, tuple(sms))
     try:
+        _sound(view)
         return _found(view)
     except (IndexError, KeyError, ZeroDivisionError, TypeError) as e:
         raise InputError(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, UnsupportedError
-from lconvert.formats import onnx_graph
+from lconvert.formats import onnx_graph, onnx_proto
 from lconvert.formats.onnx_graph import package
+from lconvert.formats.onnx_proto import short
 from lconvert.ir import Dtype, Tensor
 
 #: Bits of an element of every type of fixed size (onnx.proto, TensorProto.DataType).
@@ -160,9 +161,7 @@ def read(path: str | Path) -> OnnxFile:
     try:
         proto = onnx.ModelProto.FromString(data)
     except Exception as e:  # noqa: BLE001 - protobuf has its own errors
-        raise InputError(
-            f"{path}: is not an ONNX file, or is damaged ({_short(e)}); check the path"
-        ) from None
+        raise InputError(f"{path}: is not an ONNX file, or is damaged ({short(e)}); check the path") from None
     if not proto.HasField("graph") or not proto.graph.node or not proto.opset_import:
         raise InputError(f"{path}: is not an ONNX file, or cut off: it holds no graph; check the path")
     return opened(path, proto)
@@ -171,17 +170,14 @@ def read(path: str | Path) -> OnnxFile:
 def opened(path: Path, proto: Any, made: Mapping[str, Callable[[], bytes]] | None = None) -> OnnxFile:
     """A ModelProto with its tensors checked; path: where it lies. made: bytes by name of tensors whose data file is not written yet."""
     onnx = package()
-    for name in _names(proto):
-        if isinstance(name, bytes):  # what protobuf gives for a string that is no UTF-8
-            raise InputError(f"{path}: the name {_short(name)} is not UTF-8; the file is damaged")
-    _known(onnx, path, proto)
+    onnx_proto.check(path, proto)
     tensors: dict[str, Stored] = {}
     for t in proto.graph.initializer:
         if not t.name or t.name in tensors:
-            raise InputError(f"{path}: two initializers are called {_short(t.name)!r}; names must differ")
+            raise InputError(f"{path}: two initializers are called {short(t.name)!r}; names must differ")
         maker = None if made is None else made.get(t.name)
         tensors[t.name] = _stored(onnx, path, t, maker)
-    inner = tuple((node, _stored(onnx, path, t)) for node, t in _inner(proto))
+    inner = tuple((node, _stored(onnx, path, t)) for node, t in onnx_proto.inner(proto))
     return OnnxFile(path, proto, tensors, inner)
 
 
@@ -191,71 +187,8 @@ def integers(node: Any) -> dict[str, int]:
     return {a.name: int(a.i) for a in node.attribute if a.type == kind}
 
 
-def _known(onnx: Any, path: Path, proto: Any) -> None:
-    """UnsupportedError for versions above those of the package, which could mean anything."""
-    most = onnx.defs.onnx_opset_version()
-    opsets = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
-    for what, found, last in (("opset", max(opsets, default=1), most), ("IR version", proto.ir_version, onnx.IR_VERSION)):  # fmt: skip
-        if found > last:
-            raise UnsupportedError(
-                f"{path}: {what} {found}, above {last}, the last that onnx {onnx.__version__} knows; export it with an older one, or upgrade onnx"
-            )
-    if min(opsets, default=1) < 1:
-        raise InputError(f"{path}: opset {min(opsets)}; the file is damaged")
-
-
-def _graphs(proto: Any) -> Iterator[tuple[Any, Any]]:
-    """(graph or function, the node that it is in) of the model, subgraphs included."""
-    todo: list[tuple[Any, Any]] = [(proto.graph, None), *((f, None) for f in proto.functions)]
-    while todo:
-        graph, inside = todo.pop()
-        yield graph, inside
-        for node in graph.node:
-            for a in node.attribute:
-                todo += [(g, node) for g in ([a.g] if a.HasField("g") else []) + list(a.graphs)]
-
-
-def _inner(proto: Any) -> Iterator[tuple[Any, Any]]:
-    """(node, tensor) of what is not an initializer of the graph itself."""
-    for graph, inside in _graphs(proto):
-        sparse = [t for s in getattr(graph, "sparse_initializer", ()) for t in (s.values, s.indices)]
-        dense = () if inside is None else graph.initializer
-        for t in (*sparse, *dense):
-            yield inside or package().NodeProto(), t
-        for node in graph.node:
-            for a in node.attribute:
-                held = [*([a.t] if a.HasField("t") else []), *a.tensors]
-                for s in (*([a.sparse_tensor] if a.HasField("sparse_tensor") else []), *a.sparse_tensors):
-                    held += [s.values, s.indices]
-                for t in held:
-                    yield node, t
-
-
-def _names(proto: Any) -> Iterator[str | bytes]:
-    """Every string of the model that means something."""
-    for p in (*proto.metadata_props, *proto.opset_import):
-        yield from (p.key, p.value) if hasattr(p, "key") else (p.domain,)
-    for graph, _ in _graphs(proto):
-        yield graph.name
-        for node in graph.node:
-            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
-            yield from (a.name for a in node.attribute)
-        if isinstance(graph, package().GraphProto):
-            for port in (*graph.input, *graph.output, *graph.value_info):
-                yield port.name
-                yield from (d.dim_param for d in port.type.tensor_type.shape.dim)
-            for t in graph.initializer:
-                yield t.name
-                yield from (x for e in t.external_data for x in (e.key, e.value))
-
-
-def _short(text: object) -> str:
-    flat = " ".join(str(text).split())
-    return flat if len(flat) <= 160 else flat[:160] + "..."
-
-
 def _stored(onnx: Any, path: Path, t: Any, made: Callable[[], bytes] | None = None) -> Stored:
-    where = f"{path}: tensor {_short(t.name)!r}"
+    where = f"{path}: tensor {short(t.name)!r}"
     known = onnx.TensorProto.DataType.values()
     type_ = onnx.TensorProto.DataType.Name(t.data_type) if t.data_type in known else str(t.data_type)
     external = t.data_location == onnx.TensorProto.EXTERNAL
@@ -263,22 +196,26 @@ def _stored(onnx: Any, path: Path, t: Any, made: Callable[[], bytes] | None = No
         raise UnsupportedError(f"{where} is of type {type_}, which lconvert does not read")
     shape = tuple(int(n) for n in t.dims)
     if any(n < 0 for n in shape) or prod(shape) > _MOST:
-        raise InputError(f"{where} has the impossible shape {_short(shape)}")
+        raise InputError(f"{where} has the impossible shape {short(shape)}")
     if made is not None:
         return Stored(t.name, type_, shape, path, 0, made)
     if external:
         return _external(where, path, t, type_, shape)
     found = Stored(t.name, type_, shape, path)
-    data = bytes(t.raw_data)
-    if not data and type_ in _FIELDS:
+    if size := len(t.raw_data):
+        if size != found.nbytes:
+            raise InputError(f"{where} holds {size} bytes, its shape and type want {found.nbytes}")
+        return Stored(t.name, type_, shape, path, 0, partial(getattr, t, "raw_data"))
+    data = b""
+    if type_ in _FIELDS:
         data = np.asarray(getattr(t, _FIELDS[type_]), _NUMPY[_DTYPES[type_]]).tobytes()
-    elif not data and found.nbytes and _BITS[type_] < 8:
+    elif found.nbytes and _BITS[type_] < 8:
         data = np.asarray(t.int32_data).astype(np.uint8).tobytes()
-    elif not data and found.nbytes:
+    elif found.nbytes:
         try:
             data = onnx.numpy_helper.to_array(t).tobytes()
         except Exception as e:  # noqa: BLE001 - whatever NumPy has against it
-            raise InputError(f"{where} cannot be read ({_short(e)})") from None
+            raise InputError(f"{where} cannot be read ({short(e)})") from None
     if len(data) != found.nbytes:
         raise InputError(f"{where} holds {len(data)} bytes, its shape and type want {found.nbytes}")
     return Stored(t.name, type_, shape, path, 0, data)
@@ -297,23 +234,25 @@ def _external(where: str, path: Path, t: Any, type_: str, shape: tuple[int, ...]
     plain = Path(location).name == location and location not in ("", ".", "..") and "\0" not in location
     if not plain or len(location.encode()) > _NAME:
         raise InputError(
-            f"{where} lies in {_short(location)!r}; external data must be a file beside the model, named without a folder"
+            f"{where} lies in {short(location)!r}; external data must be a file beside the model, named without a folder"
         )
     file = path.parent / location
     if file.is_symlink() and not _inside(file, path.parent):
-        raise InputError(f"{where} lies in {location}, a link that leads out of the folder")
+        raise InputError(
+            f"{where} lies in {location}, a link that leads out of the folder; copy the file there"
+        )
     if not file.is_file():
         raise InputError(f"{where} lies in {location}, which is missing; copy it beside {path.name}")
     numbers = {}
     for key in ("offset", "length"):
         text = said.get(key, "0" if key == "offset" else "")
         if text and not (text.isascii() and text.isdigit() and len(text) < 20):
-            raise InputError(f"{where}: its {key} is {_short(text)!r}, expected a number of bytes")
+            raise InputError(f"{where}: its {key} is {short(text)!r}, expected a number of bytes")
         numbers[key] = int(text or 0)
     made = Stored(t.name, type_, shape, file, numbers["offset"])
     if said.get("length") and numbers["length"] != made.nbytes:
         raise InputError(
-            f"{where} is {numbers['length']} bytes long, its shape {_short(shape)} in {type_} wants {made.nbytes}"
+            f"{where} is {numbers['length']} bytes long, its shape {short(shape)} in {type_} wants {made.nbytes}"
         )
     if (end := made.offset + made.nbytes) > (size := file.stat().st_size):
         raise InputError(f"{where} ends at byte {end} of {location}, which has {size}; it is cut off")
