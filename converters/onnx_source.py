@@ -25,6 +25,7 @@ from lconvert.formats import onnx_reader
 from lconvert.formats.json_object import read_object
 from lconvert.formats.onnx_graph import package
 from lconvert.formats.onnx_reader import OnnxFile, Stored, integers
+from lconvert.formats.overflow import finite_weights
 from lconvert.ir import (
     E2M1,
     E4M3,
@@ -103,7 +104,13 @@ def load(path: Path) -> Model:
         raise UnsupportedError(
             f"{path}: a graph that lconvert did not write, or without the config.json of its folder; give the model it was made from"
         )
-    return read(file).model
+    model = read(file).model
+    checked = {
+        name: replace(e, data=finite_weights(e.data, e.transform.param if e.transform else None))
+        for name, e in model.entries.items()
+        if isinstance(e.data, QTensor)
+    }
+    return model.with_entries(checked)
 
 
 def dtype(file: OnnxFile) -> str:

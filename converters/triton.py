@@ -274,9 +274,10 @@ def write(paths: Sequence[Path], out: Path, options: Options = Options(), *, for
         )
     for m in models:
         checked(m.config)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    scratch = None
     try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
         for m in models:
             _one(scratch / m.name, m, options)
         (scratch / README).write_text(readme(models, options), encoding="utf-8")
@@ -287,7 +288,8 @@ def write(paths: Sequence[Path], out: Path, options: Options = Options(), *, for
     except OSError as e:
         raise OutputError(f"{out}: cannot be written ({e.strerror or e})") from None
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     return models
 
 

@@ -79,6 +79,12 @@ def _at_level(path: Path, file: OnnxFile | None, level: str) -> str | bytes:
     return made
 
 
+def _remedy(e: Exception) -> str:
+    """What helps where the CPU provider has no kernel for a type, such as BF16."""
+    lacking = "NOT_IMPLEMENTED" in str(e)
+    return "; its CPU provider has no kernel for these types: export with --fp32 or --fp16" if lacking else ""
+
+
 class OnnxRuntime:
     """A decoder's .onnx file, with the tokenizer.json beside it where there is one.
 
@@ -118,7 +124,7 @@ class OnnxRuntime:
                 options.add_session_config_entry(_FOLDER_OPTION, str(path.resolve().parent))
             self._session = self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
-            raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)})") from None
+            raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)}){_remedy(e)}") from None
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
