@@ -100,16 +100,6 @@ def in_a_sparse_tensor(proto: Any, folder: Path) -> None:
     outside(proto.graph.sparse_initializer.add().values, "/etc/passwd")
 
 
-def nested(proto: Any, folder: Path) -> None:
-    """Subgraphs in subgraphs, deeper than protobuf parses."""
-    graph = helper.make_graph([], "inner", [], [])
-    for _ in range(34):
-        made = onnx.NodeProto(op_type="If", input=["attention_mask"], output=["x"])
-        made.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH).g.CopyFrom(graph)
-        graph = onnx.GraphProto(name="outer", node=[made])
-    proto.graph.node.extend(graph.node)
-
-
 def circle(proto: Any, folder: Path) -> None:
     node(proto, "MatMul").input[0] = "logits"
 
@@ -176,7 +166,6 @@ FILES: dict[str, tuple[Change, str]] = {
     "data of a constant outside": (in_a_constant, "must be a file beside the model"),
     "data of a subgraph outside": (in_a_subgraph, "must be a file beside the model"),
     "data of a sparse tensor outside": (in_a_sparse_tensor, "must be a file beside the model"),
-    "deep subgraphs": (nested, "is not an ONNX file, or is damaged"),
     "a circle": (circle, "'logits', which nothing before it makes"),
     "a node after itself": (itself, "which nothing before it makes"),
     "a value made twice": (twice, "which is there already"),
@@ -221,6 +210,27 @@ def test_hostile_files_at_every_verb(what: str, folder: Path) -> None:
         if verb in NEEDS:
             pytest.importorskip(NEEDS[verb], reason=f"{NEEDS[verb]} is not installed")
         refused(verb, folder, words)
+
+
+def framed(field: int, data: bytes) -> bytes:
+    """A message as a field of another (protobuf's encoding)."""
+    size, out = len(data), bytes([field << 3 | 2])
+    while size > 127:
+        out, size = out + bytes([size & 127 | 128]), size >> 7
+    return out + bytes([size]) + data
+
+
+@pytest.mark.parametrize("depth", [40, 5000])
+def test_subgraphs_in_subgraphs(depth: int, folder: Path) -> None:
+    """Deeper than protobuf parses; it writes none either, so the bytes are put together here."""
+    deep = b""
+    for _ in range(depth):  # NodeProto.attribute, AttributeProto.g, GraphProto.node
+        deep = framed(1, framed(5, framed(6, deep)))
+    model = b"\x08\x0a" + framed(7, deep) + framed(8, b"\x10\x17")
+    (folder / "model.onnx").write_bytes(model)
+    for verb in VERBS:
+        if verb not in NEEDS:
+            refused(verb, folder, "is not an ONNX file, or is damaged")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -353,6 +363,37 @@ def process(args: list[str], cwd: Path, *, code: str = "", limit: int | None = N
 def ended(p: Any) -> tuple[int, list[str]]:
     _, err = p.communicate(timeout=120)
     return p.returncode, err.splitlines()
+
+
+def test_onnx_runtime_leaves_no_file_of_its_events(good: Path, tmp_path: Path) -> None:
+    """Official builds write one among the temporary files when they are imported."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    code = "from lconvert.validators.runtimes.onnxruntime import package; package().SessionOptions()"
+    rc, lines = ended(process(["--version"], tmp_path, code=code))
+    assert rc == 0, lines
+    assert [p.name for p in tmp_path.rglob("*")] == ["tmp"]
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "words"),
+    [
+        (28, "F32", "export with an opset that it knows, or upgrade onnxruntime"),
+        (0, "BF16", "has no kernel for these types: export with --fp32 or --fp16"),
+    ],
+)
+def test_graphs_beyond_onnx_runtime(version: int, dtype: str, words: str, tmp_path: Path) -> None:
+    """An opset that the package onnx knows and the runtime does not; a type that its CPU provider has no kernels for."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    if version and runtime.__version__ >= "1.32":
+        pytest.skip("this onnxruntime may know opset 28")
+    execute(exporter.plan(lconvert.read(DEMO), exporter.Options("ort", dtype)), tmp_path / "m")  # type: ignore[arg-type]
+    path = tmp_path / "m" / "model.onnx"
+    proto = onnx.load(path, load_external_data=False)
+    proto.opset_import[0].version = version or proto.opset_import[0].version
+    path.write_bytes(proto.SerializeToString())
+    result = invoke("eval", path, tmp_path / "out")
+    said = str(result.exception)
+    assert isinstance(result.exception, LconvertError) and words in said and "onnxruntime_src" not in said
 
 
 ABSENT = {

@@ -79,10 +79,19 @@ def _at_level(path: Path, file: OnnxFile | None, level: str) -> str | bytes:
     return made
 
 
-def _remedy(e: Exception) -> str:
-    """What helps where the CPU provider has no kernel for a type, such as BF16."""
-    lacking = "NOT_IMPLEMENTED" in str(e)
-    return "; its CPU provider has no kernel for these types: export with --fp32 or --fp16" if lacking else ""
+#: What helps, by what ONNX Runtime says.
+_REMEDIES = {
+    "NOT_IMPLEMENTED": "its CPU provider has no kernel for these types: export with --fp32 or --fp16",
+    "is till opset": "export with an opset that it knows, or upgrade onnxruntime",
+}
+#: Where in its sources something failed, with the C++ signature.
+_PLACE = re.compile(r"/onnxruntime_src/\S+ .*?\)(?: const)? (?=[A-Z])")
+
+
+def _said(e: Exception) -> str:
+    """The runtime's reason to refuse a graph, and what to do about it."""
+    help = next((f"; {text}" for part, text in _REMEDIES.items() if part in str(e)), "")
+    return f"({short(Exception(_PLACE.sub('', str(e))))}){help}"
 
 
 class OnnxRuntime:
@@ -124,7 +133,7 @@ class OnnxRuntime:
                 options.add_session_config_entry(_FOLDER_OPTION, str(path.resolve().parent))
             self._session = self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
-            raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)}){_remedy(e)}") from None
+            raise InputError(f"{path}: ONNX Runtime does not load it {_said(e)}") from None
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
