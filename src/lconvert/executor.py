@@ -58,7 +58,7 @@ def _explained(path: Path) -> Iterator[None]:
             raise OutputError(f"{path}: no permission to write there ({e.strerror})") from None
         if e.errno == errno.EFBIG:
             raise OutputError(
-                f"{path}: larger than the file system or a limit (ulimit -f) allows; raise it and run again with --resume"
+                f"{path}: cannot be written (File too large): the file system or ulimit -f forbids it; raise the limit and run again with --resume"
             ) from None
         raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from None
 
