@@ -74,7 +74,9 @@ def main() -> None:
     arguments.add_argument("--only", help="one model_type")
     options = arguments.parse_args()
     rows = []
-    print("| model_type | llama.cpp | weights | F32 | Q8_0 | Q4_K_M | Q4_K_M as F32 | ONNX F32 | int8 | int4 | |")
+    print(
+        "| model_type | llama.cpp | weights | F32 | Q8_0 | Q4_K_M | Q4_K_M as F32 | ONNX F32 | int8 | int4 | |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     decoders = [n for n in names() if find(n).gguf.arch]
     for model_type in [options.only] if options.only else decoders:
@@ -84,7 +86,10 @@ def main() -> None:
         klds = [f"{row['F32']['cost']:.1e}", f"{row['Q8_0']['cost']:.1e}", f"{row['Q4_K_M']['cost']:.1e}"]
         passed = all(row[f]["passed"] for f in (*FTYPES, *GRAPHS))
         klds.append(f"{row['Q4_K_M']['graph']:.1e}")
-        klds += [f"{row['ONNX F32']['cost']:.1e}", *(f"{row[f]['fidelity']:.1e}" for f in ("ONNX int8", "ONNX int4"))]
+        klds += [
+            f"{row['ONNX F32']['cost']:.1e}",
+            *(f"{row[f]['fidelity']:.1e}" for f in ("ONNX int8", "ONNX int4")),
+        ]
         cells = [model_type, row["gguf"], row["model"], *klds, "pass" if passed else "FAIL"]
         print("| " + " | ".join(cells) + " |", flush=True)
         for f in (*FTYPES, *GRAPHS):

@@ -27,12 +27,9 @@ from lconvert.ir import Model, QTensor, Tensor, as_f32
 from lconvert.kernels.qtensor import dequantize, effective
 from lconvert.passes import fused
 from lconvert.passes.rtn_float import power_of_two_above
-from lconvert.plan import SIDE, Item, Plan, Slab, Verdict, known, refused, sources
+from lconvert.plan import MEASURE_EVERY, SIDE, Item, Plan, Slab, Verdict, known, refused, sources
 
 __all__ = ["Options", "plan"]
-
-#: Every row of this many is compared with the source to measure the error of a rounding.
-_MEASURE_EVERY = 16
 
 
 # --- items ----------------------------------------------------------------------------------------------
@@ -47,7 +44,7 @@ def _errors(held: QTensor, linear: Linear, original: Model) -> Callable[[int, in
 
     def measure(start: int, stop: int) -> tuple[float, float]:
         error = norm = 0.0
-        for row in range(-(-start // _MEASURE_EVERY) * _MEASURE_EVERY, stop, _MEASURE_EVERY):
+        for row in range(-(-start // MEASURE_EVERY) * MEASURE_EVERY, stop, MEASURE_EVERY):
             lo, _, role, first = next(s for s in spans if s[0] <= row < s[1])
             exact = effective(original.entries[role], first + row - lo, first + row - lo + 1).astype(
                 np.float64

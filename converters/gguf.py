@@ -29,14 +29,12 @@ from lconvert.formats import gguf
 from lconvert.formats.imatrix import Imatrix, quantize_keys
 from lconvert.ir import Decoder, Model, QTensor, Tensor, as_f32, concat_rows
 from lconvert.kernels.blocks import BLOCKS
-from lconvert.plan import FilePlan, Item, Plan, Slab, Verdict, known, sources
+from lconvert.plan import MEASURE_EVERY, FilePlan, Item, Plan, Slab, Verdict, known, sources
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: Every row of this many is dequantized again to measure the error of a rounding.
-_MEASURE_EVERY = 16
 _ALIGNMENT = 32
 
 
@@ -101,7 +99,7 @@ def _dense_producer(
             at = end
         if type_ in ("F32", kind):
             return Slab(out)
-        sample = slice(0, None, _MEASURE_EVERY)
+        sample = slice(0, None, MEASURE_EVERY)
         exact = as_f32(x[sample], kind).astype(np.float64)
         error = kernels.dequantize(type_, np.ascontiguousarray(out[sample]), cols) - exact
         # Not np.dot: BLAS would start threads of its own beside the workers.

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lconvert import kernels
-from lconvert.archs import find
-from lconvert.archs.common import Bind, Keys, binds, plausible
+from lconvert.archs import configured, find
+from lconvert.archs.common import Bind, binds, plausible
 from lconvert.converters import hf_experts, hf_quantized
 from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, MissingPackageError, UnsupportedError
@@ -164,13 +164,7 @@ def read(source: str | Path) -> Model:
     tensors = _tensors(folder)
     scheme = hf_quantized.scheme(folder, config, tensors)
     config = {k: v for k, v in config.items() if k not in hf_quantized.CONFIG_KEYS}
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise InputError(f"{folder / 'config.json'}: the required key 'model_type' is missing")
-    arch = find(model_type)
-    keys = Keys(config, str(folder / "config.json"))
-    decoder = arch.traits(keys)
-    inert = keys.finish()
+    arch, decoder, keys, inert = configured(config, str(folder / "config.json"))
     # Only the class with a head (of a language model, of a classifier) is the function that is converted and proved.
     classes = keys.items("architectures", str) or [arch.hf_class]
     if arch.hf_class not in classes:

@@ -25,15 +25,13 @@ from lconvert.formats.scheme import Held, Stored
 from lconvert.ir import Entry, Model, QTensor, Tensor
 from lconvert.kernels.qtensor import dequantize, effective
 from lconvert.passes import rtn
-from lconvert.plan import SIDE, Item, Slab, Verdict, refused, worst
+from lconvert.plan import MEASURE_EVERY, SIDE, Item, Slab, Verdict, refused, worst
 
 FAMILY = "gpt_oss"
 #: Canonical names of the matrices that the layout holds in MXFP4.
 EXPERTS = r".*\.moe\.experts\.\d+\.(gate|up|down)"
 #: The only dtype of activations beside MXFP4 experts (vLLM quantization/mxfp4.py get_supported_act_dtypes).
 SERVED = "BF16"
-#: Every row of this many is compared with the source to measure the error of a rounding.
-_MEASURE_EVERY = 16
 
 _OTHERS = "only gpt-oss has this layout, for its experts; --to vllm writes compressed-tensors"
 
@@ -169,8 +167,8 @@ def _errors(model: Model, original: Model, bind: Bind) -> Measure:
             q = model.entries[role].data
             assert isinstance(q, QTensor)
             # Whole matrices: rows of a stack that is stored transposed are dear one by one.
-            exact = effective(original.entries[role])[::_MEASURE_EVERY].astype(np.float64)
-            now = dequantize(q)[::_MEASURE_EVERY].astype(np.float64)
+            exact = effective(original.entries[role])[::MEASURE_EVERY].astype(np.float64)
+            now = dequantize(q)[::MEASURE_EVERY].astype(np.float64)
             error += float(np.square(now - exact).sum())
             norm += float(np.square(exact).sum())
         return error, norm

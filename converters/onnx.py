@@ -68,6 +68,9 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     )
     if options.prefill_only or options.static_cache or options.last_logit:
         _ = model.decoder  # which refuses a model of another kind
+    held = model.arch.context if isinstance(model.arch, Decoder) else None
+    if options.positions and held and options.positions > held:
+        raise OptionError(f"positions {options.positions}: the model has {held}; choose as many or fewer")
     genai = options.dialect == "genai"
     made = (
         onnx_genai.build(model, dtype, shape)

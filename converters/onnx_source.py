@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lconvert.archs import find
-from lconvert.archs.common import Keys, binds
+from lconvert.archs import configured
+from lconvert.archs.common import binds
 from lconvert.converters import onnx_activations, onnx_rounding
 from lconvert.converters.onnx_rounding import Rounding
 from lconvert.converters.tokenizer_hf import read_tokenizer
@@ -25,6 +25,7 @@ from lconvert.formats import onnx_reader
 from lconvert.formats.json_object import read_object
 from lconvert.formats.onnx_graph import package
 from lconvert.formats.onnx_reader import OnnxFile, Stored, integers
+from lconvert.formats.overflow import finite_weights
 from lconvert.ir import (
     E2M1,
     E4M3,
@@ -47,16 +48,6 @@ _GRIDS: Mapping[str, Grid] = {
     "INT4": int_grid(4, True), "UINT4": int_grid(4, False), "UINT2": int_grid(2, False), "INT8": int_grid(8, True),
     "UINT8": int_grid(8, False), "FLOAT8E4M3FN": E4M3, "FLOAT4E2M1": E2M1,
 }  # fmt: skip
-#: Inputs that nodes around weights have at least.
-_LEAST = {
-    "MatMul": 2,
-    "DequantizeLinear": 2,
-    "QuantizeLinear": 2,
-    "Gather": 2,
-    "Mul": 2,
-    "Sub": 2,
-    "MatMulNBits": 3,
-}
 _NAMES = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
 
 
@@ -78,22 +69,16 @@ def ours(file: OnnxFile) -> bool:
 def read(file: OnnxFile) -> Found:
     """InputError for a graph whose weights are missing or used in a way that lconvert never writes."""
     for node in file.proto.graph.node:
-        if len(node.input) < _LEAST.get(node.op_type, 0) or not node.output:
+        if node.op_type == "MatMulNBits" and len(node.input) < 3:
             raise InputError(
                 f"{file.path}: node {node.name!r}, {node.op_type}, has {len(node.input)} inputs; it is damaged"
             )
     folder = file.path.parent
     config = read_object(folder / "config.json")
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise InputError(f"{folder / 'config.json'}: the required key 'model_type' is missing")
-    arch = find(model_type)
-    keys = Keys(config, str(folder / "config.json"))
-    decoder = arch.traits(keys)
-    keys.finish()
+    arch, decoder, *_ = configured(config, str(folder / "config.json"))
     if not isinstance(decoder, Decoder):
         raise UnsupportedError(
-            f"{file.path}: a graph of {model_type}, which is no decoder; only graphs of decoders are read back and proven so far"
+            f"{file.path}: a graph of {decoder.family}, which is no decoder; only graphs of decoders are read back and proven so far"
         )
     roles = dict.fromkeys(role for bind in binds(arch.names, decoder) for role, _ in bind.parts)
     entries = {role: _entry(file, role) for role in roles}
@@ -119,7 +104,13 @@ def load(path: Path) -> Model:
         raise UnsupportedError(
             f"{path}: a graph that lconvert did not write, or without the config.json of its folder; give the model it was made from"
         )
-    return read(file).model
+    model = read(file).model
+    checked = {
+        name: replace(e, data=finite_weights(e.data, e.transform.param if e.transform else None))
+        for name, e in model.entries.items()
+        if isinstance(e.data, QTensor)
+    }
+    return model.with_entries(checked)
 
 
 def dtype(file: OnnxFile) -> str:

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.archs.common import yarn_attention
+from lconvert.errors import UnsupportedError
 from lconvert.ir import Rope
 
 _F32 = np.float32
+_MOST = 1 << 24  # rows of a table
 
 
 def frequencies(rope: Rope, *, long: bool = False) -> NDArray[np.float32]:
@@ -79,7 +81,11 @@ def _yarn(rope: Rope, period: NDArray[np.float32]) -> NDArray[np.float32]:
 def tables(
     rope: Rope, positions: int, *, long: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin of the positions 0 .. positions - 1, shape (positions, dim / 2)."""
+    """cos and sin of the positions 0 .. positions - 1, shape (positions, dim / 2). UnsupportedError for more than fit into memory."""
+    if positions > _MOST:
+        raise UnsupportedError(
+            f"cos and sin of {positions} positions; at most {_MOST} are made: choose fewer with --positions"
+        )
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies(rope, long=long)
     factor = _F32(attention_factor(rope))
     return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)

@@ -25,7 +25,7 @@ from typing import Any
 from lconvert import __version__, interrupt
 from lconvert.converters import trt_messages, trt_rules
 from lconvert.errors import InputError, MissingPackageError, OptionError, OutputError, UnsupportedError
-from lconvert.formats import onnx_file
+from lconvert.formats import onnx_reader
 from lconvert.plan import manifest_path
 
 
@@ -195,7 +195,12 @@ def _configure(trt: Any, builder: Any, network: Any, options: Options) -> Any:
     profile = builder.create_optimization_profile()
     for name, given in _inputs(network, options).items():
         if given["dynamic"]:
-            profile.set_shape(name, given["min"], given["opt"], given["max"])
+            try:
+                profile.set_shape(name, given["min"], given["opt"], given["max"])
+            except (RuntimeError, TypeError) as e:
+                raise UnsupportedError(
+                    f"input {name}: no profile {given['min']} .. {given['max']} ({e})"
+                ) from None
     config.add_optimization_profile(profile)
     return config
 
@@ -270,7 +275,7 @@ def build(
     backend, trt = load(options.backend)
     if not options.sms and trt.__name__ == "tensorrt_rtx":
         options = replace(options, sms=_default_sms(trt, path))
-    model = onnx_file.read(path)
+    model = onnx_reader.read(path)
     trt_rules.require(model, options.sms)
     held, wanted = positions(model), options.sequence[2] + options.past[2]
     if held is not None and wanted > held:
@@ -298,13 +303,12 @@ def build(
         for m in messages
         if m.severity == "warning" and not trt_messages.NOISE.search(m.text)
     )
-    external = {onnx_file.located(model, t)[0] for t in model.proto.graph.initializer if t.data_location == 1}
     report = Report(
         backend.label.format(version=trt.__version__),
         trt.__name__,
         trt.__version__,
         _layers(network),
-        {"onnx": path.stat().st_size + sum(p.stat().st_size for p in external), "plan": made.nbytes},
+        {"onnx": sum(p.stat().st_size for p in model.files), "plan": made.nbytes},
         {"parse": round(parsed - start, 3), "build": round(built - parsed, 3)},
         _inputs(network, options),
         {o.name: _port(o) for o in map(network.get_output, range(network.num_outputs))},
@@ -317,7 +321,7 @@ def build(
         "lconvert": __version__,
         "label": report.label,
         "engine": {"name": out.name, "size": made.nbytes, "sha256": hashlib.sha256(data).hexdigest()},
-        "onnx": {"name": path.name, "sha256": onnx_file.digest(model)},
+        "onnx": {"name": path.name, "sha256": model.digest()},
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()},
         "built_for": [f"SM{sm}" for sm in options.sms] or ["the GPU of the host that built it"],
         **(told or {}),
@@ -331,7 +335,7 @@ def build(
 
 def _default_sms(trt: Any, path: Path) -> tuple[int, ...]:
     """What RTX builds for if nothing is said: Ampere to Blackwell, or Blackwell alone for FP4."""
-    four = any(f.rule == "fp4-target" for f in trt_rules.check(onnx_file.read(path), (89,)))
+    four = any(f.rule == "fp4-target" for f in trt_rules.check(onnx_reader.read(path), (89,)))
     return (120,) if four else (80, 86, 89, 120)
 
 
@@ -367,9 +371,9 @@ def _port(tensor: Any) -> dict[str, Any]:
     return {"type": str(tensor.dtype).rpartition(".")[2], "shape": list(tensor.shape)}
 
 
-def positions(model: onnx_file.OnnxModel) -> int | None:
+def positions(model: onnx_reader.OnnxFile) -> int | None:
     """How many positions the tables of a graph hold: those that position_ids choose rows of."""
-    rows = {t.name: t.dims[0] for t in model.proto.graph.initializer if t.dims}
+    rows = {t.name: t.shape[0] for t in model.tensors.values() if t.shape}
     found = [rows[n.input[0]] for n in model.proto.graph.node if n.op_type == "Gather" and len(n.input) > 1 and n.input[1] == "position_ids" and n.input[0] in rows]  # fmt: skip
     return min(found, default=None)
 

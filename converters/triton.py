@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lconvert.errors import InputError, OptionError, OutputError
-from lconvert.formats import onnx_file
+from lconvert.formats import onnx_reader
 
 #: ONNX's and TensorRT's names of types -> Triton's.
 _ONNX_TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32", "INT8": "TYPE_INT8", "UINT8": "TYPE_UINT8", "BOOL": "TYPE_BOOL"}  # fmt: skip
@@ -88,9 +88,8 @@ def served(path: Path, options: Options) -> Served:
 
 
 def _onnx(name: str, path: Path, options: Options) -> Served:
-    model = onnx_file.read(path)
+    model = onnx_reader.read(path)
     g, types = model.proto.graph, {v: k for k, v in _data_types().items()}
-    weights = {t.name for t in g.initializer}
 
     def port(v: Any) -> Port:
         t = v.type.tensor_type
@@ -99,9 +98,8 @@ def _onnx(name: str, path: Path, options: Options) -> Served:
             raise InputError(f"{path}: {v.name} is of a type that Triton does not have")
         return Port(v.name, type_, tuple(d.dim_value if d.HasField("dim_value") else -1 for d in t.shape.dim))
 
-    ports = [[port(v) for v in side if v.name not in weights] for side in (g.input, g.output)]
-    data = {str(onnx_file.located(model, t)[0].relative_to(path.parent.resolve())) for t in g.initializer if t.data_location == 1}  # fmt: skip
-    files: dict[str, Path | str] = {"model.onnx": path, **{d: path.parent / d for d in sorted(data)}}
+    ports = [[port(v) for v in side if v.name not in model.tensors] for side in (g.input, g.output)]
+    files: dict[str, Path | str] = {"model.onnx": path, **{d.name: d for d in model.files[1:]}}
     return Served(name, "onnxruntime", config(name, "onnxruntime", ports, options), files)
 
 
@@ -276,9 +274,10 @@ def write(paths: Sequence[Path], out: Path, options: Options = Options(), *, for
         )
     for m in models:
         checked(m.config)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    scratch = None
     try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
         for m in models:
             _one(scratch / m.name, m, options)
         (scratch / README).write_text(readme(models, options), encoding="utf-8")
@@ -289,7 +288,8 @@ def write(paths: Sequence[Path], out: Path, options: Options = Options(), *, for
     except OSError as e:
         raise OutputError(f"{out}: cannot be written ({e.strerror or e})") from None
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     return models
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lconvert.errors import InputError, UnsupportedError
-from lconvert.formats.onnx_file import OnnxModel
 from lconvert.formats.onnx_graph import package
+from lconvert.formats.onnx_reader import OnnxFile, Stored, opened
 from lconvert.plan import Item, Plan
 
 
@@ -37,7 +38,7 @@ class Finding:
 class View:
     """A graph with what rules ask of it: types and shapes of values, constants. sms: compute capabilities that are built for."""
 
-    model: OnnxModel
+    model: OnnxFile
     sms: tuple[int, ...] = ()
     names: Mapping[int, str] = field(
         default_factory=lambda: {v: k for k, v in package().TensorProto.DataType.items()}
@@ -51,14 +52,9 @@ class View:
     def of(self, *kinds: str) -> Iterator[Any]:
         return (n for n in self.nodes if n.op_type in kinds)
 
-    @cached_property
-    def constants(self) -> Mapping[str, Any]:
-        made = {t.name: t for t in self.model.proto.graph.initializer}
-        for n in self.of("Constant"):
-            for a in n.attribute:
-                if a.name == "value":
-                    made[n.output[0]] = a.t
-        return made
+    @property
+    def constants(self) -> Mapping[str, Stored]:
+        return self.model.constants
 
     @cached_property
     def producers(self) -> Mapping[str, Any]:
@@ -81,13 +77,13 @@ class View:
     def type(self, name: str) -> str:
         """ONNX's name of a value's type, "" where it is not known."""
         if name in self.constants:
-            return self.names[self.constants[name].data_type]
+            return self.constants[name].type
         return self.names[self._values[name].elem_type] if name in self._values else ""
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """None where the rank is not known; None for dimensions that are not fixed."""
         if name in self.constants:
-            return tuple(self.constants[name].dims)
+            return self.constants[name].shape
         if name not in self._values or not self._values[name].HasField("shape"):
             return None
         dims = self._values[name].shape.dim
@@ -95,7 +91,7 @@ class View:
 
     def numbers(self, name: str) -> Any:
         """A constant's numbers as float64, None for a value that is computed."""
-        return self.model.array(self.constants[name]).astype(np.float64) if name in self.constants else None
+        return self.constants[name].numbers() if name in self.constants else None
 
 
 def attribute(node: Any, name: str, default: Any = None) -> Any:
@@ -124,8 +120,8 @@ FP4_SM = 100
 
 def _tensor_types(v: View) -> Iterator[tuple[str, str]]:
     for name, t in v.constants.items():
-        if v.names[t.data_type] in _NO_TENSORS:
-            yield name, f"a tensor of {v.names[t.data_type]}"
+        if t.type in _NO_TENSORS:
+            yield name, f"a tensor of {t.type}"
     for n in v.of("Cast"):
         to = v.names.get(attribute(n, "to", 1), "")
         if to in _NO_TENSORS:
@@ -177,6 +173,41 @@ def _blocks(v: View) -> Iterator[tuple[str, str]]:
             yield n.name, f"blocks along dimension {axis} of {len(shape)}"
         if size == 1:
             yield n.name, "blocks of 1"
+
+
+def _whole_blocks(v: View) -> Iterator[tuple[str, str]]:
+    for n, size, axis, codes, scales in _blocked(v):
+        if codes[axis] is not None and scales[axis] is not None and codes[axis] % max(1, scales[axis]):
+            yield n.name, f"{codes[axis]} in blocks of {size}"
+
+
+def _blocked(v: View) -> Iterator[tuple[Any, int, int, Any, Any]]:
+    """(node, block size, axis, shape of the codes, of the scales) where both shapes are known and of one rank."""
+    for n in v.of(_DEQUANTIZE, _QUANTIZE):
+        codes, scales = v.shape(n.input[0]), v.shape(n.input[1])
+        if codes and scales and len(codes) == len(scales) > 1:
+            axis = attribute(n, "axis", 1)
+            if not -len(codes) <= axis < len(codes):
+                raise InputError(
+                    f"{v.model.path}: {n.name}: axis {axis} of {len(codes)} dimensions; the graph is damaged"
+                )
+            yield n, attribute(n, "block_size", 0), axis % len(codes), codes, scales
+
+
+def _sound(v: View) -> None:
+    """InputError where a size of blocks is not that of the shapes, which TensorRT would go by without a word, or a scale is no number."""
+    for n, size, axis, codes, scales in _blocked(v):
+        k, blocks = codes[axis], scales[axis]
+        if k is not None and blocks is not None and (size < 1 or -(-k // size) != blocks):
+            raise InputError(
+                f"{v.model.path}: {n.name}: block_size {size}, but {k} codes have {blocks} scales along axis {axis}; the graph is damaged"
+            )
+    for n in v.of(_DEQUANTIZE, _QUANTIZE):
+        s = v.numbers(n.input[1])
+        if s is not None and not np.isfinite(s).all():
+            raise InputError(
+                f"{v.model.path}: {n.name}: scales in {n.input[1]} that are no finite numbers; quantize the model again"
+            )
 
 
 def _attention_outputs(v: View) -> Iterator[tuple[str, str]]:
@@ -244,6 +275,7 @@ RULES: tuple[Rule, ...] = (
     Rule("positive-scale", "Scale coefficients must all be positive", "negate the block's codes with its scale (the trt dialect does); a scale of 0 is a block of zeros", _scales),
     Rule("block-output-type", "Myelin infer_type: could not infer output types", "leave output_dtype out and add a Cast, which is fused", _output_type),
     Rule("block-axis", "The blocking dimension must be the last or second to last dimension; only a single blocking dimension is allowed", "quantize in blocks of more than one along the last two dimensions", _blocks),
+    Rule("whole-blocks", "The quantization axis must divide into whole blocks", "quantize with a block size that divides the columns (hf-to-onnx --block-size)", _whole_blocks),
     Rule("attention-outputs", "TensorRT only supports Attention nodes with one output (NVIDIA/TensorRT issue 4738)", "concatenate keys and values outside of Attention (both dialects do)", _attention_outputs),
     Rule("attention-type", "Attention operation was not supported by a dedicated kernel", "export with --fp16 or --bf16", _attention_type),
     Rule("attention-options", "Setting softcap / softmax precision is not supported in TensorRT Attention", "write the attention out of MatMul and Softmax (the trt dialect does)", _attention_options),
@@ -255,14 +287,15 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 
-def check(model: OnnxModel, sms: Sequence[int] = ()) -> list[Finding]:
+def check(model: OnnxFile, sms: Sequence[int] = ()) -> list[Finding]:
     """Everything in the graph that TensorRT refuses. sms: compute capabilities to build for, such as 89 and 120."""
     view = View(model, tuple(sms))
     try:
+        _sound(view)
         return _found(view)
     except (IndexError, KeyError, ZeroDivisionError, TypeError) as e:
         raise InputError(
-            f"{model.name}: a node lacks inputs or attributes that its operator has ({e})"
+            f"{model.path}: a node lacks inputs or attributes that its operator has ({e})"
         ) from None
 
 
@@ -272,7 +305,7 @@ def _found(view: View) -> list[Finding]:
     ]  # fmt: skip
 
 
-def planned(plan: Plan) -> OnnxModel:
+def planned(plan: Plan) -> OnnxFile:
     """The graph of a plan, whose small tensors are made when a rule asks for them."""
     graph = next(f for f in plan.files if f.name.endswith(".onnx"))
     proto = package().ModelProto.FromString(graph.head)
@@ -280,12 +313,12 @@ def planned(plan: Plan) -> OnnxModel:
     def maker(item: Item) -> Callable[[], bytes]:
         return lambda: bytes(np.ascontiguousarray(item.produce(0, item.rows).data).tobytes())
 
-    return OnnxModel(proto, raw={item.name: maker(item) for item in plan.items()})
+    return opened(Path(graph.name), proto, {item.name: maker(item) for item in plan.items()})
 
 
-def require(model: OnnxModel, sms: Sequence[int] = ()) -> None:
+def require(model: OnnxFile, sms: Sequence[int] = ()) -> None:
     """UnsupportedError that names the first findings, if there are any."""
     found = check(model, sms)
     if found:
-        more = f" (and {len(found) - 3} more: lconvert plan {model.name} --to trt)" if len(found) > 3 else ""
-        raise UnsupportedError(f"{model.name}: TensorRT refuses " + "; ".join(map(str, found[:3])) + more)
+        more = f" (and {len(found) - 3} more: lconvert plan {model.path} --to trt)" if len(found) > 3 else ""
+        raise UnsupportedError(f"{model.path}: TensorRT refuses " + "; ".join(map(str, found[:3])) + more)

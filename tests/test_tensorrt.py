@@ -24,7 +24,7 @@ from lconvert.cli import cli
 from lconvert.converters import kinds, onnx, onnx_trt, onnx_weights, tensorrt, trt_messages, trt_rules
 from lconvert.errors import InputError, LconvertError, MissingPackageError, OptionError, UnsupportedError
 from lconvert.executor import execute
-from lconvert.formats import onnx_file
+from lconvert.formats import onnx_reader
 from lconvert.ir import E2M1, E4M3, ActSpec, Model, QTensor, dense, int_grid
 from lconvert.kernels.qtensor import values
 from lconvert.passes import activations, rtn
@@ -85,7 +85,7 @@ def test_engines_of_the_demo_model(precision: str, tmp_path: Path) -> None:
     model = change(lconvert.read(DEMO))
     path = exported(model, tmp_path)
     proto = onnx_package.load(path)
-    assert trt_rules.check(onnx_file.read(path), [sm]) == []
+    assert trt_rules.check(onnx_reader.read(path), [sm]) == []
     quantized = {n: e for n, e in model.entries.items() if isinstance(e.data, QTensor)}
     names = {v: k for k, v in onnx_package.TensorProto.DataType.items()}
     types = {t.name: names[t.data_type] for t in proto.graph.initializer}
@@ -138,7 +138,7 @@ def test_interleaved_turning_is_what_the_builder_fails_on(tmp_path: Path) -> Non
     model = lconvert.read(case_models.folder("cohere-gqa"))
     execute(onnx.plan(model, onnx.Options("ort", "F16")), tmp_path)
     path = tmp_path / "model.onnx"
-    assert {f.rule for f in trt_rules.check(onnx_file.read(path))} == {"interleaved-rotary"}
+    assert {f.rule for f in trt_rules.check(onnx_reader.read(path))} == {"interleaved-rotary"}
     with pytest.raises(UnsupportedError, match="interleaved-rotary"):
         tensorrt.build(path, tmp_path / "m.plan", SMALL)
     with pytest.MonkeyPatch.context() as m, pytest.raises(UnsupportedError, match="dynamic shapes"):
@@ -181,26 +181,26 @@ def test_the_dialect_means_the_model(source: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Q5_0", "Q4_0", "int4 g128, f32 scales (ModelOpt)", "NVFP4 (ModelOpt)", "int4 g32, act-order", "FP8 per tensor, weights"])  # fmt: skip
 def test_codes_and_scales_read_back_are_the_models(kind: str, tmp_path: Path) -> None:
     model = kinds.KINDS[kind]()
-    file = onnx_file.read(exported(model, tmp_path))
-    tensors = {t.name: t for t in file.proto.graph.initializer}
+    file = onnx_reader.read(exported(model, tmp_path))
+    tensors = file.tensors
     nodes = {n.input[0]: n for n in file.proto.graph.node if n.op_type == "DequantizeLinear"}
     seen = 0
     for name, entry in model.entries.items():
         if not isinstance(entry.data, QTensor):
             continue
         seen += 1
-        codes = file.array(tensors[name]).astype(np.float32)
+        codes = tensors[name].numbers().astype(np.float32)
         node = nodes[name]
         width = trt_rules.attribute(node, "block_size", 0)
         if (inner := node.input[1]) in tensors:
-            scale = file.array(tensors[inner]).astype(np.float32)
+            scale = tensors[inner].numbers().astype(np.float32)
         else:
             below = next(n for n in file.proto.graph.node if inner in n.output)
-            scale = np.multiply(*(file.array(tensors[x]).astype(np.float32) for x in below.input))
+            scale = np.multiply(*(tensors[x].numbers().astype(np.float32) for x in below.input))
         w = codes * (np.repeat(scale, width, axis=0) if width else scale)
         if (order := tensors.get(name + ".order")) is not None:
             back = np.empty_like(w)
-            back[file.array(order)] = w
+            back[order.load()] = w
             w = back
         assert np.array_equal(w.T, values(entry.data)), name
         if not kind.startswith("Q4_0"):
@@ -256,7 +256,7 @@ def test_build_engine_writes_an_engine_and_its_manifest(demo_graph: Path, tmp_pa
     told, manifest = json.loads(result.stdout), json.loads(manifest_path(out).read_text())
     assert told == {"engine": str(out), **manifest} | {"engine": manifest["engine"]}
     assert manifest["engine"] == {"name": "m.plan", "size": out.stat().st_size, "sha256": hashlib.sha256(out.read_bytes()).hexdigest()}  # fmt: skip
-    assert manifest["onnx"]["sha256"] == onnx_file.digest(onnx_file.read(demo_graph))
+    assert manifest["onnx"]["sha256"] == onnx_reader.read(demo_graph).digest()
     assert manifest["label"] == LABEL and manifest["built_for"] == ["SM89", "SM120"]
     ids = manifest["report"]["inputs"]["input_ids"]
     assert (ids["min"], ids["opt"], ids["max"]) == ([1, 1], [1, 1], [2, 256])
@@ -343,8 +343,8 @@ def test_options_that_contradict_themselves(bad: dict[str, Any]) -> None:
     ("make", "kind", "message"),
     [
         (lambda d: d / "no.onnx", InputError, "no such file"),
-        (lambda d: _written(d / "bad.onnx", b"PK\x03\x04 not onnx"), InputError, "is not an ONNX model"),
-        (lambda d: _without_data(d), InputError, "model.onnx.data is missing"),
+        (lambda d: _written(d / "bad.onnx", b"PK\x03\x04 not onnx"), InputError, "is not an ONNX file"),
+        (lambda d: _without_data(d), InputError, "model.onnx.data, which is missing"),
     ],
 )
 def test_graphs_that_are_none_leave_nothing(make: Any, kind: Any, message: str, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_what_cannot_be_served_leaves_nothing(graph: Path, engine: Path, tmp_pat
     for paths, kind, message in (
         ([tmp_path / "x.txt"], InputError, "no artifact that Triton serves"),
         ([tmp_path / "absent.onnx"], InputError, "no artifact that Triton serves"),
-        ([tmp_path / "bad.onnx"], InputError, "is not an ONNX model"),
+        ([tmp_path / "bad.onnx"], InputError, "is not an ONNX file"),
         ([copied], InputError, "no manifest of an engine"),
         ([graph, graph], OptionError, "two artifacts would be served as small"),
     ):

@@ -101,6 +101,18 @@ def attention(outputs: int = 1, dtype: str = "FLOAT16", wide: int = 32, **more: 
     return made
 
 
+def rows(scales: int, block: int) -> Callable[[Small], str]:
+    """As many rows of scales for the columns of a matrix."""
+
+    def made(g: Small) -> str:
+        w = g.op(
+            "DequantizeLinear", g.t("INT4", (K, K)), g.t("FLOAT16", (scales, K)), axis=0, block_size=block
+        )
+        return str(g.op("MatMul", "x", w))
+
+    return made
+
+
 def middle(block: int = 32, axis: int = 0) -> Callable[[Small], str]:
     """Codes of three dimensions with blocks along one of them."""
 
@@ -148,6 +160,7 @@ PAIRS: tuple[Pair, ...] = (
     Pair("block-output-type", product("INT4", scales="FLOAT", output_dtype=TensorProto.FLOAT16), product("INT4", scales="FLOAT", cast=True)),
     Pair("block-axis", middle(32, 0), middle(32, 2)),
     Pair("block-axis", product("INT4", block=1), product("INT4", block=2)),
+    Pair("whole-blocks", rows(3, 24), rows(4, 16)),
     Pair("attention-outputs", attention(3), attention()),
     Pair("attention-type", attention(dtype="FLOAT"), attention(dtype="BFLOAT16")),
     Pair("attention-options", attention(softcap=30.0), attention()),

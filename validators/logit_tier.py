@@ -208,7 +208,7 @@ class _Comparison:
         """_NoKernel for a failure of vLLM, or of ONNX Runtime's CPU provider, that is the machine's."""
         text = str(e)
         if self.name == "onnxruntime" and self.proof.graph is not None and _NO_OPERATOR in text:
-            reason = text[text.index(_NO_OPERATOR) :].partition(". ")[0].rstrip(")")
+            reason = text[text.index(_NO_OPERATOR) :].partition(". ")[0].partition("); ")[0].rstrip(")")
             raise _NoKernel(f"its CPU provider has no kernel for these types ({reason})") from None
         known = _NO_KERNEL if self.proof.options.runtimes else (*_NO_KERNEL, *_NO_LOADER)
         if self.name == "vllm" and self.proof.quantized and any(part in text for part in known):

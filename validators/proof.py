@@ -12,6 +12,7 @@ from typing import Any
 from lconvert.converters.onnx_source import Found
 from lconvert.errors import InputError, MissingPackageError, RuntimeFailure
 from lconvert.formats import gguf as container
+from lconvert.formats import onnx_reader
 from lconvert.formats.json_object import read_object
 from lconvert.ir import Model, QTensor
 from lconvert.validators import carried, stored
@@ -232,15 +233,7 @@ def _dtype(model: Model, role: str) -> str:
 
 def _quantized_graph(path: Path) -> bool:
     """Whether an ONNX graph multiplies by quantized weights."""
-    try:
-        import onnx
-    except ImportError:
-        raise MissingPackageError("onnx is not installed: pip install 'lconvert[onnx]'") from None
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as e:  # noqa: BLE001 - protobuf has its own errors
-        raise InputError(f"{path}: is not an ONNX file ({e})") from None
-    return any(n.op_type in _QUANTIZED_NODES for n in graph.node)
+    return any(n.op_type in _QUANTIZED_NODES for n in onnx_reader.read(path).proto.graph.node)
 
 
 _QUANTIZED_NODES = ("DequantizeLinear", "MatMulNBits", "MatMulInteger", "QMoE", "GatherBlockQuantized")

@@ -7,7 +7,6 @@ without a word. Scales of weights alone are cast to the model's dtype when they 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -34,13 +33,11 @@ from lconvert.ir import Model, QTensor, Tensor
 from lconvert.kernels.qtensor import values
 from lconvert.passes import fused
 from lconvert.plan import Plan, refusals
-from lconvert.validators import ct_worker, second_experts, second_reading
+from lconvert.validators import ct_worker, foreign, second_experts, second_reading
 from lconvert.validators.proof import Proof, quantization_config
 from lconvert.validators.runtimes.config import settings
 from lconvert.validators.runtimes.remote import interpreter
 
-#: Seconds that the other interpreter may take.
-_TIMEOUT = 600.0
 #: Names of converters.checkpoint.FORMATS by quant_method, where they are another.
 _FORMAT_OF: Mapping[str, str] = {"modelopt_fp4": "modelopt"}
 
@@ -290,23 +287,16 @@ def _package(proof: Proof, folder: Path, model: Model, matrices: Mapping[str, Bi
 
 def _answers(python: str, folder: Path) -> Iterator[tuple[dict[str, Any], NDArray[np.float32] | None]]:
     """What ct_worker writes: a line of JSON, and the matrix where there is one. InputError where it fails."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    how = foreign.started(python, ct_worker.__file__, folder)
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            [python, "-E", "-P", ct_worker.__file__, os.path.abspath(folder)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            cwd=Path(ct_worker.__file__).parent / "text",
-            env=environment,
-        ) as process,
+        subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=errors) as process,
     ):
         assert process.stdout is not None
         yield from _lines(process.stdout)
-        if process.wait(_TIMEOUT):
+        if process.wait(foreign.TIMEOUT):
             errors.seek(0)
-            last = errors.read().decode("utf-8", "replace").strip().splitlines()
-            raise InputError(f"{python}: {last[-1] if last else 'the process failed'}")
+            raise InputError(foreign.failure(python, errors.read()))
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32] | None]]:

@@ -7,20 +7,17 @@ machine without a GPU can ask what the build in production will say: `wheel` und
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lconvert.validators import vllm_config_worker
+from lconvert.validators import foreign, vllm_config_worker
 from lconvert.validators.proof import Proof, quantization_config
 from lconvert.validators.runtimes.config import settings
 from lconvert.validators.runtimes.remote import interpreter
 
-#: Seconds that importing vLLM and asking it may take.
-_TIMEOUT = 600.0
 _BUILDS = {"CpuPlatform": "CPU build", "CudaPlatform": "CUDA build", "UnspecifiedPlatform": "not run here"}
 
 
@@ -45,22 +42,14 @@ def check(proof: Proof, target: str) -> None:
 
 def ask(python: str, folder: Path, wheel: Path | None) -> dict[str, Any]:
     """What `vllm_config_worker` answers; {"missing": why} where there is no answer."""
-    command = [python, "-E", "-P", vllm_config_worker.__file__, os.path.abspath(folder)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    paths = (folder, wheel) if wheel else (folder,)
+    how = foreign.started(python, vllm_config_worker.__file__, *paths)
     try:
-        done = subprocess.run(
-            [*command, *([os.path.abspath(wheel)] if wheel else [])],
-            capture_output=True,
-            timeout=_TIMEOUT,
-            env=environment,
-            cwd=Path(vllm_config_worker.__file__).parent / "text",
-            check=False,
-        )
+        done = subprocess.run(**how, capture_output=True, timeout=foreign.TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as e:
         return {"missing": f"{python}: {e}"}
     lines = done.stdout.decode("utf-8", "replace").strip().splitlines()
     if done.returncode or not lines:
-        last = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        return {"missing": f"{python}: {last[-1] if last else 'the process failed'}"}
+        return {"missing": foreign.failure(python, done.stderr)}
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer

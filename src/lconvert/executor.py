@@ -56,6 +56,10 @@ def _explained(path: Path) -> Iterator[None]:
             ) from None
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise OutputError(f"{path}: no permission to write there ({e.strerror})") from None
+        if e.errno == errno.EFBIG:
+            raise OutputError(
+                f"{path}: cannot be written (File too large): the file system or ulimit -f forbids it; raise the limit and run again with --resume"
+            ) from None
         raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from None
 
 
@@ -285,6 +289,8 @@ def execute(
     threads = threads or cpus()
     tell = progress or (lambda n, name: None)
     final = [folder / f.name for f in plan.files]
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise OutputError(f"{folder}: exists and is no folder; choose another output")
     sources = {os.path.realpath(s.path) for s in plan.sources}
     for path in final:
         if os.path.realpath(path) in sources:

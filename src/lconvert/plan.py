@@ -53,6 +53,8 @@ class Slab:
     squared_norm: float = 0.0
 
 
+#: Of a matrix that is rounded, one row of this many is compared with the source.
+MEASURE_EVERY = 16
 #: `held` of scales, zero points and shapes.
 SIDE = "scales and shapes"
 

@@ -9,9 +9,12 @@ the memory of fp32. Integer weights of a graph that also has FP8 nodes are then 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lconvert.formats import onnx_reader
+from lconvert.formats.onnx_reader import OnnxFile
 from lconvert.validators.runtimes import Purpose
 
 UNFUSED = "session.disable_quant_qdq"
@@ -19,15 +22,16 @@ PRECISE = "session.x64quantprecision"
 _INTEGER_PRODUCTS = {"MatMulInteger", "DynamicQuantizeLinear", "QuantizeLinear", "ConvInteger"}
 
 
-def settings(path: Path, purpose: Purpose) -> Mapping[str, str]:
-    """Session entries for a graph; none where the onnx package is not there to look, or cannot read the file."""
-    try:
-        import onnx
+def opened(path: Path) -> OnnxFile | None:
+    """The graph, checked before the runtime sees it; None where the onnx package is not there to look."""
+    return onnx_reader.read(path) if find_spec("onnx") else None
 
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception:  # noqa: BLE001 - whatever is wrong with the file, ONNX Runtime says it
+
+def settings(file: OnnxFile | None, purpose: Purpose) -> Mapping[str, str]:
+    """Session entries for a graph; none where it is not known."""
+    if file is None:
         return {}
-    types = {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in graph.initializer}
+    graph, types = file.proto.graph, {t.name: t.type for t in file.tensors.values()}
     out: dict[str, str] = {}
     if _fp8_nodes(graph, types) or _fp8_weights(graph, types):
         out[UNFUSED] = "1"

@@ -14,6 +14,7 @@ a MatMulNBits node that is in the file has its own, for which the graph is given
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
+from lconvert.formats.onnx_reader import OnnxFile
 from lconvert.validators.runtimes import Generation, Purpose, fits, graph, onnx_session, short
 from lconvert.validators.runtimes.onnx_cache import POSITION, Fixed
 
@@ -52,7 +54,9 @@ def prepare() -> None:
 
 
 def package() -> Any:
-    """The onnxruntime module."""
+    """The onnxruntime module. Official builds send events to their maker and leave a file among the temporary ones, unless this is
+    said before they are imported (Privacy.md of onnxruntime)."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module("onnxruntime")
     except ImportError:
@@ -61,19 +65,13 @@ def package() -> Any:
         ) from None
 
 
-def _at_level(path: Path, level: str) -> str | bytes:
+def _at_level(path: Path, file: OnnxFile | None, level: str) -> str | bytes:
     """The file, or its graph where MatMulNBits nodes have another accuracy level than is asked for, with that one."""
-    if path.stat().st_size > _GRAPH_BYTES:
-        return str(path)
-    import onnx
-
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except Exception:  # noqa: BLE001 - the runtime says what is wrong with it
+    if file is None or path.stat().st_size > _GRAPH_BYTES:
         return str(path)
     found = [
         a
-        for n in proto.graph.node
+        for n in file.proto.graph.node
         if n.op_type == "MatMulNBits"
         for a in n.attribute
         if a.name == "accuracy_level"
@@ -82,8 +80,23 @@ def _at_level(path: Path, level: str) -> str | bytes:
         return str(path)
     for a in found:
         a.i = int(level)
-    made: bytes = proto.SerializeToString()
+    made: bytes = file.proto.SerializeToString()
     return made
+
+
+#: What helps, by what ONNX Runtime says.
+_REMEDIES = {
+    "NOT_IMPLEMENTED": "its CPU provider has no kernel for these types: export with --fp32 or --fp16",
+    "is till opset": "export with an opset that it knows, or upgrade onnxruntime",
+}
+#: Where in its sources something failed, with the C++ signature.
+_PLACE = re.compile(r"/onnxruntime_src/\S+ .*?\)(?: const)? (?=[A-Z])")
+
+
+def _said(e: Exception) -> str:
+    """The runtime's reason to refuse a graph, and what to do about it."""
+    help = next((f"; {text}" for part, text in _REMEDIES.items() if part in str(e)), "")
+    return f"({short(Exception(_PLACE.sub('', str(e))))}){help}"
 
 
 class OnnxRuntime:
@@ -111,19 +124,21 @@ class OnnxRuntime:
         self._level = str(accuracy_level) if accuracy_level is not None else _ACCURACY_LEVEL[purpose]
         options = self._package.SessionOptions()
         options.add_session_config_entry(_ACCURACY_OPTION, self._level)
-        self._settings = onnx_session.settings(self._path, purpose)
+        file = onnx_session.opened(path)
+        self._settings = onnx_session.settings(file, purpose)
         for key, value in self._settings.items():
             options.add_session_config_entry(key, value)
         options.log_severity_level = 3  # errors
         if threads:
             options.intra_op_num_threads = threads
         try:
-            model = _at_level(path, self._level)
+            model = _at_level(path, file, self._level)
+            del file
             if isinstance(model, bytes):
                 options.add_session_config_entry(_FOLDER_OPTION, str(path.resolve().parent))
             self._session = self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
-            raise InputError(f"{path}: ONNX Runtime does not load it ({short(e)})") from None
+            raise InputError(f"{path}: ONNX Runtime does not load it {_said(e)}") from None
         held = self._session.get_modelmeta().custom_metadata_map.get(
             "positions", ""
         )  # of rotary tables, ours

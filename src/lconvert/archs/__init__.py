@@ -10,10 +10,12 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping
+from typing import Any
 
-from lconvert.errors import UnsupportedError
+from lconvert.errors import InputError, UnsupportedError
+from lconvert.ir import Traits
 
-from .common import Arch
+from .common import Arch, Keys
 
 #: config.json's model_type -> file name, where they differ.
 ALIASES: Mapping[str, str] = {}
@@ -38,3 +40,17 @@ def find(model_type: str) -> Arch:
     arch = importlib.import_module(f"{__name__}.{module}").ARCH
     assert isinstance(arch, Arch)
     return arch
+
+
+def configured(config: Mapping[str, Any], where: str) -> tuple[Arch, Traits, Keys, tuple[str, ...]]:
+    """The architecture of a config.json's content, its traits, the keys for more questions, and the names of inert ones.
+
+    where: the file, for messages. UnsupportedError for a key that nothing knows.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"{where}: the required key 'model_type' is missing")
+    arch = find(model_type)
+    keys = Keys(config, where)
+    traits = arch.traits(keys)
+    return arch, traits, keys, keys.finish()

@@ -5,20 +5,43 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lconvert.cli.common import human, parse_size, status, table
 from lconvert.errors import OptionError
 
+if TYPE_CHECKING:
+    from lconvert.plan import Plan
 
-def capabilities(text: str) -> tuple[int, ...]:
-    """'89,120' as compute capabilities."""
+
+def capabilities(
+    text: str, what: str = "--sm", such: str = "compute capabilities such as 89,120"
+) -> tuple[int, ...]:
+    """'89,120' as compute capabilities, or what else an option lists."""
     parts = [p.strip() for p in text.split(",") if p.strip()]
-    if not all(p.isdigit() and len(p) <= 4 for p in parts):
-        raise OptionError(f"--sm {text!r}: expected compute capabilities such as 89,120")
+    if not all(p.isascii() and p.isdigit() and len(p) <= 4 for p in parts):
+        raise OptionError(f"{what} {text!r}: expected {such}")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+_DTYPES = {"fp16": "F16", "bf16": "BF16"}
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(list(_DTYPES)),
+    default="fp16",
+    show_default=True,
+    help="Of the graph, if SOURCE is no .onnx file.",
+)
+
+
+def graph_plan(source: str, dtype: str) -> Plan:
+    """The plan of the graph that an engine is built from."""
+    import lconvert
+    from lconvert.converters import onnx
+
+    return onnx.plan(lconvert.read(source), onnx.Options("trt", _DTYPES[dtype]))
 
 
 @click.command("build-engine")
@@ -33,13 +56,7 @@ def capabilities(text: str) -> tuple[int, ...]:
     show_default=True,
     help="tensorrt needs a GPU; tensorrt_rtx builds ahead of time without one.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp16", "bf16"]),
-    default="fp16",
-    show_default=True,
-    help="Of the graph, if SOURCE is no .onnx file.",
-)
+@dtype_option
 @click.option("--batch", default="1:1:1", show_default=True, metavar="MIN:OPT:MAX", help="Sequences at once.")
 @click.option(
     "--sequence",
@@ -132,9 +149,9 @@ def _context(source: str) -> int | None:
     """Positions that the model has, None where the graph does not say."""
     if source.endswith(".onnx"):
         from lconvert.converters.tensorrt import positions
-        from lconvert.formats import onnx_file
+        from lconvert.formats import onnx_reader
 
-        return positions(onnx_file.read(source))
+        return positions(onnx_reader.read(source))
     import lconvert
 
     return int(lconvert.read(source).decoder.context)
@@ -152,12 +169,10 @@ def spans(sequence: str | None, past: str | None, context: int | None) -> tuple[
 
 def _exported(source: str, dtype: str, folder: Path, options: Any) -> tuple[Path, dict[str, Any]]:
     """The graph of any source, and what the manifest says of it."""
-    import lconvert
     from lconvert.converters import onnx, trt_rules
     from lconvert.executor import execute
 
-    model = lconvert.read(source)
-    plan = onnx.plan(model, onnx.Options("trt", {"fp16": "F16", "bf16": "BF16"}[dtype]))
+    plan = graph_plan(source, dtype)
     trt_rules.require(trt_rules.planned(plan), options.sms)
     result = execute(plan, folder)
     verdicts = [i.verdict.kind for i in result.plan.items()]

@@ -23,6 +23,7 @@ from lconvert.cli.common import (
     write_card,
 )
 from lconvert.converters import targets
+from lconvert.errors import OptionError, OutputError
 
 if TYPE_CHECKING:
     from lconvert.ir import Model
@@ -63,6 +64,14 @@ def decorated(command: Callable[..., Any], arguments: Sequence[Callable[..., Any
     return command
 
 
+def alone(context: click.Context, option: click.Parameter, chosen: tuple[str, ...]) -> str | None:
+    """The flag that was given of those with one name; OptionError for two. A callback of options with multiple=True."""
+    different = tuple(dict.fromkeys(chosen))
+    if len(different) > 1:
+        raise OptionError(f"--{' and --'.join(different)} contradict each other; give one")
+    return different[0] if different else None
+
+
 def flags(
     table: Mapping[str, targets.Preset], *, group: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -71,7 +80,15 @@ def flags(
     group: the help of --group.
     """
     presets = [
-        click.option(f"--{name}", "preset", flag_value=name, type=str, help=f"{p.about}.", multiple=False)
+        click.option(
+            f"--{name}",
+            "preset",
+            flag_value=name,
+            type=str,
+            help=f"{p.about}.",
+            multiple=True,
+            callback=alone,
+        )
         for name, p in table.items()
     ]
     arguments: tuple[Callable[..., Any], ...] = (
@@ -162,6 +179,8 @@ def write(
     fail_fast_files(read=[text], written=[report])
     if not dry_run and not folder:
         fail_fast_output(output, force)
+    if folder and output.is_dir() and Path(source).is_dir() and output.samefile(source):
+        raise OutputError(f"{output}: is also the source; choose another output folder")
     original = lconvert.read(source)
     with status("preparing"):
         model = recipe.apply(original) if recipe is not None else original
@@ -182,6 +201,8 @@ def write(
                 )
         except LconvertError as e:
             raise type(e)(f"{output} is written but not proven: {e}") from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{output} is written but not proven") from None
     data = proof.to_json() if proof else None
     if report and data:
         from lconvert.validators import documents

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lconvert.cli.common import fail_fast_files, file_stem
-from lconvert.cli.exporting import decorated, output_options, write
+from lconvert.cli.exporting import alone, decorated, output_options, write
 from lconvert.converters import onnx_presets
 from lconvert.errors import OptionError
 
@@ -37,11 +37,19 @@ _RUN = {
 def _arguments() -> tuple[Any, ...]:
     dialects = "; ".join(f"{name}: {about}" for name, about in _DIALECTS.items())
     floats = [
-        click.option(f"--{name}", "dtype", flag_value=name, type=str, help=f"A graph in {dtype}{more}.")
+        click.option(f"--{name}", "dtype", flag_value=name, type=str, multiple=True, callback=alone, help=f"A graph in {dtype}{more}.")
         for name, (dtype, more) in _FLOATS.items()
     ]  # fmt: skip
     presets = [
-        click.option(f"--{name}", "preset", flag_value=name, type=str, help=f"{p.about}.")
+        click.option(
+            f"--{name}",
+            "preset",
+            flag_value=name,
+            type=str,
+            multiple=True,
+            callback=alone,
+            help=f"{p.about}.",
+        )
         for name, p in onnx_presets.PRESETS.items()
     ]
     return (

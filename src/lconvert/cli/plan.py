@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
+from lconvert.cli.build_engine import capabilities, dtype_option, graph_plan
 from lconvert.cli.common import table
 
 
@@ -21,13 +21,7 @@ from lconvert.cli.common import table
     show_default=True,
     help="The consumer: trt is TensorRT.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp16", "bf16"]),
-    default="fp16",
-    show_default=True,
-    help="Of the graph, if SOURCE is no .onnx file.",
-)
+@dtype_option
 @click.option("--sm", default="", metavar="LIST", help="Compute capabilities to build for, such as 89,120.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 def command(source: str, target: str, dtype: str, sm: str, as_json: bool) -> int:
@@ -40,20 +34,16 @@ def command(source: str, target: str, dtype: str, sm: str, as_json: bool) -> int
       lconvert plan ./model-GPTQ --to trt
       lconvert plan model.onnx --to trt --sm 89,120 --json
     """
-    from lconvert.cli.build_engine import capabilities
     from lconvert.converters import trt_rules
-    from lconvert.formats import onnx_file
+    from lconvert.formats import onnx_reader
 
     sms = capabilities(sm)
     tensors: list[Any] = []
     notes: tuple[str, ...] = ()
     if source.endswith(".onnx"):
-        model = onnx_file.read(Path(source))
+        model = onnx_reader.read(source)
     else:
-        import lconvert
-        from lconvert.converters import onnx
-
-        plan = onnx.plan(lconvert.read(source), onnx.Options("trt", {"fp16": "F16", "bf16": "BF16"}[dtype]))
+        plan = graph_plan(source, dtype)
         model, tensors, notes = trt_rules.planned(plan), list(plan.items()), plan.notes
     found = trt_rules.check(model, sms)
     if as_json:

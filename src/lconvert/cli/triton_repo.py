@@ -59,7 +59,14 @@ def command(artifacts: tuple[Path, ...], output: Path, instances: int, gpus: str
     """
     from lconvert.converters import triton
 
-    options = triton.Options(instances, capabilities(gpus), max_batch, delay, context, link)
+    options = triton.Options(
+        instances,
+        capabilities(gpus, "--gpus", "numbers of GPUs such as 0,1"),
+        max_batch,
+        delay,
+        context,
+        link,
+    )
     models = triton.write(artifacts, output, options, force=force)
     table(str(output), ("model", "back end"), [(m.name, m.backend) for m in models])
     click.echo(f"how to start it: {output / triton.README}")
