@@ -1,0 +1,103 @@
+"""A graph that classifies, in ONNX Runtime on the CPU: arrays by the names of its inputs, and `logits` (batch, labels).
+
+Static rounding of inputs, QuantizeLinear and DequantizeLinear, can be left out of the graph (`rounding=False`). What remains is the same
+graph with the same weights in floats, whose logits can be held to a reference closely: where inputs are rounded, a difference
+in the last place moves some of them to another code, and later layers multiply it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lconvert.errors import InputError, MissingPackageError
+from lconvert.validators.runtimes import Purpose, graph, onnx_session, short
+from lconvert.validators.runtimes.onnxruntime import package
+
+_TYPES: Mapping[str, Any] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32,
+}  # fmt: skip
+_FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+#: What else rounds inputs: scales that are found while the graph runs.
+_OTHERS = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+
+
+def without_rounding(path: Path) -> bytes | None:
+    """The graph with its inputs left as they are; None where it rounds none by static scales alone."""
+    try:
+        import onnx
+    except ImportError:
+        raise MissingPackageError("onnx is not installed: pip install 'lconvert[onnx]'") from None
+    proto = onnx.load(str(path), load_external_data=False)
+    made = {n.output[0]: n for n in proto.graph.node if n.output}
+    pairs = [
+        (n, made[n.input[0]])
+        for n in proto.graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0] in made and made[n.input[0]].op_type == "QuantizeLinear"
+    ]
+    if not pairs or any(n.op_type in _OTHERS for n in proto.graph.node):
+        return None
+    for back, there in pairs:
+        kept = onnx.helper.make_node("Identity", [there.input[0]], list(back.output), name=back.name)
+        back.CopyFrom(kept)
+    left = [n for n in proto.graph.node if n.op_type != "QuantizeLinear"]
+    del proto.graph.node[:]
+    proto.graph.node.extend(left)
+    out: bytes = proto.SerializeToString()
+    return out
+
+
+class OnnxClassifier:
+    """A graph in a session; InputError where ONNX Runtime does not load or run it. rounding: MissingPackageError, or InputError where
+    there is nothing to leave out."""
+
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, purpose: Purpose = "parity", rounding: bool = True
+    ) -> None:
+        runtime, self.path = package(), graph(Path(path))
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if purpose == "parity" else "4")
+        for key, value in onnx_session.settings(self.path, purpose).items():
+            options.add_session_config_entry(key, value)
+        if threads:
+            options.intra_op_num_threads = threads
+        model: str | bytes | None = str(self.path)
+        if not rounding:
+            model = without_rounding(self.path)
+            options.add_session_config_entry(_FOLDER_OPTION, str(self.path.resolve().parent))
+            options.add_session_config_entry(onnx_session.UNFUSED, "1")  # weights in floats, once, at load
+        if model is None:
+            raise InputError(f"{self.path}: rounds no inputs by static scales alone")
+        try:
+            self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
+            raise InputError(f"{self.path}: ONNX Runtime does not load it ({short(e)})") from None
+        self.inputs = {i.name: i for i in self._session.get_inputs()}
+        if "logits" not in [o.name for o in self._session.get_outputs()]:
+            raise InputError(f"{self.path}: has no output logits, so it is no classifier that lconvert wrote")
+        if odd := [i.name for i in self.inputs.values() if i.type not in _TYPES]:
+            raise InputError(f"{self.path}: input {odd[0]} is a {self.inputs[odd[0]].type}, which cannot be fed")
+        self.version = str(runtime.__version__)
+
+    def logits(self, feed: Mapping[str, Any]) -> NDArray[np.float32]:
+        """(batch, labels). Arrays that the graph has no input for are an error, as are inputs without an array."""
+        if feed.keys() != self.inputs.keys():
+            raise InputError(f"{self.path}: takes {', '.join(self.inputs)}; given are {', '.join(feed)}")
+        arrays = {k: np.asarray(v, _TYPES[self.inputs[k].type]) for k, v in feed.items()}
+        try:
+            found = self._session.run(["logits"], arrays)[0]
+        except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
+            raise InputError(f"{self.path}: ONNX Runtime failed ({short(e)})") from None
+        count = len(next(iter(feed.values())))
+        if found.ndim != 2 or len(found) != count:
+            raise InputError(f"{self.path}: logits have the shape {found.shape}, expected ({count}, labels)")
+        return np.asarray(found, np.float32)
+
+    def info(self) -> dict[str, str]:
+        providers = ", ".join(self._session.get_providers())
+        return {"runtime": "onnxruntime", "onnxruntime": self.version, "device": providers}
