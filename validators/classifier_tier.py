@@ -149,7 +149,7 @@ class _Comparison:
         self._cost(found, reference, got, unit)
         if rounds(self.artifact):
             self._rounded(found, batches, got, reference, unit)
-        if self.served is not None and rounds(self.artifact):
+        if self.served is not None and p.quantized:
             other = _over(self.served, batches)
             value = f"{_rms(other, reference, unit):.3g} of their RMS, {_same(other, reference):.2%} the same class"
             p.add("logits", "served: error of the logits", value, measured=_rms(other, reference, unit))
@@ -200,10 +200,11 @@ class _Comparison:
             limit = float(p.gates["classifier_difference"][self._dtype()])
             p.at_most("logits", "cost: error of the logits", value, error, limit)
         elif found.real:
-            p.at_most("logits", "cost: error of the logits", value, error, float(p.gates["classifier_rounded"]["cost"]))
+            gate = "cost" if _bits(self.artifact) >= 8 else "cost_narrow"
+            p.at_most("logits", "cost: error of the logits", value, error, float(p.gates["classifier_rounded"][gate]))
         else:
             p.add("logits", "cost: error of the logits", value, measured=error)
-            p.not_proven.append(f"logits: what int8 costs on real data; {found.what} say little: give --text FILE, {examples.wanted(p.source)}")
+            p.not_proven.append(f"logits: what rounding costs on real data, of which {found.what} say little: give --text FILE, {examples.wanted(p.source)}")
         p.add("logits", "cost: same class", f"{_same(got, reference):.2%} of {len(got)}", measured=_same(got, reference))
         labels = found.shown.labels
         if labels is not None:
@@ -254,6 +255,11 @@ def _ends(model: Model) -> dict[str, tuple[float, float]]:
     return out
 
 
+def _bits(model: Model) -> int:
+    """Of the narrowest weights."""
+    return min((e.data.grid.bits for e in model.entries.values() if isinstance(e.data, QTensor)), default=32)
+
+
 def _theirs(proof: Proof) -> tuple[str, Run]:
     """transformers on the source's own folder where that is a plain one, else on our reading; torch for convolutions."""
     torch, transformers = packages()
@@ -268,6 +274,7 @@ def _theirs(proof: Proof) -> tuple[str, Run]:
         return "torch", images
     if not (Path(source.source) / "config.json").is_file() or proof.carries:
         return "transformers", Forward(source).classify
+    transformers.utils.logging.disable_progress_bar()
     with explained(source.source):
         own = transformers.AutoModelForSequenceClassification.from_pretrained(
             source.source, dtype=torch.float32, attn_implementation="eager", local_files_only=True
