@@ -67,13 +67,17 @@ def _steps(model: Model, c: Chosen) -> tuple[Step, ...]:
     if c.preset not in _STEPS:
         raise OptionError(f"--{c.preset}: {model.source} is a {model.arch.family}; {_OTHERS}")
     if c.observer is not None and c.preset != "w8a8":
-        raise OptionError(f"--observer chooses ranges of inputs, which --{c.preset} leaves in floats; add it to --w8a8")
+        raise OptionError(
+            f"--observer chooses ranges of inputs, which --{c.preset} leaves in floats; add it to --w8a8"
+        )
     return (_STEPS[c.preset](model, c),)
 
 
 def _int8(model: Model, c: Chosen) -> Step:
     if c.block is not None and isinstance(model.arch, Convnet):
-        raise OptionError("--block-size does not apply to a network of images, which has a scale per output channel")
+        raise OptionError(
+            "--block-size does not apply to a network of images, which has a scale per output channel"
+        )
     return step("rtn", {"grid": "int8", "group": c.block or -1, **_MATRICES})
 
 
@@ -87,7 +91,9 @@ def _w8a8(model: Model, c: Chosen) -> Step:
     from lconvert.passes.examples import wanted
 
     if not c.calibration:
-        raise OptionError(f"--w8a8 has static scales, which examples must show; add --calibration FILE: {wanted(model)}")
+        raise OptionError(
+            f"--w8a8 has static scales, which examples must show; add --calibration FILE: {wanted(model)}"
+        )
     symmetric = c.dialect == "trt"  # TensorRT refuses zero points
     return step("static", {"observer": c.observer or "minmax", "symmetric": symmetric, "text": c.calibration})
 

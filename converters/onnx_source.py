@@ -407,9 +407,9 @@ def _rounding(file: OnnxFile, role: str, name: str) -> Rounding | None:
         before = file.producers.get(node.input[0])
         if before is None or before.op_type != "QuantizeLinear":
             return None
-        source = file.producers.get(before.input[0]) if inner is node else None
-        cast = source is not None and source.op_type == "Cast"
-        return Rounding(source.input[0] if cast else before.input[0], _rounded(file, role, before, node))
+        cast: Any = file.producers.get(before.input[0]) if inner is node else None
+        source = before if cast is None or cast.op_type != "Cast" else cast
+        return Rounding(source.input[0], _rounded(file, role, before, node))
     seen = onnx_rounding.found(file, name)
     if seen is None and node.name.startswith(onnx_activations.NAME):
         raise _wrong(file, role, f"what is called {node.name[:80]!r} rounds in no way that a scheme does")

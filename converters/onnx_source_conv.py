@@ -22,7 +22,11 @@ def _only(file: OnnxFile, name: str, role: str, kinds: tuple[str, ...]) -> Any:
     """The one node that takes a value, of one of these kinds."""
     found = file.consumers.get(name, [])
     if len(found) != 1 or found[0].op_type not in kinds:
-        raise _wrong(file, role, f"{name!r} is taken by {[n.op_type for n in found]}, expected one {' or '.join(kinds)}")
+        raise _wrong(
+            file,
+            role,
+            f"{name!r} is taken by {[n.op_type for n in found]}, expected one {' or '.join(kinds)}",
+        )
     return found[0]
 
 

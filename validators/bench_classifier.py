@@ -42,7 +42,9 @@ class _Contender:
     model: Model
     run: Run
     load: float
-    seconds: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # by batch and repetition: of each run
+    seconds: dict[tuple[int, int], list[float]] = field(
+        default_factory=dict
+    )  # by batch and repetition: of each run
 
 
 def chosen(artifacts: Sequence[str]) -> bool:
@@ -54,7 +56,9 @@ def chosen(artifacts: Sequence[str]) -> bool:
             found[not isinstance(read(path).arch, Decoder)].append(path)
     if found[True] and found[False]:
         names = ", ".join(found[True])
-        raise OptionError(f"{names}: no language model; measure encoders and networks of images apart from {found[False][0]}")
+        raise OptionError(
+            f"{names}: no language model; measure encoders and networks of images apart from {found[False][0]}"
+        )
     return bool(found[True])
 
 
@@ -73,7 +77,9 @@ def bench(
     length: tokens of every sequence, by default 128 or what the smallest context has. Returns the JSON form SCHEMA.
     """
     if not batches or min(batches) < 1 or repetitions < 1:
-        raise OptionError(f"a benchmark needs batches and repetitions of 1 at least; got {list(batches)}, {repetitions}")
+        raise OptionError(
+            f"a benchmark needs batches and repetitions of 1 at least; got {list(batches)}, {repetitions}"
+        )
     contenders = [_opened(path, threads) for path in artifacts]
     shapes = {(type(c.model.arch), getattr(c.model.arch, "image", None)) for c in contenders}
     if len(shapes) > 1:
@@ -91,7 +97,13 @@ def bench(
             for at in order:
                 progress(f"{contenders[at].path}, batch {batch}, repetition {r + 1} of {repetitions}")
                 contenders[at].seconds[batch, r] = _turn(contenders[at].run, feeds[at])
-    settings = {"batches": list(batches), "length": used, "repetitions": repetitions, "threads": threads, "seed": seed}
+    settings = {
+        "batches": list(batches),
+        "length": used,
+        "repetitions": repetitions,
+        "threads": threads,
+        "seed": seed,
+    }
     return {
         "schema": SCHEMA,
         "lconvert": __version__,
@@ -132,11 +144,14 @@ def _result(c: _Contender, base: _Contender, batch: int) -> dict[str, Any]:
 def _opened(path: str, threads: int | None) -> _Contender:
     what, model, start = kind(path), read(path), time.perf_counter()
     if what == "onnx":
-        runtime, run = "onnxruntime", OnnxClassifier(path, threads=threads, purpose="speed").logits
+        run: Run = OnnxClassifier(path, threads=threads, purpose="speed").logits
+        runtime = "onnxruntime"
     elif what == "hf":
         runtime, run = _torch(path, model, threads)
     else:
-        raise OptionError(f"{path}: {what} folders of classifiers are run by no runtime; convert it: lconvert hf-to-onnx {path}")
+        raise OptionError(
+            f"{path}: {what} folders of classifiers are run by no runtime; convert it: lconvert hf-to-onnx {path}"
+        )
     return _Contender(path, runtime, model, run, time.perf_counter() - start)
 
 

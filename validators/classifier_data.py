@@ -33,7 +33,9 @@ class Data:
 
 def context(proof: Proof) -> int:
     """Tokens of the longest sequence, 0 for images."""
-    return min(proof.options.context, proof.source.arch.context) if isinstance(proof.source.arch, Encoder) else 0
+    return (
+        min(proof.options.context, proof.source.arch.context) if isinstance(proof.source.arch, Encoder) else 0
+    )
 
 
 def data(proof: Proof) -> Data:
@@ -42,13 +44,18 @@ def data(proof: Proof) -> Data:
     if text is not None and examples.is_arrays(text):
         given = examples.arrays(proof.source, text)
         limit = _limit(proof)
-        cut = Shown({k: v[:limit] for k, v in given.arrays.items()}, None if given.labels is None else given.labels[:limit])
+        cut = Shown(
+            {k: v[:limit] for k, v in given.arrays.items()},
+            None if given.labels is None else given.labels[:limit],
+        )
         _check_labels(proof, cut)
         return Data(cut, True, f"{cut.count} examples of {text.name}")
     rng = np.random.default_rng(_SEED)
     if isinstance(arch, Convnet):
         if text is not None:
-            raise InputError(f"{text}: {proof.source.source} is a network of images; give {examples.wanted(proof.source)}")
+            raise InputError(
+                f"{text}: {proof.source.source} is a network of images; give {examples.wanted(proof.source)}"
+            )
         x = rng.random((_limit(proof), *arch.image), dtype=np.float32)
         return Data(Shown({"images": x}), False, f"{len(x)} images of noise")
     assert isinstance(arch, Encoder)
@@ -76,9 +83,13 @@ def _limit(proof: Proof) -> int:
 
 def _check_labels(proof: Proof, shown: Shown) -> None:
     arch, found = proof.source.arch, shown.labels
-    count = arch.labels if isinstance(arch, Encoder) else shapes(arch)[-1][0] if isinstance(arch, Convnet) else 0
-    if found is not None and not (0 <= int(found.min()) and int(found.max()) < count):
-        raise InputError(f"{proof.options.text}: labels are {found.min()} to {found.max()}, the model has {count} classes")
+    count = (
+        arch.labels if isinstance(arch, Encoder) else shapes(arch)[-1][0] if isinstance(arch, Convnet) else 0
+    )
+    if found is not None and (int(found.min()) < 0 or int(found.max()) >= count):
+        raise InputError(
+            f"{proof.options.text}: labels are {found.min()} to {found.max()}, the model has {count} classes"
+        )
 
 
 def _padded(e: Encoder, rows: list[list[int]]) -> Shown:

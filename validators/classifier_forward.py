@@ -47,7 +47,7 @@ def erf(x: NDArray[Any]) -> NDArray[np.float64]:
 
 def _gelu_tanh(x: Array) -> Array:
     inner = math.sqrt(2 / math.pi) * (x + np.float32(0.044715) * x**3)
-    return (np.float32(0.5) * x * (1 + np.tanh(inner))).astype(np.float32)
+    return np.asarray(np.float32(0.5) * x * (1 + np.tanh(inner)), np.float32)
 
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -74,7 +74,9 @@ class Network:
             return self._encoder(arch, feed)
         if isinstance(arch, Convnet):
             return self._convnet(arch, np.asarray(feed["images"], np.float32))
-        raise UnsupportedError(f"{self._model.source}: {arch.family} is a decoder, which gives logits of tokens")
+        raise UnsupportedError(
+            f"{self._model.source}: {arch.family} is a decoder, which gives logits of tokens"
+        )
 
     def _w(self, role: str) -> Array:
         if role not in self._weights:
@@ -101,7 +103,7 @@ class Network:
         wide = x.astype(np.float64)
         middle = wide - wide.mean(-1, keepdims=True)
         scaled = middle / np.sqrt(np.square(middle).mean(-1, keepdims=True) + e.norm_eps)
-        return (scaled * self._w(role) + self._w(role + ".bias")).astype(np.float32)
+        return np.asarray(scaled * self._w(role) + self._w(role + ".bias"), np.float32)
 
     def _encoder(self, e: Encoder, feed: Mapping[str, Any]) -> Array:
         ids = np.asarray(feed["input_ids"])
@@ -114,7 +116,10 @@ class Network:
             at, act = f"layers.{i}.", ACTIVATIONS[layer.mlp.activation]
             a = layer.attention
             q, k, v = (
-                self._linear(f"{at}attn.{s}", x).reshape(*ids.shape, a.heads, a.head_dim).transpose(0, 2, 1, 3) for s in "qkv"
+                self._linear(f"{at}attn.{s}", x)
+                .reshape(*ids.shape, a.heads, a.head_dim)
+                .transpose(0, 2, 1, 3)
+                for s in "qkv"
             )
             out = self._linear(f"{at}attn.o", _attend(q, k, v, real, a.scale).reshape(x.shape))
             x = self._norm(e, f"{at}attn_post_norm", x + out)
@@ -162,4 +167,4 @@ def _convolved(x: Array, w: Array, step: Conv) -> Array:
 def _pooled(x: Array, step: Pool) -> Array:
     n, rows, columns = step.size, x.shape[2] // step.size, x.shape[3] // step.size
     cells = x[:, :, : rows * n, : columns * n].reshape(*x.shape[:2], rows, n, columns, n)
-    return cells.max((3, 5)) if step.kind == "max" else cells.mean((3, 5), dtype=np.float32)
+    return np.asarray(cells.max((3, 5)) if step.kind == "max" else cells.mean((3, 5), dtype=np.float32))

@@ -59,8 +59,12 @@ def products(proof: Proof, found: Found) -> None:
             return
         if failure is not None:
             reason = failure.partition(". ")[0]
-            proof.not_proven.append(f"structure: products in ONNX Runtime, which does not load the graph ({reason})")
+            proof.not_proven.append(
+                f"structure: products in ONNX Runtime, which does not load the graph ({reason})"
+            )
             return
         kinds = Counter(n.op_type for n in onnx_reader.read(made).proto.graph.node)
     count = sum(kinds[k] for k in _INTEGER)
-    proof.add("structure", "products in integers", f"{count} of {len(rounded)} in ONNX Runtime", measured=count)
+    proof.add(
+        "structure", "products in integers", f"{count} of {len(rounded)} in ONNX Runtime", measured=count
+    )

@@ -87,15 +87,21 @@ def run(proof: Proof) -> None:
     if proof.artifact is None:
         proof.not_proven.append("logits: only graphs that lconvert wrote are read into the IR")
         return
+    found = classifier_data.data(proof)
+    proof.notes.append(f"logits: compared on {found.what}")
     if proof.kind == "onnx":
-        proof.guarded("logits", "logits in onnxruntime", lambda: _opened(proof, proof.artifact), "onnxruntime")
+        proof.guarded("logits", "logits in onnxruntime", lambda: _opened(proof, found), "onnxruntime")
     else:
+        proof.notes.append(
+            "logits: no graph, so the artifact's numbers are evaluated by lconvert itself, in NumPy"
+        )
         own = Network(proof.artifact, rounded=True)
-        _Comparison(proof, proof.artifact, own.logits, None, None).run()
+        _Comparison(proof, proof.artifact, own.logits, None, None).run(found)
 
 
-def _opened(proof: Proof, artifact: Model | None) -> None:
+def _opened(proof: Proof, found: Data) -> None:
     """The graph in its sessions. Types that the CPU has no kernels for are no fault of the artifact."""
+    artifact = proof.artifact
     assert artifact is not None
     threads, path = proof.options.threads, proof.path
     try:
@@ -106,36 +112,44 @@ def _opened(proof: Proof, artifact: Model | None) -> None:
         if _NO_OPERATOR not in str(e):
             proof.add("structure", "onnxruntime loads it", str(e), "loads", False)
             return
-        proof.not_proven.append(f"logits in onnxruntime: its CPU provider has no kernel for these types ({e})")
+        proof.not_proven.append(
+            f"logits in onnxruntime: its CPU provider has no kernel for these types ({e})"
+        )
         proof.missing_required |= "onnxruntime" in proof.options.require
         return
     proof.details.setdefault("runtimes", []).append({"role": "candidate", **candidate.info()})
     if plain is None and not rounds(artifact):
         plain = candidate
     try:
-        _Comparison(proof, artifact, candidate.logits, plain and plain.logits, served.logits).run()
+        _Comparison(
+            proof, artifact, candidate.logits, None if plain is None else plain.logits, served.logits
+        ).run(found)
     except InputError as e:
         proof.add("logits", "onnxruntime runs it", str(e), "runs to the end", False)
 
 
 def _static(model: Model) -> bool:
     """Whether inputs are rounded, and all of them by scales that are known."""
-    found = [e.activation for e in model.entries.values() if e.activation is not None and isinstance(e.data, QTensor)]
+    found = [
+        e.activation
+        for e in model.entries.values()
+        if e.activation is not None and isinstance(e.data, QTensor)
+    ]
     return bool(found) and all(a is not None and not a.dynamic for a in found)
 
 
 class _Comparison:
     """candidate: the artifact as it is; plain: the same without rounding, where that can be had; served: at other settings."""
 
-    def __init__(self, proof: Proof, artifact: Model, candidate: Run, plain: Run | None, served: Run | None) -> None:
+    def __init__(
+        self, proof: Proof, artifact: Model, candidate: Run, plain: Run | None, served: Run | None
+    ) -> None:
         self.proof, self.artifact = proof, artifact
         self.candidate, self.plain, self.served = candidate, plain, served
 
-    def run(self) -> None:
+    def run(self, found: Data) -> None:
         p = self.proof
-        found = classifier_data.data(p)
         batches = [_trimmed(b) for b in found.shown.batches(_BATCH)]
-        p.notes.append(f"logits: compared on {found.what}")
         p.progress("reference")
         reference = _over(Network(p.source).logits, batches)
         unit = max(float(np.sqrt(np.square(reference, dtype=np.float64).mean())), 1e-30)
@@ -172,7 +186,9 @@ class _Comparison:
             p.not_proven.append(f"logits: the evaluation in NumPy against another one ({e})")
             return
         what = f"between {name} and NumPy"
-        self._largest("reference: largest difference", _over(run, batches), reference, unit, "reference", what)
+        self._largest(
+            "reference: largest difference", _over(run, batches), reference, unit, "reference", what
+        )
 
     def _graph(self, batches: list[Any], unit: float) -> None:
         if self.plain is None:
@@ -185,7 +201,11 @@ class _Comparison:
         own = _over(Network(self.artifact).logits, batches)
         what = "from its own weights" + (", inputs not rounded" if rounds(self.artifact) else "")
         self._largest("graph: largest difference", got, own, unit, self._dtype(), what)
-        one = [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(next(iter(b.values()))))]
+        one = [
+            {k: v[i : i + 1] for k, v in b.items()}
+            for b in batches
+            for i in range(len(next(iter(b.values()))))
+        ]
         some = one[:: max(1, len(one) // _ALONE)]
         alone, batch = _over(self.plain, [_trimmed(x) for x in some]), got[:: max(1, len(one) // _ALONE)]
         kind = "padding on the right" if isinstance(self.proof.source.arch, Encoder) else "batch"
@@ -201,11 +221,24 @@ class _Comparison:
             p.at_most("logits", "cost: error of the logits", value, error, limit)
         elif found.real:
             gate = "cost" if _bits(self.artifact) >= 8 else "cost_narrow"
-            p.at_most("logits", "cost: error of the logits", value, error, float(p.gates["classifier_rounded"][gate]))
+            p.at_most(
+                "logits",
+                "cost: error of the logits",
+                value,
+                error,
+                float(p.gates["classifier_rounded"][gate]),
+            )
         else:
             p.add("logits", "cost: error of the logits", value, measured=error)
-            p.not_proven.append(f"logits: what rounding costs on real data, of which {found.what} say little: give --text FILE, {examples.wanted(p.source)}")
-        p.add("logits", "cost: same class", f"{_same(got, reference):.2%} of {len(got)}", measured=_same(got, reference))
+            p.not_proven.append(
+                f"logits: what rounding costs on real data, of which {found.what} say little: give --text FILE, {examples.wanted(p.source)}"
+            )
+        p.add(
+            "logits",
+            "cost: same class",
+            f"{_same(got, reference):.2%} of {len(got)}",
+            measured=_same(got, reference),
+        )
         labels = found.shown.labels
         if labels is not None:
             before, after = (float((x.argmax(1) == labels).mean()) for x in (reference, got))
@@ -230,7 +263,8 @@ class _Comparison:
         limit = float(gates["fidelity"]) * _rms(own, reference, unit) + floor
         error = _rms(got, own, unit)
         value = f"{error:.2e} of their RMS from an evaluation that rounds the same"
-        p.at_most("logits", "fidelity: error of the logits", value, error, limit)
+        if p.graph is not None:  # without one it is this evaluation
+            p.at_most("logits", "fidelity: error of the logits", value, error, limit)
         shares = {role: out / max(1, n) for role, (out, n) in beyond.items()}
         if not shares:
             return
@@ -247,10 +281,20 @@ def _ends(model: Model) -> dict[str, tuple[float, float]]:
     out = {}
     for role, e in model.entries.items():
         a = e.activation
-        if a is None or a.dynamic or a.scale is None or a.grid.kind != "int" or not isinstance(e.data, QTensor):
+        if (
+            a is None
+            or a.dynamic
+            or a.scale is None
+            or a.grid.kind != "int"
+            or not isinstance(e.data, QTensor)
+        ):
             continue
         scale, zero = float(number(a.scale)[0]), 0.0 if a.zero is None else float(number(a.zero)[0])
-        low, high = (-(1 << a.grid.bits - 1), (1 << a.grid.bits - 1) - 1) if a.grid.signed else (0, (1 << a.grid.bits) - 1)
+        low, high = (
+            (-(1 << a.grid.bits - 1), (1 << a.grid.bits - 1) - 1)
+            if a.grid.signed
+            else (0, (1 << a.grid.bits) - 1)
+        )
         out[role] = ((low - zero - 0.5) * scale, (high - zero + 0.5) * scale)
     return out
 
@@ -282,7 +326,9 @@ def _theirs(proof: Proof) -> tuple[str, Run]:
 
     def sequences(feed: Mapping[str, Any]) -> Array:
         with torch.no_grad():
-            return np.asarray(own(**{k: torch.from_numpy(np.array(v)) for k, v in feed.items()}).logits.numpy(), np.float32)
+            return np.asarray(
+                own(**{k: torch.from_numpy(np.array(v)) for k, v in feed.items()}).logits.numpy(), np.float32
+            )
 
     return "transformers", sequences
 
@@ -296,7 +342,7 @@ def _trimmed(feed: Mapping[str, Any]) -> dict[str, Any]:
     mask = feed.get("attention_mask")
     if mask is None:
         return dict(feed)
-    width = int(np.asarray(mask).any(0).nonzero()[0].max()) + 1
+    width = int(np.flatnonzero(np.asarray(mask).any(axis=0)).max()) + 1
     return {k: v[:, :width] for k, v in feed.items()}
 
 

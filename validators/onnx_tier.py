@@ -34,7 +34,9 @@ def check(proof: Proof, found: Found) -> TensorCheck:
     for role, entry in found.model.entries.items():
         original = proof.expected.entries[role].data
         row = classifier_weights.compare(role, found, entry.data, original)
-        rows.append(row or tensors.compare(role, entry.data, original, _shift(role, proof), block_types=False))
+        rows.append(
+            row or tensors.compare(role, entry.data, original, _shift(role, proof), block_types=False)
+        )
     return TensorCheck(
         tensors=len(found.file.tensors),
         structure=tuple(differences),
@@ -90,8 +92,14 @@ def _types(found: Found) -> Iterator[str]:
         if type_ in _FLOATS.values() and type_ != wanted:
             yield f"{port.name} is {type_}"
     for name, t in found.file.tensors.items():
-        if t.type in _FLOATS.values() and t.type != wanted and t.inline is None:
+        if t.type in _FLOATS.values() and t.type != wanted and t.inline is None and not _scales(found, name):
             yield f"{name} is {t.type}"
+
+
+def _scales(found: Found, name: str) -> bool:
+    """Whether a tensor is scales alone, which TensorRT wants in F32 in a half graph (onnx_trt.py)."""
+    kinds = {n.op_type for n in found.file.consumers.get(name, ())}
+    return bool(kinds) and kinds <= {"QuantizeLinear", "DequantizeLinear"}
 
 
 def _ports(found: Found) -> Iterator[str]:

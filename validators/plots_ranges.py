@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import MissingPackageError
@@ -50,7 +51,7 @@ def ranges(panels: Sequence[tuple[str, Histogram, Mapping[str, tuple[float, floa
             axes.tick_params(labelsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0,), numticks=8))
-            axes.yaxis.set_major_formatter(lambda y, _: _power(y, top))
+            axes.yaxis.set_major_formatter(partial(_power, top))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_minor_formatter(NullFormatter())
         figure.supxlabel("value of the input", fontsize=11)
@@ -61,7 +62,7 @@ def ranges(panels: Sequence[tuple[str, Histogram, Mapping[str, tuple[float, floa
         return figure
 
 
-def _power(y: float, top: float) -> str:
+def _power(top: float, y: float, _: int) -> str:
     """1, 10, 100 ... with separators; nothing where only ranges are."""
     return f"{y:,.0f}" if 1 <= y <= top else ""
 

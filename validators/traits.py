@@ -70,7 +70,9 @@ def _of_others(a: Traits, b: Traits) -> list[str]:
     if type(a) is not type(b):
         return [_line("kind", type(a).__name__.lower(), type(b).__name__.lower())]
     names = [f.name for f in fields(a)]
-    return [_line(n, repr(getattr(a, n)), repr(getattr(b, n))) for n in names if getattr(a, n) != getattr(b, n)]
+    return [
+        _line(n, repr(getattr(a, n)), repr(getattr(b, n))) for n in names if getattr(a, n) != getattr(b, n)
+    ]
 
 
 def _line(name: str, x: str, y: str) -> str:

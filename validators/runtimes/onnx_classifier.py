@@ -37,7 +37,9 @@ def without_rounding(path: Path) -> bytes | None:
     pairs = [
         (n, made[n.input[0]])
         for n in proto.graph.node
-        if n.op_type == "DequantizeLinear" and n.input[0] in made and made[n.input[0]].op_type == "QuantizeLinear"
+        if n.op_type == "DequantizeLinear"
+        and n.input[0] in made
+        and made[n.input[0]].op_type == "QuantizeLinear"
     ]
     if not pairs or any(n.op_type in _OTHERS for n in proto.graph.node):
         return None
@@ -52,52 +54,80 @@ def without_rounding(path: Path) -> bytes | None:
 
 
 class OnnxClassifier:
-    """A graph in a session; InputError where ONNX Runtime does not load or run it. rounding: MissingPackageError, or InputError where
-    there is nothing to leave out."""
+    """A graph in a session; InputError where ONNX Runtime does not load or run it. rounding: InputError where there is none that can be
+    left out."""
 
     def __init__(
-        self, path: str | Path, *, threads: int | None = None, purpose: Purpose = "parity", rounding: bool = True
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        purpose: Purpose = "parity",
+        rounding: bool = True,
     ) -> None:
-        runtime, self.path = package(), graph(Path(path))
-        options = runtime.SessionOptions()
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if purpose == "parity" else "4")
-        for key, value in onnx_session.settings(self.path, purpose).items():
-            options.add_session_config_entry(key, value)
-        if threads:
-            options.intra_op_num_threads = threads
-        model: str | bytes | None = str(self.path)
+        self._runtime, self.path = package(), graph(Path(path))
+        self._threads = threads
+        self._settings = dict(onnx_session.settings(self.path, purpose))
+        self._settings["session.qdq_matmulnbits_accuracy_level"] = "1" if purpose == "parity" else "4"
+        self._model: str | bytes = str(self.path)
         if not rounding:
-            model = without_rounding(self.path)
-            options.add_session_config_entry(_FOLDER_OPTION, str(self.path.resolve().parent))
-            options.add_session_config_entry(onnx_session.UNFUSED, "1")  # weights in floats, once, at load
-        if model is None:
-            raise InputError(f"{self.path}: rounds no inputs by static scales alone")
-        try:
-            self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
-            raise InputError(f"{self.path}: ONNX Runtime does not load it ({short(e)})") from None
+            bare = without_rounding(self.path)
+            if bare is None:
+                raise InputError(f"{self.path}: rounds no inputs by static scales alone")
+            self._model = bare
+            self._settings.pop(onnx_session.PRECISE, None)  # of integer products, of which none is left
+            self._settings[onnx_session.UNFUSED] = "1"  # weights in floats, once, at load
+            self._settings[_FOLDER_OPTION] = str(self.path.resolve().parent)
+        self._session = self._opened()
         self.inputs = {i.name: i for i in self._session.get_inputs()}
         if "logits" not in [o.name for o in self._session.get_outputs()]:
             raise InputError(f"{self.path}: has no output logits, so it is no classifier that lconvert wrote")
         if odd := [i.name for i in self.inputs.values() if i.type not in _TYPES]:
-            raise InputError(f"{self.path}: input {odd[0]} is a {self.inputs[odd[0]].type}, which cannot be fed")
-        self.version = str(runtime.__version__)
+            raise InputError(
+                f"{self.path}: input {odd[0]} is a {self.inputs[odd[0]].type}, which cannot be fed"
+            )
+
+    def _opened(self) -> Any:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 4
+        for key, value in self._settings.items():
+            options.add_session_config_entry(key, value)
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        try:
+            return self._runtime.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
+            raise InputError(f"{self.path}: ONNX Runtime does not load it ({short(e)})") from None
 
     def logits(self, feed: Mapping[str, Any]) -> NDArray[np.float32]:
         """(batch, labels). Arrays that the graph has no input for are an error, as are inputs without an array."""
         if feed.keys() != self.inputs.keys():
             raise InputError(f"{self.path}: takes {', '.join(self.inputs)}; given are {', '.join(feed)}")
         arrays = {k: np.asarray(v, _TYPES[self.inputs[k].type]) for k, v in feed.items()}
-        try:
-            found = self._session.run(["logits"], arrays)[0]
-        except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
-            raise InputError(f"{self.path}: ONNX Runtime failed ({short(e)})") from None
+        found = self._ran(arrays)
         count = len(next(iter(feed.values())))
         if found.ndim != 2 or len(found) != count:
             raise InputError(f"{self.path}: logits have the shape {found.shape}, expected ({count}, labels)")
         return np.asarray(found, np.float32)
 
+    def _ran(self, arrays: Mapping[str, Any]) -> NDArray[Any]:
+        """The output. The setting against saturation gives weights one zero point beside their scales per channel (core/optimizer/qdq_transformer/avx2_weight_s8_to_u8.cc),
+        which fails where such a weight is not multiplied in integers; then it is left out."""
+        try:
+            found: NDArray[Any] = self._session.run(["logits"], arrays)[0]
+        except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
+            if "zero_point" not in str(e) or self._settings.pop(onnx_session.PRECISE, None) is None:
+                raise InputError(f"{self.path}: ONNX Runtime failed ({short(e)})") from None
+            self._session = self._opened()
+            return self._ran(arrays)
+        return found
+
     def info(self) -> dict[str, str]:
         providers = ", ".join(self._session.get_providers())
-        return {"runtime": "onnxruntime", "onnxruntime": self.version, "device": providers}
+        said = {key.removeprefix("session."): v for key, v in self._settings.items() if key != _FOLDER_OPTION}
+        return {
+            "runtime": "onnxruntime",
+            "onnxruntime": str(self._runtime.__version__),
+            "device": providers,
+            **said,
+        }

@@ -57,7 +57,9 @@ if TYPE_CHECKING:
 @click.option("--requests", type=click.IntRange(1), help="Per concurrency [default: 4 per user, at least 8].")
 @click.option("--model", help="The server's name of the model [default: the first that it lists].")
 @click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Sent to the server.")
-@click.option("--batch", default="1,8", show_default=True, help="Examples at a time, of encoders and image networks.")
+@click.option(
+    "--batch", default="1,8", show_default=True, help="Examples at a time, of encoders and image networks."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable results on stdout.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the JSON here as well.")
 @click.option(
@@ -129,7 +131,13 @@ def command(
             repetitions=repetitions,
             threads=threads,
             seed=seed,
-            refused={"a runtime": any(e.runtime for e in entries), "--slo": slo, "--serve": serve, "--plots": plots, "--python": pythons},
+            refused={
+                "a runtime": any(e.runtime for e in entries),
+                "--slo": slo,
+                "--serve": serve,
+                "--plots": plots,
+                "--python": pythons,
+            },
             as_json=as_json,
             report=report,
         )

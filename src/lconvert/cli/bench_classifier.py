@@ -21,15 +21,26 @@ def applies(artifacts: Sequence[str]) -> bool:
 
 
 def run(
-    artifacts: Sequence[str], *, batch: str, prompt: int | None, refused: Mapping[str, Any], as_json: bool, report: Path | None, **rest: Any
+    artifacts: Sequence[str],
+    *,
+    batch: str,
+    prompt: int | None,
+    refused: Mapping[str, Any],
+    as_json: bool,
+    report: Path | None,
+    **rest: Any,
 ) -> int:
     """Measure, print, keep. refused: options that have no meaning here, by their values."""
     from lconvert.validators import bench_classifier
 
     if wrong := [name for name, value in refused.items() if value]:
-        raise OptionError(f"{wrong[0]} is for language models; encoders and networks of images have --batch and --prompt")
+        raise OptionError(
+            f"{wrong[0]} is for language models; encoders and networks of images have --batch and --prompt"
+        )
     with status("measuring") as tell:
-        found = bench_classifier.bench(artifacts, batches=_numbers(batch), length=prompt, progress=tell, **rest)
+        found = bench_classifier.bench(
+            artifacts, batches=_numbers(batch), length=prompt, progress=tell, **rest
+        )
     content = json.dumps(found, indent=1) + "\n"
     if report:
         save(report, content)

@@ -64,7 +64,9 @@ def load(model: Model, path: str | Path, *, count: int, length: int) -> Examples
         part = Shown({k: v[:count] for k, v in shown.arrays.items()})
         return part.batches()
     if isinstance(model.arch, Convnet):
-        raise InputError(f"{path}: {model.source} is a network of images, which no text shows; give {wanted(model)}")
+        raise InputError(
+            f"{path}: {model.source} is a network of images, which no text shows; give {wanted(model)}"
+        )
     return [{"input_ids": [row]} for row in lines(model, Path(path), count, length)]
 
 
@@ -74,7 +76,9 @@ def lines(model: Model, path: Path, count: int, length: int) -> list[list[int]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({e})") from None
-    return tokens(model, [s for line in text.splitlines() if (s := re.sub(r"\s+", " ", line).strip())][:count], length)
+    return tokens(
+        model, [s for line in text.splitlines() if (s := re.sub(r"\s+", " ", line).strip())][:count], length
+    )
 
 
 def tokens(model: Model, texts: list[str], length: int) -> list[list[int]]:
@@ -105,7 +109,9 @@ def arrays(model: Model, path: Path) -> Shown:
     except InputError:
         raise
     except Exception as e:  # noqa: BLE001 - zipfile, zlib and NumPy have many
-        raise InputError(f"{path}: cannot be read as arrays of NumPy ({' '.join(str(e).split())[:200]})") from None
+        raise InputError(
+            f"{path}: cannot be read as arrays of NumPy ({' '.join(str(e).split())[:200]})"
+        ) from None
     if isinstance(model.arch, Convnet):
         return _images(model, model.arch, path, _named(given, "images"))
     if isinstance(model.arch, Encoder):
@@ -138,7 +144,9 @@ def _known(path: Path, given: Mapping[str, Any], first: str, others: tuple[str, 
         raise InputError(f"{path}: {first} is empty")
     for name, x in given.items():
         if x.ndim < 1 or len(x) != count:
-            raise InputError(f"{path}: {name} has the shape {x.shape}, but there are {count} examples in {first}")
+            raise InputError(
+                f"{path}: {name} has the shape {x.shape}, but there are {count} examples in {first}"
+            )
     if LABELS in given and (given[LABELS].ndim != 1 or given[LABELS].dtype.kind not in "iu"):
         raise InputError(f"{path}: labels must be one whole number per example, found {given[LABELS].dtype}")
 
@@ -170,12 +178,20 @@ def _ids(model: Model, e: Encoder, path: Path, given: dict[str, NDArray[Any]]) -
     for name in ("input_ids", "attention_mask", *types):
         x = given[name]
         if x.dtype.kind not in "iub" or x.ndim != 2 or x.shape != ids.shape:
-            raise InputError(f"{path}: {name} is {x.dtype} of shape {x.shape}; expected whole numbers (count, length)")
-        if x.size and not (0 <= int(x.min()) and int(x.max()) < ends[name]):
-            raise InputError(f"{path}: {name} has values from {x.min()} to {x.max()}; {model.source} takes 0 to {ends[name] - 1}")
+            raise InputError(
+                f"{path}: {name} is {x.dtype} of shape {x.shape}; expected whole numbers (count, length)"
+            )
+        if x.size and (int(x.min()) < 0 or int(x.max()) >= ends[name]):
+            raise InputError(
+                f"{path}: {name} has values from {x.min()} to {x.max()}; {model.source} takes 0 to {ends[name] - 1}"
+            )
         out[name] = x.astype(np.int64)
     if not 1 <= ids.shape[1] <= e.context:
-        raise InputError(f"{path}: {ids.shape[1]} tokens per example; {model.source} has {e.context} positions")
+        raise InputError(
+            f"{path}: {ids.shape[1]} tokens per example; {model.source} has {e.context} positions"
+        )
     if not out["attention_mask"][:, 0].all():
-        raise InputError(f"{path}: the first token of an example is padding; encoders are padded on the right")
+        raise InputError(
+            f"{path}: the first token of an example is padding; encoders are padded on the right"
+        )
     return Shown(out, given.get(LABELS))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lconvert.errors import OptionError
-from lconvert.ir import ActSpec, Encoder, Entry, Model, QTensor, dense, int_grid
+from lconvert.ir import ActSpec, Entry, Model, QTensor, dense, int_grid
 from lconvert.passes import rtn
 from lconvert.passes.histograms import Examples
 from lconvert.spec import check
