@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import MissingPackageError
@@ -24,7 +23,7 @@ def ranges(panels: Sequence[tuple[str, Histogram, Mapping[str, tuple[float, floa
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+        from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
     except ImportError:
         raise MissingPackageError("matplotlib is not installed: pip install 'lconvert[report]'") from None
     rows = max(1, -(-len(panels) // _COLUMNS))
@@ -49,22 +48,17 @@ def ranges(panels: Sequence[tuple[str, Histogram, Mapping[str, tuple[float, floa
                 axes.plot(ends, (at, at), marker="|", markersize=8, markeredgewidth=1.8, **style)
             axes.set_title(plots._text(role), fontsize=10)
             axes.tick_params(labelsize=8)
-            axes.xaxis.set_major_locator(MaxNLocator(6))
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0,), numticks=8))
-            axes.yaxis.set_major_formatter(partial(_power, top))
+            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+            powers = [10**n for n in range(20) if 10**n <= top]  # none where only ranges are
+            axes.yaxis.set_major_locator(FixedLocator(powers))
+            axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_minor_formatter(NullFormatter())
         figure.supxlabel("value of the input", fontsize=11)
         figure.supylabel("values per bin", fontsize=11)
         handles, labels = grid[0][0].get_legend_handles_labels()
         if labels:
             figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), fontsize=11)
         return figure
-
-
-def _power(top: float, y: float, _: int) -> str:
-    """1, 10, 100 ... with separators; nothing where only ranges are."""
-    return f"{y:,.0f}" if 1 <= y <= top else ""
 
 
 def weights(names: Sequence[str], errors: Sequence[tuple[str, Sequence[float]]]) -> Any:
