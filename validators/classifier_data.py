@@ -1,6 +1,6 @@
 """What an encoder or a convolutional network is shown in a proof: a file of the user's, the evaluation text, or noise where there is neither.
 
-Sentences of a text differ in length, up to the context; they are padded on the right with tokens that mean something, because what is
+Sentences of a text differ in length, one is as long as the context; they are padded on the right with tokens that mean something, because what is
 padding must not matter, and their second halves are of the second type, as those of pairs are.
 """
 
@@ -61,7 +61,9 @@ def data(proof: Proof) -> Data:
     assert isinstance(arch, Encoder)
     longest, count = context(proof), _limit(proof)
     lengths = np.unique(np.geomspace(min(3, longest), longest, max(1, count // 2)).astype(int))[-count:]
-    lengths = np.concatenate([lengths, rng.integers(min(3, longest), longest + 1, count - len(lengths))])
+    lengths = np.concatenate(
+        [lengths, rng.integers(min(3, longest), min(longest, max(3, longest // 4)) + 1, count - len(lengths))]
+    )
     if proof.source.tokenizer is None:
         rows = [rng.integers(0, arch.vocab, n).tolist() for n in lengths]
         return Data(_padded(arch, rows), False, f"{count} sequences of random ids")

@@ -26,23 +26,20 @@ Array = NDArray[np.float32]
 #: What sees the input of each product before it is rounded: (role, values).
 Seen = Callable[[str, Array], None]
 
-_ERF_STEP, _ERF_END = 1 / 256, 6.0
+_ERF_STEPS, _ERF_END = 4096, 6  # per unit; erf(6) is 1 in double precision
 
 
 @cache
 def _erf_table() -> NDArray[np.float64]:
-    return np.array([math.erf(i * _ERF_STEP) for i in range(round(_ERF_END / _ERF_STEP) + 2)])
+    return np.array([math.erf(i / _ERF_STEPS) for i in range(_ERF_END * _ERF_STEPS + 2)])
 
 
 def erf(x: NDArray[Any]) -> NDArray[np.float64]:
-    """By cubic Hermite interpolation in a table, within 1e-11 (Abramowitz and Stegun 25.2.26, with the derivative 2/sqrt(pi) e^-x^2)."""
-    a = np.minimum(np.abs(x.astype(np.float64)), _ERF_END)
-    i = (a / _ERF_STEP).astype(np.int64)
-    at, table = i * _ERF_STEP, _erf_table()
-    t, y0, y1 = (a - at) / _ERF_STEP, table[i], table[i + 1]
-    d0, d1 = (2 / math.sqrt(math.pi) * _ERF_STEP * np.exp(-np.square(v)) for v in (at, at + _ERF_STEP))
-    found = y0 + t * (d0 + t * (3 * (y1 - y0) - 2 * d0 - d1 + t * (2 * (y0 - y1) + d0 + d1)))
-    return np.asarray(np.copysign(found, x), np.float64)
+    """By linear interpolation in a table, within 8e-9, an eighth of fp32's last place at 1."""
+    at, table = np.minimum(np.abs(x, dtype=np.float64), _ERF_END) * _ERF_STEPS, _erf_table()
+    i = at.astype(np.int32)
+    low = table[i]
+    return np.asarray(np.copysign(low + (table[i + 1] - low) * (at - i), x), np.float64)
 
 
 def _gelu_tanh(x: Array) -> Array:

@@ -34,7 +34,7 @@ from lconvert.validators.runtimes.onnx_classifier import OnnxClassifier
 
 Array = NDArray[np.float32]
 Run = Callable[[Mapping[str, Any]], Array]
-_BATCH = 8
+_BATCH = 4
 #: What ONNX Runtime says of types that its CPU provider does not multiply.
 _NO_OPERATOR = "NOT_IMPLEMENTED"
 #: Examples that are run once more alone.
