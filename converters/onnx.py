@@ -17,6 +17,8 @@ from lconvert.ir import Convnet, Decoder, Encoder, Model
 from lconvert.plan import SIDE, FilePlan, Item, Plan, Slab, sources
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+#: What the models are for that are no decoders, as the Hugging Face hub calls it.
+_TASK = {Encoder: {"task": "text-classification"}, Convnet: {"task": "image-classification"}}
 #: What draws the graph of each kind of model.
 _BUILD = {Decoder: onnx_decoder.build, Encoder: onnx_encoder.build, Convnet: onnx_cnn.build}
 
@@ -93,7 +95,7 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     )
     if genai:
         files = (*files, hf.text_file(onnx_genai.CONFIG, onnx_genai.config(model, options.positions)))
-    said = {k: v for k, v in vars(options).items() if v}
+    said = {k: v for k, v in vars(options).items() if v} | _TASK.get(type(model.arch), {})
     return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes, *advice(made)))
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from lconvert.converters import targets
+from lconvert.converters.onnx_classifier_presets import ByKind, Chosen, Later
 from lconvert.converters.targets import Preset
 from lconvert.errors import OptionError
 from lconvert.recipe import Recipe
@@ -41,8 +42,16 @@ REFUSED: Mapping[tuple[str, str], str] = {
 _TENSORRT = ("trt",)
 
 
-def recipe(preset: str, dialect: str, *, calibration: str = "", block: int | None = None) -> Recipe:
-    """The passes of a flag; OptionError where the dialect does not run them or an option does not apply."""
+def recipe(
+    preset: str,
+    dialect: str,
+    *,
+    calibration: str = "",
+    block: int | None = None,
+    observer: str | None = None,
+) -> Recipe:
+    """The passes of a flag; OptionError where the dialect does not run them or an option does not apply. What depends on the kind of
+    model (onnx_classifier_presets.py) is said when it is applied."""
     if reason := REFUSED.get((dialect, preset)):
         raise OptionError(f"--{preset} with --dialect {dialect}: {reason}")
     if block is not None and preset not in ("int4", "int8"):
@@ -51,7 +60,12 @@ def recipe(preset: str, dialect: str, *, calibration: str = "", block: int | Non
         raise OptionError(
             f"--block-size {block}: consumers take powers of two from 16 on; choose 32, 64 or 128"
         )
-    return targets.recipe(preset, _table(dialect), calibration=calibration, group=block)
+    chosen = Chosen(preset, dialect, calibration, block, observer)
+    if PRESETS[preset].calibrated and not calibration:
+        missing = f"--{preset} has static scales, which a text must show; add --calibration TEXT"
+        return Later(preset, (), chosen, missing)
+    made = targets.recipe(preset, _table(dialect), calibration=calibration, group=block)
+    return ByKind(preset, made.steps, chosen)
 
 
 def _table(dialect: str) -> Mapping[str, Preset]:

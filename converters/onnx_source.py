@@ -1,4 +1,4 @@
-"""An ONNX decoder that lconvert wrote, read back into a Model: numbers out of the graph, traits out of the config.json beside it.
+"""An ONNX graph that lconvert wrote, read back into a Model: numbers out of the graph, traits out of the config.json beside it.
 
 What a weight means is taken from the nodes around it, not from how its writer would have stored it: which way a matrix is multiplied,
 the axis and blocks of its DequantizeLinear, what is done to its input, what is subtracted from the product. That the other nodes
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lconvert.archs import configured
 from lconvert.archs.common import binds
-from lconvert.converters import onnx_activations, onnx_rounding
+from lconvert.converters import onnx_activations, onnx_rounding, onnx_source_conv
 from lconvert.converters.onnx_rounding import Rounding
 from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, UnsupportedError
@@ -75,24 +75,21 @@ def read(file: OnnxFile) -> Found:
             )
     folder = file.path.parent
     config = read_object(folder / "config.json")
-    arch, decoder, *_ = configured(config, str(folder / "config.json"))
-    if not isinstance(decoder, Decoder):
-        raise UnsupportedError(
-            f"{file.path}: a graph of {decoder.family}, which is no decoder; only graphs of decoders are read back and proven so far"
-        )
-    roles = dict.fromkeys(role for bind in binds(arch.names, decoder) for role, _ in bind.parts)
+    arch, traits, *_ = configured(config, str(folder / "config.json"))
+    decoder = traits if isinstance(traits, Decoder) else None
+    roles = dict.fromkeys(role for bind in binds(arch.names, traits) for role, _ in bind.parts)
     entries = {role: _entry(file, role) for role in roles}
-    head = _entry(file, "head") if decoder.tied and "head" in file.tensors else None
+    head = _entry(file, "head") if decoder and decoder.tied and "head" in file.tensors else None
     generation = folder / "generation_config.json"
     model = Model(
-        arch=replace(decoder, norm_offset=0.0),
+        arch=replace(decoder, norm_offset=0.0) if decoder else traits,
         config=config,
         entries=entries,
         tokenizer=read_tokenizer(folder),
         generation=read_object(generation) if generation.exists() else {},
         name=folder.resolve().name,
         source=str(file.path),
-        kv=_cache(file, decoder),
+        kv=_cache(file, decoder) if decoder else None,
     )
     return Found(check(model), head, dtype(file), file)
 
@@ -154,6 +151,11 @@ def _entry(file: OnnxFile, role: str) -> Entry:
     uses = file.consumers.get(role, [])
     if not uses:
         raise _wrong(file, role, "no node takes it")
+    if len(t.shape) == 4:
+        data, x = onnx_source_conv.weight(file, role, t)
+        return Entry(role, data, activation=_input(file, role, x)[0])
+    if t.type == "INT32":
+        return Entry(role, onnx_source_conv.bias(file, role, t))
     kinds = {n.op_type for n in uses}
     if "DequantizeLinear" in kinds:
         return _quantized(file, role, t)
@@ -389,11 +391,16 @@ def _rounding(file: OnnxFile, role: str, name: str) -> Rounding | None:
     node = file.producers.get(name)
     if node is None:
         return None
+    inner = file.producers.get(node.input[0]) if node.op_type == "Cast" else None
+    if inner is not None and inner.op_type == "DequantizeLinear":
+        node = inner  # F32 scales in a half graph (onnx_trt.py)
     if node.op_type == "DequantizeLinear":
         before = file.producers.get(node.input[0])
         if before is None or before.op_type != "QuantizeLinear":
             return None
-        return Rounding(before.input[0], _rounded(file, role, before, node))
+        cast: Any = file.producers.get(before.input[0]) if inner is node else None
+        source = before if cast is None or cast.op_type != "Cast" else cast
+        return Rounding(source.input[0], _rounded(file, role, before, node))
     seen = onnx_rounding.found(file, name)
     if seen is None and node.name.startswith(onnx_activations.NAME):
         raise _wrong(file, role, f"what is called {node.name[:80]!r} rounds in no way that a scheme does")

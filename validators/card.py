@@ -81,7 +81,7 @@ def cards(
     if library:
         meta["library_name"] = library
     meta |= {
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _task(manifest),
         "quantized_by": "lconvert",
         "tags": [*tags, *(["quantized"] if _quantized(parts) else []), "lconvert"],
     }
@@ -306,6 +306,20 @@ def _made(manifest: Mapping[str, Any]) -> str:
     return "\n\n".join(p for p in parts if p)
 
 
+#: What the graph of a task takes.
+_INPUTS = {
+    "text-generation": "ids, mask, positions, keys and values of the past",
+    "text-classification": "ids, mask, types",
+    "image-classification": "images",
+}
+
+
+def _task(manifest: Mapping[str, Any]) -> str:
+    """The hub's name of what the model does."""
+    found = manifest.get("plan", {}).get("options", {}).get("task")
+    return found if found in _INPUTS else "text-generation"
+
+
 def _run(runtime: str, manifest: Mapping[str, Any], artifact: str | None) -> str:
     """Commands for the runtime that the target is for."""
     files = list(manifest.get("files", {}))
@@ -326,7 +340,7 @@ def _run(runtime: str, manifest: Mapping[str, Any], artifact: str | None) -> str
         lines = [
             "import onnxruntime",
             f"session = onnxruntime.InferenceSession({show.visible(show.name(files[0]))!r})",
-            "print([i.name for i in session.get_inputs()])  # ids, mask, positions, keys and values of the past",
+            f"print([i.name for i in session.get_inputs()])  # {_INPUTS.get(_task(manifest), 'its inputs')}",
         ]
         return show.fence("\n".join(lines), "python")
     name = shlex.quote(show.visible(artifact)) if artifact else first

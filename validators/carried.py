@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lconvert.converters import act_order, fold, gguf, gguf_carry
 from lconvert.converters.regrid import holds, numbers
 from lconvert.formats.gguf_blocks import native_type
-from lconvert.ir import ActSpec, Model, QTensor, Tensor, Transform, as_f32
+from lconvert.ir import ActSpec, Decoder, Model, QTensor, Tensor, Transform, as_f32
 from lconvert.kernels.qtensor import values
 from lconvert.plan import KINDS
 from lconvert.validators import codes
@@ -43,7 +43,8 @@ def expected(source: Model, artifact: Model, kind: str) -> Model:
         return source
     if kind == "gguf":
         return gguf.without_extras(source)[0]
-    if kind == "onnx":  # scales of inputs are in the graph, or in plain values; so are orders of columns
+    if kind == "onnx" or not isinstance(source.arch, Decoder):
+        # scales of inputs are in the graph, or in plain values; so are orders of columns
         return _materialized(source, artifact)
     entries = artifact.entries.values()
     if not any(isinstance(e.data, QTensor) for e in entries):

@@ -17,7 +17,7 @@ from lconvert.formats import onnx_reader
 from lconvert.formats.onnx_graph import BITS, package
 from lconvert.formats.onnx_reader import Stored
 from lconvert.ir import Decoder, Rope, as_f32
-from lconvert.validators import onnx_fusion, stored, tensors
+from lconvert.validators import classifier_structure, classifier_weights, onnx_fusion, stored, tensors
 from lconvert.validators.proof import Proof
 from lconvert.validators.runtimes import short
 from lconvert.validators.tensors import TensorCheck
@@ -33,7 +33,10 @@ def check(proof: Proof, found: Found) -> TensorCheck:
     rows = []
     for role, entry in found.model.entries.items():
         original = proof.expected.entries[role].data
-        rows.append(tensors.compare(role, entry.data, original, _shift(role, proof), block_types=False))
+        row = classifier_weights.compare(role, found, entry.data, original)
+        rows.append(
+            row or tensors.compare(role, entry.data, original, _shift(role, proof), block_types=False)
+        )
     return TensorCheck(
         tensors=len(found.file.tensors),
         structure=tuple(differences),
@@ -46,14 +49,21 @@ def check(proof: Proof, found: Found) -> TensorCheck:
 
 def _shift(role: str, proof: Proof) -> float:
     """Norms hold what they multiply by; a bias is added to nothing."""
-    return 0.0 if role.endswith(".bias") else proof.source.decoder.norm_offset if "norm" in role else 0.0
+    if role.endswith(".bias") or "norm" not in role or not isinstance(proof.source.arch, Decoder):
+        return 0.0
+    return proof.source.arch.norm_offset
 
 
 def structure(proof: Proof, found: Found) -> None:
     """What the graph says of itself, apart from the numbers of its weights."""
     proof.count("structure", "onnx.checker", _checker(found), "accepts it, types and shapes inferred")
     proof.count("structure", "types", list(_types(found)), f"floats are {found.dtype}")
-    proof.count("structure", "inputs and outputs", list(_ports(found)), "as exporters name them")
+    decoder = isinstance(found.model.arch, Decoder)
+    ports = list(_ports(found) if decoder else classifier_structure.ports(found))
+    proof.count("structure", "inputs and outputs", ports, "as exporters name them")
+    if not decoder:
+        classifier_structure.products(proof, found)
+        return
     proof.count("structure", "rotary tables", list(_rotary(proof, found)), "as the traits say")
     if found.head is not None:
         same = tensors.compare("head", found.head.data, proof.expected.entries["embed"].data)
@@ -82,8 +92,14 @@ def _types(found: Found) -> Iterator[str]:
         if type_ in _FLOATS.values() and type_ != wanted:
             yield f"{port.name} is {type_}"
     for name, t in found.file.tensors.items():
-        if t.type in _FLOATS.values() and t.type != wanted and t.inline is None:
+        if t.type in _FLOATS.values() and t.type != wanted and t.inline is None and not _scales(found, name):
             yield f"{name} is {t.type}"
+
+
+def _scales(found: Found, name: str) -> bool:
+    """Whether a tensor is scales alone, which TensorRT wants in F32 in a half graph (onnx_trt.py)."""
+    kinds = {n.op_type for n in found.file.consumers.get(name, ())}
+    return bool(kinds) and kinds <= {"QuantizeLinear", "DequantizeLinear"}
 
 
 def _ports(found: Found) -> Iterator[str]:

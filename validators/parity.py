@@ -15,9 +15,10 @@ from typing import Any, Literal
 from lconvert.archs import find
 from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
-from lconvert.ir import Model
+from lconvert.ir import Decoder, Model
 from lconvert.validators import baseline as earlier
 from lconvert.validators import (
+    classifier_tier,
     evaluation_text,
     layers,
     logit_tier,
@@ -112,18 +113,25 @@ def validate(
     _requirable(require, tiers, proof.runtimes, what)
     if proof.artifact is not None:
         _same_model(source, path, proof.artifact)
-    _describe(proof, reference, manifest)
+    decoder = isinstance(source.arch, Decoder)
+    if decoder:
+        _describe(proof, reference)
+    else:
+        classifier_tier.describe(proof, reference)
+    if manifest:
+        proof.details["manifest"] = dict(manifest)
     if old is not None:
         earlier.comparable(old, proof.details["settings"])
     found = weight_tiers.run(proof)
-    if "tokens" in tiers:
+    if "tokens" in tiers and (decoder or source.tokenizer is not None):
         proof.guarded("tokens", "tokens", lambda: token_tier.run(proof), runtime=_default(proof))
     if "layers" in tiers:
         proof.guarded("layers", "layers", lambda: _layers(proof))
     if "logits" in tiers and found is not None and any(r.non_finite for r in found.table):
         proof.not_proven.append("logits: tensors hold NaN or infinite values")
     elif "logits" in tiers:
-        proof.guarded("logits", "logits", lambda: logit_tier.run(proof))
+        logits = logit_tier.run if decoder else classifier_tier.run
+        proof.guarded("logits", "logits", lambda: logits(proof))
     if left := [t for t in TIERS if t not in tiers]:
         proof.notes.append(f"not asked for: {', '.join(left)}")
     if old is not None:
@@ -162,7 +170,7 @@ def _default(proof: Proof) -> str:
     return proof.runtimes[0]
 
 
-def _describe(proof: Proof, reference: str | Path, manifest: Mapping[str, Any] | None) -> None:
+def _describe(proof: Proof, reference: str | Path) -> None:
     """What is compared with what, for the report."""
     source, options = proof.source, proof.options
     d, text = source.decoder, proof.corpus.encode()
@@ -200,8 +208,6 @@ def _describe(proof: Proof, reference: str | Path, manifest: Mapping[str, Any] |
             "runtimes": list(proof.runtimes),
         },
     }
-    if manifest:
-        proof.details["manifest"] = dict(manifest)
 
 
 # --- layers
@@ -209,6 +215,9 @@ def _describe(proof: Proof, reference: str | Path, manifest: Mapping[str, Any] |
 
 def _layers(proof: Proof) -> None:
     """Hidden states after every layer, so that the first broken one has a name."""
+    if not isinstance(proof.source.arch, Decoder):
+        proof.not_proven.append("layers: only those of decoders are compared one by one")
+        return
     if proof.artifact is None:
         proof.not_proven.append("layers: only graphs that lconvert wrote are read into the IR")
         return

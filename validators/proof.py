@@ -14,7 +14,8 @@ from lconvert.errors import InputError, MissingPackageError, RuntimeFailure
 from lconvert.formats import gguf as container
 from lconvert.formats import onnx_reader
 from lconvert.formats.json_object import read_object
-from lconvert.ir import Model, QTensor
+from lconvert.ir import Decoder, Model, QTensor
+from lconvert.passes.examples import is_arrays
 from lconvert.validators import carried, stored
 from lconvert.validators.logit_cache import file_hash, model_hash
 from lconvert.validators.report import TIERS, Check
@@ -107,8 +108,9 @@ class Proof:
 
     @cached_property
     def corpus(self) -> str:
-        """The evaluation text; InputError for one that is unreadable or says nothing."""
-        return read_text(self.options.text)
+        """The evaluation text; InputError for one that is unreadable or says nothing. Where a classifier is shown arrays, the built-in one."""
+        arrays = self.options.text is not None and is_arrays(self.options.text)
+        return read_text(None if arrays and not isinstance(self.source.arch, Decoder) else self.options.text)
 
     @cached_property
     def tokenizer(self) -> Any:

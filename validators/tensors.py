@@ -15,7 +15,7 @@ from lconvert import kernels
 from lconvert.converters import gguf_carry, gguf_names
 from lconvert.errors import InputError, MissingPackageError
 from lconvert.formats import gguf
-from lconvert.ir import Model, QTensor, Tensor
+from lconvert.ir import Decoder, Model, QTensor, Tensor
 from lconvert.kernels.blocks import BLOCKS
 from lconvert.kernels.qtensor import values
 from lconvert.validators import codes, folder_values, stored
@@ -212,7 +212,9 @@ def _as_stored(
 
 def norm_shift(role: str, artifact: Model, source: Model) -> float:
     """What the artifact's values of a role are above the source's: norms may be stored with another offset."""
-    return source.decoder.norm_offset - artifact.decoder.norm_offset if "norm" in role else 0.0
+    if "norm" not in role or not isinstance(source.arch, Decoder):
+        return 0.0
+    return source.arch.norm_offset - artifact.decoder.norm_offset
 
 
 def typical_bits(artifact: Model) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lconvert.errors import InputError
+from lconvert.ir import Decoder
 from lconvert.validators import chat, logit_tier, structure, tokens
 from lconvert.validators.proof import Proof
 from lconvert.validators.runtimes.hf import encode, reference_tokenizer
@@ -58,7 +59,8 @@ def run(proof: Proof) -> None:
         value = f"{differences} of {count} texts differ"
         proof.at_most("tokens", name, value, differences, 0, "0")
     proof.notes += result.examples()
-    proof.guarded("tokens", "chat templates", lambda: _chat(proof))
+    if isinstance(source.arch, Decoder):
+        proof.guarded("tokens", "chat templates", lambda: _chat(proof))
 
 
 def _chat(proof: Proof) -> None:

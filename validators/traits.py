@@ -14,7 +14,7 @@ from typing import Any
 from lconvert.archs.common import yarn_attention
 from lconvert.converters.gguf_keys import longrope_attention
 from lconvert.errors import InputError
-from lconvert.ir import Attention, Decoder, Layer, Model, Moe, Rope
+from lconvert.ir import Attention, Decoder, Layer, Model, Moe, Rope, Traits
 
 #: Fields of a Decoder that say how it is held, not what it computes, or that `_of_layer` looks into.
 _ASIDE = ("family", "norm_offset", "default", "overrides")
@@ -43,7 +43,7 @@ def _shape(shape: Sequence[int] | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape))
 
 
-def differences(a: Decoder, b: Decoder) -> list[str]:
+def differences(a: Traits, b: Traits) -> list[str]:
     """What `b` (the artifact) computes differently from `a` (the original), one line per trait.
 
     >>> import lconvert
@@ -52,6 +52,8 @@ def differences(a: Decoder, b: Decoder) -> list[str]:
     >>> differences(d, replace(d, norm_eps=1e-6))
     ['norm_eps: 1e-05 in the original, 1e-06 in the artifact']
     """
+    if not (isinstance(a, Decoder) and isinstance(b, Decoder)):
+        return _of_others(a, b)
     out = [_line(name, _show(x), _show(y)) for name, x, y in _unequal(_of_model(a), _of_model(b))]
     seen: dict[tuple[str, str, str], list[int]] = {}
     for i in range(min(a.layers, b.layers)):
@@ -61,6 +63,16 @@ def differences(a: Decoder, b: Decoder) -> list[str]:
         where = "" if len(layers) == a.layers else f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}: "
         out.append(where + _line(name, x, y))
     return out
+
+
+def _of_others(a: Traits, b: Traits) -> list[str]:
+    """The same of encoders and convolutional networks: field by field."""
+    if type(a) is not type(b):
+        return [_line("kind", type(a).__name__.lower(), type(b).__name__.lower())]
+    names = [f.name for f in fields(a)]
+    return [
+        _line(n, repr(getattr(a, n)), repr(getattr(b, n))) for n in names if getattr(a, n) != getattr(b, n)
+    ]
 
 
 def _line(name: str, x: str, y: str) -> str:

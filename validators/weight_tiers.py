@@ -76,9 +76,11 @@ def _structure(proof: Proof, found: tensors.TensorCheck, hashes: Hashes, options
     assert proof.artifact is not None
     types = ", ".join(f"{n} {t}" for t, n in sorted(found.types.items()))
     proof.count("structure", "independent reader", found.structure, f"{found.tensors} tensors: {types}")
-    source, artifact = proof.source.decoder, proof.artifact.decoder
-    compared = structure.gguf_traits if proof.kind == "gguf" else traits.differences
-    proof.count("structure", "traits", compared(source, artifact), "as the source says")
+    if proof.kind == "gguf":
+        differs = structure.gguf_traits(proof.source.decoder, proof.artifact.decoder)
+    else:
+        differs = traits.differences(proof.source.arch, proof.artifact.arch)
+    proof.count("structure", "traits", differs, "as the source says")
     _hashes(proof, hashes)
     if proof.kind == "gguf":
         _claims(proof, options)

@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 @click.option("--requests", type=click.IntRange(1), help="Per concurrency [default: 4 per user, at least 8].")
 @click.option("--model", help="The server's name of the model [default: the first that it lists].")
 @click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Sent to the server.")
+@click.option(
+    "--batch", default="1,8", show_default=True, help="Examples at a time, of encoders and image networks."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable results on stdout.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the JSON here as well.")
 @click.option(
@@ -82,12 +85,15 @@ def command(
     requests: int | None,
     model: str | None,
     headers: tuple[str, ...],
+    batch: str,
     as_json: bool,
     report: Path | None,
     plots: Path | None,
     threads: int | None,
 ) -> int:
     """Measure size, load time, memory, prefill and decode speed, TTFT, ITL, latency of artifacts.
+
+    Of encoders and networks of images: examples per second by --batch, of --prompt tokens [default: 128].
 
     Artifacts take turns, each in a process of its own, so that noise of the machine hurts all alike; ratios are
     taken within a turn. Exit codes: 0 measured, 1 something failed, 2 usage, 3 a runtime is missing.
@@ -99,7 +105,9 @@ def command(
       lconvert bench ./my-model@vllm --python vllm=~/vllm-env/bin/python --report speed.json --plots .
       lconvert bench --server http://localhost:8000 --concurrency 1,4,16
       lconvert bench model-Q4_K_M.gguf --serve llama.cpp --concurrency 1,2
+      lconvert bench ./my-bert ./my-bert-onnx-w8a8 --batch 1,16 --prompt 64
     """
+    from lconvert.cli import bench_classifier
     from lconvert.validators import bench, documents
     from lconvert.validators.latency import Slo
 
@@ -113,6 +121,26 @@ def command(
         raise OptionError("--server measures a server that runs already; leave out ARTIFACT and --serve")
     if not (artifacts or server):
         raise OptionError("nothing to measure: name an ARTIFACT or a --server")
+    entries = [_entry(text, runtime) for text in artifacts]
+    paths = [str(e.path) for e in entries]
+    if bench_classifier.applies(paths):
+        return bench_classifier.run(
+            paths,
+            batch=batch,
+            prompt=prompt,
+            repetitions=repetitions,
+            threads=threads,
+            seed=seed,
+            refused={
+                "a runtime": any(e.runtime for e in entries),
+                "--slo": slo,
+                "--serve": serve,
+                "--plots": plots,
+                "--python": pythons,
+            },
+            as_json=as_json,
+            report=report,
+        )
     if prompt is None:
         prompt = _fitting(artifacts, tokens)
     load: dict[str, Any] = {"prompt_tokens": prompt, "output_tokens": tokens, "slo": limits, "seed": seed}

@@ -159,7 +159,7 @@ def write(
     planned: Callable[[Model, Model], Plan],
     *,
     folder: bool,
-    hint: str,
+    hint: str | Callable[[Model], str],
     dry_run: bool,
     as_json: bool,
     force: bool,
@@ -171,7 +171,7 @@ def write(
     threads: int | None,
 ) -> int:
     """Read, pass, plan, write, prove, print. planned: the plan of the model after passes, and of the one before. folder: whether
-    the artifact is one. hint: what to do with it, "does: command"."""
+    the artifact is one. hint: what to do with it, "does: command"; a function of the model where that depends on it."""
     import lconvert
     from lconvert.errors import LconvertError
     from lconvert.executor import execute
@@ -185,6 +185,7 @@ def write(
     with status("preparing"):
         model = recipe.apply(original) if recipe is not None else original
         plan = planned(model, original)
+    hint = hint(model) if callable(hint) else hint
     if dry_run:
         return print_plan(plan, as_json)
     with progress_bar("writing", plan.size) as tell:

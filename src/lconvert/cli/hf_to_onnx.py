@@ -1,4 +1,4 @@
-"""`lconvert hf-to-onnx`: any source to an ONNX decoder."""
+"""`lconvert hf-to-onnx`: any source to an ONNX graph."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import click
 
 from lconvert.cli.common import fail_fast_files, file_stem
 from lconvert.cli.exporting import alone, decorated, output_options, write
+from lconvert.converters import onnx_classifier_presets as classifiers
 from lconvert.converters import onnx_presets
 from lconvert.errors import OptionError
+from lconvert.ir import Decoder
+from lconvert.passes import examples
 
 if TYPE_CHECKING:
     from lconvert.ir import Model
@@ -31,6 +34,11 @@ _RUN = {
     "ort": "run it: python examples/onnx_generate.py {out} 'Once upon a time'",
     "trt": "build an engine: lconvert build-engine {out} -o model.plan",
     "genai": "run it: onnxruntime_genai.Model({out!r}) in Python",
+}
+#: The same of encoders and networks of images.
+_RUN_OTHERS = {
+    "ort": "run it: python examples/onnx_classify.py {out} 'A text', or FILE.npz; measure it: lconvert bench {out}",
+    "trt": _RUN["trt"],
 }
 
 
@@ -59,7 +67,9 @@ def _arguments() -> tuple[Any, ...]:
         *presets,
         click.option("--dialect", type=click.Choice(list(_DIALECTS)), default="ort", show_default=True, help=f"{dialects}."),
         click.option("--block-size", type=int, help="Weights per scale of --int4 [default: 32] and --int8 [default: a row]."),
-        click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations."),
+        click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations; arrays (.npz, .npy) for images."),
+        click.option("--observer", type=click.Choice(classifiers.OBSERVERS), help="How --w8a8 of encoders and image networks cuts ranges [default: minmax]."),
+        click.option("--recipe", help="Recipe file (YAML) or preset instead of a flag; see `lconvert recipes`."),
         click.option("--prefill-only", is_flag=True, help="Logits of a prompt; no keys and values in or out."),
         click.option("--static-cache", is_flag=True, help="Keys and values in a cache of fixed length, written in place (TensorScatter)."),
         click.option("--last-logit", is_flag=True, help="Logits of the last token alone."),
@@ -78,13 +88,15 @@ def command(
     dialect: str,
     block_size: int | None,
     calibration: Path | None,
+    observer: str | None,
+    recipe: str | None,
     prefill_only: bool,
     static_cache: bool,
     last_logit: bool,
     positions: int | None,
     **rest: Any,
 ) -> int:
-    """Write SOURCE (a checkpoint, quantized or not, a GGUF file, an .lcir folder) as a folder with an ONNX decoder.
+    """Write SOURCE (a checkpoint, quantized or not, a GGUF file, an .lcir folder) as a folder with an ONNX graph.
 
     What is quantized keeps its integers and scales: ONNX Runtime and TensorRT multiply by them as they are. A flag
     quantizes what is plain yet, rounding to nearest. The folder has model.onnx, its weights beside it in
@@ -95,15 +107,24 @@ def command(
       lconvert hf-to-onnx ./my-model --int4
       lconvert hf-to-onnx ./model-GPTQ -o served
       lconvert hf-to-onnx ./my-model --w8a8 --calibration text.txt
+      lconvert hf-to-onnx ./my-bert --w8a8 --calibration sentences.txt --observer mse
+      lconvert hf-to-onnx ./my-convnet --w8a8 --calibration images.npz
       lconvert hf-to-onnx ./my-model --dialect trt --bf16 --int4 --block-size 128
       lconvert hf-to-onnx model-Q4_0.gguf --dry-run
     """
+    from lconvert import recipe as recipes
+
     fail_fast_files(read=[calibration])
     if block_size is not None and preset is None:
         raise OptionError("--block-size says how to quantize; add --int4 or --int8")
-    recipe = None
+    if observer is not None and preset is None:
+        raise OptionError("--observer chooses ranges of static inputs; add --w8a8 and --calibration")
+    if recipe is not None and preset is not None:
+        raise OptionError(f"--recipe and --{preset} both say how to quantize; choose one")
+    passes = recipes.load(recipe) if recipe else None
     if preset is not None:
-        recipe = onnx_presets.recipe(preset, dialect, calibration=str(calibration or ""), block=block_size)
+        text = str(calibration or "")
+        passes = onnx_presets.recipe(preset, dialect, calibration=text, block=block_size, observer=observer)
     chosen: dict[str, Any] = {
         "dialect": dialect,
         "dtype": _FLOATS[dtype][0] if dtype else None,
@@ -120,5 +141,11 @@ def command(
 
     name = file_stem(Path(source).name)
     out = output or Path("-".join([name, "onnx", *([preset] if preset else [])]))
-    hint = _RUN[dialect].format(out=shlex.quote(str(out)))
-    return write(source, out, recipe, plan, folder=True, hint=hint, **rest)
+    if rest["text"] is None and calibration is not None and examples.is_arrays(calibration):
+        rest["text"] = calibration
+
+    def hint(model: Model) -> str:
+        line = _RUN[dialect] if isinstance(model.arch, Decoder) else _RUN_OTHERS[dialect]
+        return line.format(out=shlex.quote(str(out)))
+
+    return write(source, out, passes, plan, folder=True, hint=hint, **rest)

@@ -6,12 +6,11 @@ see, by one of passes/observers.py. Meant for encoders and convolutional network
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lconvert.errors import OptionError
-from lconvert.ir import ActSpec, Encoder, Entry, Model, QTensor, dense, int_grid
+from lconvert.ir import ActSpec, Entry, Model, QTensor, dense, int_grid
 from lconvert.passes import rtn
 from lconvert.passes.histograms import Examples
 from lconvert.spec import check
@@ -20,8 +19,8 @@ from lconvert.spec import check
 @dataclass(frozen=True)
 class Options:
     """weights: channel or tensor, what shares a scale. search: minmax or mse, of the scales per channel. observer: minmax, percentile,
-    entropy or mse. symmetric: inputs in int8 around 0, as TensorRT must have them; else uint8 with a zero point. text: examples of an
-    encoder or decoder, one per line, where none are given as arrays; examples, context: how many lines and tokens. targets,
+    entropy or mse. symmetric: inputs in int8 around 0, as TensorRT must have them; else uint8 with a zero point. text: a file of
+    examples, lines of text or arrays (passes/examples.py); examples, context: how many of them, and tokens of each. targets,
     ignore: regular expressions on canonical names."""
 
     weights: Literal["channel", "tensor"] = "channel"
@@ -55,12 +54,13 @@ def run(model: Model, options: Options, examples: Examples | None = None) -> Mod
     import numpy as np
 
     from lconvert.passes import histograms
+    from lconvert.passes.examples import load, wanted
     from lconvert.passes.observers import OBSERVERS, codes
 
     if examples is None:
         if not options.text:
-            raise OptionError("static: scales of inputs need examples; name a text (one example per line)")
-        examples = lines(model, options)
+            raise OptionError(f"static: scales of inputs need examples; name as text {wanted(model)}")
+        examples = load(model, options.text, count=options.examples, length=options.context)
     seen = histograms.inputs(model, examples)  # of the model as it is, not of its rounded weights
     rounded = rtn.run(model, options.rounding())
     new: dict[str, Entry] = {}
@@ -76,34 +76,6 @@ def run(model: Model, options: Options, examples: Examples | None = None) -> Mod
         note = f"inputs {'int8' if options.symmetric else 'uint8'}, static, {options.observer}"
         new[name] = replace(entry, activation=spec, provenance=(*entry.provenance, note))
     return check(rounded.with_entries(new, f"static: inputs of {len(new)} matrices, {options.observer}"))
-
-
-def lines(model: Model, options: Options) -> Examples:
-    """The first lines of a text as tokens, one example each, as the model's tokenizer frames them."""
-    import json
-    from pathlib import Path
-
-    from lconvert.errors import InputError, MissingPackageError
-
-    if model.tokenizer is None:
-        raise InputError(
-            f"{model.source}: has no tokenizer, so no text can be used for calibration; give arrays"
-        )
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MissingPackageError("tokenizers is not installed: pip install 'lconvert[hf]'") from None
-    path = Path(options.text)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({e})") from None
-    tokenizer = Tokenizer.from_str(json.dumps(model.tokenizer.json))
-    tokenizer.no_padding()
-    longest = model.arch.context if isinstance(model.arch, Encoder) else model.decoder.context
-    wanted = [s for line in text.splitlines() if (s := re.sub(r"\s+", " ", line).strip())]
-    ids = [tokenizer.encode(s).ids[: min(options.context, longest)] for s in wanted[: options.examples]]
-    return [{"input_ids": [row]} for row in ids if row]
 
 
 def errors(before: Model, after: Model) -> dict[str, float]:
