@@ -48,7 +48,8 @@ class Shape:
 
 @dataclass
 class Builder:
-    """A graph of a model under construction. dtype: of the graph, F32, F16 or BF16. rank: of the inputs of matrices."""
+    """A graph of a model under construction. dtype: of the graph, F32, F16 or BF16. unrounded: what the model rounds and the graph does
+    not, and why. rank: of the inputs of matrices."""
 
     model: Model
     dialect: Dialect
@@ -57,6 +58,7 @@ class Builder:
     graph: Graph = field(default_factory=Graph)
     weights: list[Weight] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
+    unrounded: dict[str, str] = field(default_factory=dict)
     rank: int = 3
 
     @contextmanager
@@ -231,13 +233,16 @@ class Builder:
             return self.graph.once(("rounded", x, _key(a)), lambda: onnx_trt.quantized_input(self, x, a))
         why = activations.reason(a, self, powers) if self.shape.rounding else "asked for"
         if why:
-            self.notes[
-                f"{what} stay in {self.dtype}, not rounded to {activations.text(a, powers)}: {why}"
-            ] = None
+            self.leave(what, f"stay in {self.dtype}, not rounded to {activations.text(a, powers)}: {why}")
             return x
         return self.graph.once(
             ("rounded", x, _key(a), powers), lambda: activations.quantized(self, x, a, powers)
         )
+
+    def leave(self, what: str, how: str) -> None:
+        """Say that something is not rounded, to people and in the graph's metadata."""
+        self.notes[f"{what} {how}"] = None
+        self.unrounded[what] = how
 
     # --- parts of a layer ----------------------------------------------------------------------------------
 

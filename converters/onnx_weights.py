@@ -117,7 +117,8 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
         sides = (form.minimum, form.factor)
         if isinstance(found, list):
             changed = not any(form is f for f in found)
-            form = replace(form, wide=entry.activation is not None or not _scales_fit(form, dtype))
+            two = isinstance(form.codes.scale, QTensor)  # their product has more digits than either
+            form = replace(form, wide=entry.activation is not None or two or not _scales_fit(form, dtype))
         elif not _scales_fit(form, dtype) or not all(s is None or regrid.holds(s, dtype) for s in sides):
             reasons.append(f"scales that {dtype} does not hold")
             continue
