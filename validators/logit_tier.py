@@ -7,6 +7,7 @@ quantizer makes of the model at this size, which the artifact must not be worse 
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,7 +20,15 @@ from lconvert.errors import InputError, RuntimeFailure, UnsupportedError
 from lconvert.executor import execute
 from lconvert.ir import Model, QTensor
 from lconvert.validators import gates as gate_file
-from lconvert.validators import greedy, logit_gates, onnx_behaviour, rounded_forward, stock, stored
+from lconvert.validators import (
+    greedy,
+    logit_gates,
+    onnx_behaviour,
+    onnx_engine,
+    rounded_forward,
+    stock,
+    stored,
+)
 from lconvert.validators.evaluation_text import shown, window
 from lconvert.validators.logits import Logits, LogitStats, compare, paired
 from lconvert.validators.proof import Proof
@@ -43,7 +52,7 @@ def run(proof: Proof) -> None:
     texts = shown(proof, context)
     reference = Reference(proof)
     try:
-        for name in proof.runtimes:
+        for name in (*proof.runtimes, *onnx_engine.also(proof)):
             _run_in(proof, reference, name, texts, context)
     finally:
         proof.notes += reference.notes
@@ -86,8 +95,8 @@ def _instead(proof: Proof, reference: Reference, name: str, texts: list[list[int
         proof.not_proven.append(f"logits in {name}: {e}")
 
 
-#: What ONNX Runtime says of types that its CPU provider does not multiply: BF16, FP4.
-_NO_OPERATOR = "NOT_IMPLEMENTED"
+#: What ONNX Runtime says of types that its CPU provider does not multiply (BF16, FP4), and of TensorRT's own operators.
+_NO_OPERATOR = re.compile(r"NOT_IMPLEMENTED|trt:\w+\S* is not a registered function/op")
 
 
 class _NoKernel(Exception):
@@ -188,8 +197,8 @@ class _Comparison:
     def _explained(self, e: Exception) -> None:
         """_NoKernel for a failure of vLLM, or of ONNX Runtime's CPU provider, that is the machine's."""
         text = str(e)
-        if self.name == "onnxruntime" and self.proof.graph is not None and _NO_OPERATOR in text:
-            reason = text[text.index(_NO_OPERATOR) :].partition(". ")[0].rstrip(")")
+        if self.name == "onnxruntime" and self.proof.graph is not None and (hit := _NO_OPERATOR.search(text)):
+            reason = text[hit.start() :].partition(". ")[0].rstrip(")")
             raise _NoKernel(f"its CPU provider has no kernel for these types ({reason})") from None
         known = _NO_KERNEL if self.proof.options.runtimes else (*_NO_KERNEL, *_NO_LOADER)
         if self.name == "vllm" and self.proof.quantized and any(part in text for part in known):

@@ -12,6 +12,7 @@ from lconvert.plan import manifest_path
 from lconvert.validators import (
     carried,
     documents,
+    onnx_engine,
     onnx_layers,
     onnx_tier,
     quantized_tier,
@@ -58,6 +59,7 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
             vllm_config.check(proof, str(plan.get("target", "")))
         elif proof.graph is not None:
             onnx_tier.structure(proof, proof.graph)
+            onnx_engine.run(proof, proof.graph)
     if "tensors" in wanted:
         _values(proof, found)
         if proof.kind == "hf":
