@@ -27,7 +27,6 @@ from lconvert.kernels.qtensor import values
 from lconvert.validators import rounded_forward
 from lconvert.validators.proof import Proof
 from lconvert.validators.runtimes import short
-from lconvert.validators.tensors import TensorCheck
 
 #: Weights that are evaluated at most, in all: about ten seconds. Tokens of the inputs.
 LIMIT, _TOKENS = 1 << 25, 4
@@ -48,7 +47,7 @@ class Cut:
     matrix: str
 
 
-def check(proof: Proof, found: Found, read: TensorCheck) -> None:
+def check(proof: Proof, found: Found) -> None:
     """Both checks of a graph of the dialect trt; nothing for others, and where nothing is quantized."""
     if found.file.metadata.get("dialect") != "trt":
         return
@@ -56,13 +55,12 @@ def check(proof: Proof, found: Found, read: TensorCheck) -> None:
     chosen = sample(roles, {r: found.model.entries[r].data.size for r in roles}, LIMIT)
     if not chosen:
         return
-    again = {r.name for r in read.table if r.carried == "requantized"}
     wrong, worst, at, limit = [], 0.0, chosen[0], _ROUNDINGS * _UNIT[found.dtype]
     for i, role in enumerate(chosen):
         proof.progress(f"product {i + 1} of {len(chosen)} in onnx's reference evaluator")
         source = proof.expected.entries[role]
         entry = found.model.entries[role]
-        own = source if isinstance(source.data, QTensor) and role not in again else entry
+        own = source if isinstance(source.data, QTensor) else entry
         try:
             weights, off = compare(found, role, Entry(role, own.data, entry.activation, entry.transform))
         except InputError as e:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.converters import tensorrt, trt_messages
-from lconvert.errors import InputError, LconvertError, MissingPackageError
+from lconvert.errors import InputError, LconvertError, MissingPackageError, OptionError, UnsupportedError
 from lconvert.formats import onnx_file
 from lconvert.validators.runtimes import Purpose, cuda, short
 from lconvert.validators.runtimes.onnxruntime import OnnxRuntime
@@ -71,7 +71,12 @@ class Session:
             plan = Path(folder) / "model.plan"
             past = (0, min(1, held - most), held - most)
             options = tensorrt.Options(self._backend.name, (1, 1, _BATCH), (1, 1, most), past, sms)
-            tensorrt.build(path, plan, options)
+            try:
+                tensorrt.build(path, plan, options)
+            except OptionError as e:  # a GPU that RTX does not build for
+                raise MissingPackageError(f"no engine was run: {e}") from None
+            except UnsupportedError as e:
+                raise InputError(str(e)) from None
             logger, messages = trt_messages.logger(self._trt)
             engine = self._trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
         if engine is None:
