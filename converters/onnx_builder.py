@@ -19,7 +19,7 @@ from lconvert.converters import onnx_weights as weights
 from lconvert.converters.onnx_weights import FLOATS, Dialect, Form, Held
 from lconvert.errors import UnsupportedError
 from lconvert.formats.onnx_graph import Graph, Initializer
-from lconvert.ir import ActSpec, Attention, Entry, Model, QTensor, Tensor
+from lconvert.ir import ActSpec, Attention, Entry, Model, QTensor, Tensor, dense
 from lconvert.plan import Verdict
 
 
@@ -123,13 +123,21 @@ class Builder:
             w = self._add(made, role, found.verdict, "" if not isinstance(entry.data, QTensor) else "plain")
             return str(g.op("MatMul", x, w, output=output))
         x = self._ordered(x, form, role)
-        w = self._dequantized(form, role, found)
+        w = self._dequantized(self._with_zeros(form) if rounds else form, role, found)
         last = output if form.minimum is None and form.factor is None else ""
         product = str(g.op("MatMul", x, w, output=last))
         if form.minimum is not None:
             less = self._minima(x, form, form.minimum, role)
             product = str(g.op("Sub", product, less, output=output if form.factor is None else ""))
         return self._times_factor(product, form, output)
+
+    def _with_zeros(self, form: Form) -> Form:
+        """Zero points of 0 for rows of INT8 that meet rounded inputs: with session.x64quantprecision ONNX Runtime 1.31 gives a
+        DequantizeLinear without them one of a wrong shape, and fails."""
+        q = form.codes
+        if self.dialect.tensorrt or form.type != "INT8" or q.block != (1, -1) or q.zero is not None:
+            return form
+        return replace(form, codes=replace(q, zero=dense(np.zeros((q.shape[0], 1), np.int8))))
 
     def _ordered(self, x: str, form: Form, role: str) -> str:
         """x with its features in the order of the form's columns."""

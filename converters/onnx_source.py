@@ -334,6 +334,8 @@ def _zero(file: OnnxFile, role: str, node: Any, t: Stored) -> Tensor | None:
     zero, scale = _number(file, node.input[2], role), file.tensors.get(node.input[1])
     if zero.type != t.type or scale is None or zero.shape != scale.shape:
         raise _wrong(file, role, f"zero points of type {zero.type} and shape {zero.shape}")
+    if zero.type == "INT8" and not zero.load().any():
+        return None
     if not zero.shape:
         return dense(zero.load().reshape(1, 1))
     return _column(zero) if len(zero.shape) == 1 else onnx_reader.turned(zero)

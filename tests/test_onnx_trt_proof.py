@@ -25,7 +25,8 @@ from lconvert.errors import InputError, MissingPackageError
 from lconvert.executor import execute
 from lconvert.formats import onnx_file, onnx_reader
 from lconvert.ir import Entry, QTensor, dense
-from lconvert.validators import carried, onnx_layers
+from lconvert.kernels.qtensor import values
+from lconvert.validators import carried, onnx_layers, onnx_twin
 from lconvert.validators.report import Report
 from lconvert.validators.runtimes import cuda
 from tests import rounded_inputs
@@ -369,8 +370,63 @@ def test_onnx_runtime_runs_what_it_can(name: str, dtype: str, why: str, graphs: 
     assert not failed(report)
     left = [t for t in report.not_proven if t.startswith("logits in onnxruntime")]
     assert bool(left) == bool(why) and all(why in t for t in left)
-    ran = any(c.name == "fidelity: KL divergence" for c in report.checks)
-    assert ran == (not why)
+    named = {c.name for c in report.checks}
+    assert ("fidelity: KL divergence" in named) == (not why)
+    assert ("fidelity: KL divergence (restated in F32)" in named) == bool(why)
+    if why:
+        restated = check(report, "fidelity: KL divergence (restated in F32)")
+        assert 0 <= restated.measured < (1e-2 if "4-kv" in name else 1e-5)
+        assert any("the graph restated in F32" in n for n in report.notes)
+        assert check(report, "step by step: KL divergence from the whole prompt").passed
+
+
+def later_mask(o: Opened) -> None:
+    """Every token sees one more."""
+    node = o.of("LessOrEqual")
+    node.input[1] = o.before(node, "Add", [node.input[1], o.number(1)])
+
+
+def other_values(o: Opened) -> None:
+    """Keys and values of the past behind the new ones."""
+    node = next(n for n in o.graph.node if n.output[0] == "present.0.value")
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+
+
+@no_gpu
+@pytest.mark.parametrize("change", [later_mask, other_values])
+@pytest.mark.parametrize(("name", "dtype"), [("modelopt-nvfp4a16", "F16"), ("gptqmodel-gptq-4-g32", "BF16")])
+def test_faults_of_graphs_that_no_runtime_here_runs_are_caught(
+    name: str, dtype: str, change: Change, graphs: Graphs, tmp_path: Path
+) -> None:
+    """By the twin in F32: in the logits of a prompt, or step by step."""
+    report = judged(name, planted(graphs, name, change, tmp_path / "bad", dtype=dtype), "logits")
+    assert any("KL divergence" in n for n in failed(report)), [(c.name, c.value) for c in report.checks]
+
+
+def test_twins_hold_the_graphs_numbers_in_f32(graphs: Graphs, tmp_path: Path) -> None:
+    """And none of TensorRT's operators, FP4 codes or halves."""
+    graph = found(graphs.get("modelopt-mixed"))
+    model = onnx_file.read(onnx_twin.write(graph, tmp_path))
+    nodes, tensors = model.proto.graph.node, model.proto.graph.initializer
+    assert not {t.data_type for t in tensors} & {10, 16, 23} and "trt" not in {n.domain for n in nodes}
+    role = "layers.0.mlp.gate"
+    product = next(n for n in nodes if n.op_type == "MatMul" and n.name.startswith(role))
+    matrix = model.array(next(t for t in tensors if t.name == product.input[1]))
+    entry = graph.model.entries[role].data
+    assert isinstance(entry, QTensor) and np.array_equal(matrix.T, values(entry))
+
+
+def test_rows_of_int8_with_rounded_inputs_run_in_onnx_runtime(tmp_path: Path) -> None:
+    """Several products of one input, whose DequantizeLinear ONNX Runtime does not fuse: it needs zero points there."""
+    model = lconvert.read(source("modelopt-int8-sq"))
+    execute(onnx.plan(model, onnx.Options("ort")), tmp_path)
+    report = judged("modelopt-int8-sq", tmp_path, "structure", "tensors", "logits")
+    assert not failed(report) and check(report, "carried").value.startswith("7 exact")
+    proto = onnx_file.read(tmp_path / "model.onnx").proto
+    rows = [
+        n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0].startswith("layers.")
+    ]
+    assert len(rows) == 7 and all(n.input[2] == n.input[0] + ".zero" for n in rows)
 
 
 def negative(o: Opened) -> None:
