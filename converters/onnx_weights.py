@@ -481,7 +481,8 @@ def describe(form: Form) -> str:
     where = (
         "per tensor" if form.codes.block == (-1, -1) else "per row" if width == -1 else f"blocks of {width}"
     )
-    more = ", minima" if form.minimum is not None else ", zero points" if form.codes.zero is not None else ""
+    unsigned = form.codes.zero is not None and form.type.startswith("U")
+    more = ", minima" if form.minimum is not None else ", zero points" if unsigned else ""
     more += ", global scale" if form.factor is not None else ""
     return f"{form.type}, {where}{more}{', columns reordered' if form.order is not None else ''}"
 
