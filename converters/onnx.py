@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,8 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     }
     if isinstance(model.arch, Decoder):
         metadata["positions"] = str(options.positions or model.arch.context)
+    if made.unrounded:
+        metadata["unrounded"] = json.dumps(made.unrounded)
     graph = FilePlan(MODEL, head := made.graph.model(DATA, metadata), (), len(head))
     files = (
         graph,

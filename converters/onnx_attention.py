@@ -229,14 +229,14 @@ def rounded_cache(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str
         return k, v
     whole = not (spec.residual_window or spec.sinks or spec.pre_rope or a.mla is not None)
     if not whole:
-        b.notes["the cache is not rounded: its latents, windows or order of rounding have no graph"] = None
+        b.leave("the cache", "is not rounded: its latents, windows or order of rounding have no graph")
         return k, v
     out = []
     for x, spec_of, name in ((k, spec.k, "keys"), (v, spec.v, "values")):
         side = of_layer(spec_of, i, b.model.decoder.layers)
         why = onnx_trt.cache_reason(side) if b.dialect.tensorrt and b.shape.rounding else ""
         if why:
-            b.notes[f"{name} stay in {b.dtype}, not rounded to {activations.text(side)}: {why}"] = None
+            b.leave(name, f"stay in {b.dtype}, not rounded to {activations.text(side)}: {why}")
             out.append(x)
             continue
         with b.ranked(4):

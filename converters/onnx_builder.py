@@ -21,7 +21,7 @@ from lconvert.converters.onnx_arrays import FLOATS
 from lconvert.converters.onnx_weights import Dialect, Form, Held
 from lconvert.errors import UnsupportedError
 from lconvert.formats.onnx_graph import Graph, Initializer
-from lconvert.ir import ActSpec, Attention, Entry, Model, QTensor, Tensor
+from lconvert.ir import ActSpec, Attention, Entry, Model, QTensor, Tensor, dense
 from lconvert.plan import Verdict
 
 
@@ -50,7 +50,8 @@ class Shape:
 
 @dataclass
 class Builder:
-    """A graph of a model under construction. dtype: of the graph, F32, F16 or BF16. rank: of the inputs of matrices."""
+    """A graph of a model under construction. dtype: of the graph, F32, F16 or BF16. unrounded: what the model rounds and the graph does
+    not, and why. rank: of the inputs of matrices."""
 
     model: Model
     dialect: Dialect
@@ -59,6 +60,7 @@ class Builder:
     graph: Graph = field(default_factory=Graph)
     weights: list[Weight] = field(default_factory=list)
     notes: dict[str, None] = field(default_factory=dict)
+    unrounded: dict[str, str] = field(default_factory=dict)
     rank: int = 3
 
     @contextmanager
@@ -123,13 +125,21 @@ class Builder:
             w = self._add(made, role, found.verdict, "" if not isinstance(entry.data, QTensor) else "plain")
             return str(g.op("MatMul", x, w, output=output))
         x = self._ordered(x, form, role)
-        w = self._dequantized(form, role, found)
+        w = self._dequantized(self._with_zeros(form) if rounds else form, role, found)
         last = output if form.minimum is None and form.factor is None else ""
         product = str(g.op("MatMul", x, w, output=last))
         if form.minimum is not None:
             less = self._minima(x, form, form.minimum, role)
             product = str(g.op("Sub", product, less, output=output if form.factor is None else ""))
         return self._times_factor(product, form, output)
+
+    def _with_zeros(self, form: Form) -> Form:
+        """Zero points of 0 for rows of INT8 that meet rounded inputs: with session.x64quantprecision ONNX Runtime 1.31 gives a
+        DequantizeLinear without them one of a wrong shape, and fails."""
+        q = form.codes
+        if self.dialect.tensorrt or form.type != "INT8" or q.block != (1, -1) or q.zero is not None:
+            return form
+        return replace(form, codes=replace(q, zero=dense(np.zeros((q.shape[0], 1), np.int8))))
 
     def _ordered(self, x: str, form: Form, role: str) -> str:
         """x with its features in the order of the form's columns."""
@@ -233,9 +243,7 @@ class Builder:
             return self.graph.once(("rounded", x, _key(a)), lambda: onnx_trt.quantized_input(self, x, a))
         why = activations.reason(a, self, powers) if self.shape.rounding else "asked for"
         if why:
-            self.notes[
-                f"{what} stay in {self.dtype}, not rounded to {activations.text(a, powers)}: {why}"
-            ] = None
+            self.leave(what, f"stay in {self.dtype}, not rounded to {activations.text(a, powers)}: {why}")
             return x
         return self.graph.once(
             ("rounded", x, _key(a), powers), lambda: activations.quantized(self, x, a, powers)
@@ -244,6 +252,11 @@ class Builder:
     def last(self, x: str) -> str:
         """The hidden states of every sequence's last token, (batch, 1, hidden): padding is on the left."""
         return str(self.graph.op("Gather", x, self.graph.constant([-1]), axis=1, name="last"))
+
+    def leave(self, what: str, how: str) -> None:
+        """Say that something is not rounded, to people and in the graph's metadata."""
+        self.notes[f"{what} {how}"] = None
+        self.unrounded[what] = how
 
     # --- parts of a layer ----------------------------------------------------------------------------------
 

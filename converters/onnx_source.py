@@ -7,6 +7,7 @@ compute the traits is what logits show.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from lconvert.archs import configured
 from lconvert.archs.common import binds
-from lconvert.converters import onnx_activations, onnx_rounding, onnx_source_conv
+from lconvert.converters import onnx_activations, onnx_pairs, onnx_rounding, onnx_source_conv
+from lconvert.converters.onnx_pairs import wrong as _wrong
 from lconvert.converters.onnx_rounding import Rounding
 from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, UnsupportedError
@@ -59,6 +61,15 @@ class Found:
     head: Entry | None
     dtype: str
     file: OnnxFile
+
+    @property
+    def unrounded(self) -> Mapping[str, str]:
+        """What the model rounds and the graph says that it does not: "inputs of attn.q", "keys", and why."""
+        try:
+            said = json.loads(self.file.metadata.get("unrounded", "{}"))
+        except ValueError:
+            return {}
+        return {k: v for k, v in said.items() if isinstance(v, str)} if isinstance(said, dict) else {}
 
 
 def ours(file: OnnxFile) -> bool:
@@ -122,10 +133,6 @@ def dtype(file: OnnxFile) -> str:
 
 
 # --- one weight --------------------------------------------------------------------------------------------
-
-
-def _wrong(file: OnnxFile, role: str, what: str) -> InputError:
-    return InputError(f"{file.path}: {role}: {what}; lconvert writes no such graph")
 
 
 def _one(file: OnnxFile, name: str, role: str, kinds: tuple[str, ...]) -> Any:
@@ -320,6 +327,8 @@ def _zero(file: OnnxFile, role: str, node: Any, t: Stored) -> Tensor | None:
     zero, scale = _number(file, node.input[2], role), file.tensors.get(node.input[1])
     if zero.type != t.type or scale is None or zero.shape != scale.shape:
         raise _wrong(file, role, f"zero points of type {zero.type} and shape {zero.shape}")
+    if zero.type == "INT8" and not zero.load().any():
+        return None
     if not zero.shape:
         return dense(zero.load().reshape(1, 1))
     return _column(zero) if len(zero.shape) == 1 else onnx_reader.turned(zero)
@@ -368,6 +377,11 @@ def _reordered(file: OnnxFile, role: str, q: QTensor, t: Stored) -> QTensor:
 
 def _input(file: OnnxFile, role: str, name: str) -> tuple[ActSpec | None, Stored | None, Stored | None]:
     """What is done to the input of a product: rounding, the order of its features, their scale."""
+    return treated(file, role, name)[:3]
+
+
+def treated(file: OnnxFile, role: str, name: str) -> tuple[ActSpec | None, Stored | None, Stored | None, str]:
+    """The same, and the value that all of it is done to. name: of the product's input."""
     activation, order, scaled = None, None, None
     for _ in range(4):
         node: Any = file.producers.get(name)
@@ -383,24 +397,16 @@ def _input(file: OnnxFile, role: str, name: str) -> tuple[ActSpec | None, Stored
             scaled, name = file.tensors.get(role + ".input_scale"), node.input[1 - place]
         else:
             break
-    return activation, order, scaled
+    return activation, order, scaled, name
 
 
 def _rounding(file: OnnxFile, role: str, name: str) -> Rounding | None:
-    """How a value was rounded, by QuantizeLinear or by plain operators; None where it was not."""
+    """How a value was rounded, by nodes that quantize or by plain operators; None where it was not."""
     node = file.producers.get(name)
     if node is None:
         return None
-    inner = file.producers.get(node.input[0]) if node.op_type == "Cast" else None
-    if inner is not None and inner.op_type == "DequantizeLinear":
-        node = inner  # F32 scales in a half graph (onnx_trt.py)
-    if node.op_type == "DequantizeLinear":
-        before = file.producers.get(node.input[0])
-        if before is None or before.op_type != "QuantizeLinear":
-            return None
-        cast: Any = file.producers.get(before.input[0]) if inner is node else None
-        source = before if cast is None or cast.op_type != "Cast" else cast
-        return Rounding(source.input[0], _rounded(file, role, before, node))
+    if (pair := onnx_pairs.found(file, role, name)) is not None:
+        return pair
     seen = onnx_rounding.found(file, name)
     if seen is None and node.name.startswith(onnx_activations.NAME):
         raise _wrong(file, role, f"what is called {node.name[:80]!r} rounds in no way that a scheme does")
@@ -444,28 +450,11 @@ def _side(file: OnnxFile, d: Decoder, side: str) -> ActSpec | None:
     return replace(first, scale=dense(np.concatenate(scales)))
 
 
-def _rounded(file: OnnxFile, role: str, there: Any, back: Any) -> ActSpec:
-    """QuantizeLinear and DequantizeLinear of an input: static where the scale is a constant."""
-    if list(there.input[1:]) != list(back.input[1:]):
-        raise _wrong(file, role, "its input is dequantized with another scale than it is quantized with")
-    scale = file.tensors.get(there.input[1])
-    zero = file.tensors.get(there.input[2]) if len(there.input) > 2 else None
-    grid = _GRIDS["UINT8" if zero is None else zero.type] if zero is None or zero.type in _GRIDS else None
-    if grid is None:
-        raise UnsupportedError(f"{file.path}: {role}: an input of type {zero.type if zero else '?'}")
-    if scale is None:
-        return ActSpec(grid, "token", True)
-    if scale.shape not in ((), (1,)):
-        raise _wrong(file, role, f"a static scale of shape {scale.shape} for its input")
-    middle = None
-    if zero is not None and grid.kind == "int" and zero.load().reshape(-1)[:1].any():
-        middle = dense(zero.load().reshape(1).astype(np.int32))
-    return ActSpec(grid, "tensor", False, None, dense(_f32(scale).reshape(1)), middle)
-
-
 def _table(file: OnnxFile, role: str, t: Stored) -> QTensor:
-    """Rows whose codes and scales are looked up before they are dequantized."""
+    """Rows whose codes and scales are looked up before they are dequantized; after it for TensorRT, whose scales must be constants."""
     grid = _grid(file, role, t)
+    if [n.op_type for n in file.consumers.get(t.name, ())] == ["DequantizeLinear"]:
+        return _whole_table(file, role, t, grid)
     rows = _one(file, t.name, role, ("Gather",))
     node = _one(file, rows.output[0], role, ("DequantizeLinear",))
     said = integers(node)
@@ -482,6 +471,19 @@ def _table(file: OnnxFile, role: str, t: Stored) -> QTensor:
             file, role, f"axis {said.get('axis', 1)}, blocks of {size} for a table of shape {t.shape}"
         )
     return QTensor(t.shape, onnx_reader.tensor(t), grid, (1, size), scale, sides.get("zero"))
+
+
+def _whole_table(file: OnnxFile, role: str, t: Stored, grid: Grid) -> QTensor:
+    node = _one(file, t.name, role, ("DequantizeLinear",))
+    said = integers(node)
+    size, scale = said.get("block_size", 0), _number(file, node.input[1], role)
+    if _one(file, node.output[0], role, ("Gather",)).input[0] != node.output[0] or len(node.input) != 2:
+        raise _wrong(file, role, "the rows of its table are not looked up")
+    if said.get("axis") != 1 or size < 1 or scale.shape != (t.shape[0], t.shape[1] // size):
+        raise _wrong(
+            file, role, f"axis {said.get('axis', 1)}, blocks of {size} for a table of shape {t.shape}"
+        )
+    return QTensor(t.shape, onnx_reader.tensor(t), grid, (1, size), onnx_reader.tensor(scale))
 
 
 def _looked_up(file: OnnxFile, role: str, rows: Any, node: Any) -> Iterator[tuple[str, Tensor]]:

@@ -111,7 +111,8 @@ def held(entry: Entry, dialect: Dialect, dtype: str) -> Held:
         sides = (form.minimum, form.factor)
         if isinstance(found, list):
             changed = not any(form is f for f in found)
-            form = replace(form, wide=entry.activation is not None or not _scales_fit(form, dtype))
+            two = isinstance(form.codes.scale, QTensor)  # their product has more digits than either
+            form = replace(form, wide=entry.activation is not None or two or not _scales_fit(form, dtype))
         elif not _scales_fit(form, dtype) or not all(s is None or regrid.holds(s, dtype) for s in sides):
             reasons.append(f"scales that {dtype} does not hold")
             continue
@@ -341,7 +342,8 @@ def describe(form: Form) -> str:
     where = (
         "per tensor" if form.codes.block == (-1, -1) else "per row" if width == -1 else f"blocks of {width}"
     )
-    more = ", minima" if form.minimum is not None else ", zero points" if form.codes.zero is not None else ""
+    unsigned = form.codes.zero is not None and form.type.startswith("U")
+    more = ", minima" if form.minimum is not None else ", zero points" if unsigned else ""
     more += ", global scale" if form.factor is not None else ""
     return f"{form.type}, {where}{more}{', columns reordered' if form.order is not None else ''}"
 

@@ -26,6 +26,7 @@ from lconvert import __version__, interrupt
 from lconvert.converters import trt_messages, trt_rules
 from lconvert.errors import InputError, MissingPackageError, OptionError, OutputError, UnsupportedError
 from lconvert.formats import onnx_reader
+from lconvert.formats.onnx_reader import OnnxFile
 from lconvert.plan import manifest_path
 
 
@@ -273,9 +274,9 @@ def build(
     path, out = Path(source), Path(output)
     refuse_output(out, force)
     backend, trt = load(options.backend)
-    if not options.sms and trt.__name__ == "tensorrt_rtx":
-        options = replace(options, sms=_default_sms(trt, path))
     model = onnx_reader.read(path)
+    if not options.sms and trt.__name__ == "tensorrt_rtx":
+        options = replace(options, sms=targets(model))
     trt_rules.require(model, options.sms)
     held, wanted = positions(model), options.sequence[2] + options.past[2]
     if held is not None and wanted > held:
@@ -333,10 +334,30 @@ def build(
     return report, manifest
 
 
-def _default_sms(trt: Any, path: Path) -> tuple[int, ...]:
-    """What RTX builds for if nothing is said: Ampere to Blackwell, or Blackwell alone for FP4."""
-    four = any(f.rule == "fp4-target" for f in trt_rules.check(onnx_reader.read(path), (89,)))
-    return (120,) if four else (80, 86, 89, 120)
+def targets(model: OnnxFile) -> tuple[int, ...]:
+    """What RTX builds for if nothing is said: Ampere to Blackwell, as far as they have the graph's types."""
+    return trt_rules.targets(model, (80, 86, 89, 120))
+
+
+def ahead_of_time() -> tuple[Backend, Any]:
+    """The package that needs no GPU, or else the one there is."""
+    try:
+        return load("tensorrt_rtx")
+    except MissingPackageError:
+        return load()
+
+
+def parse(path: Path, backend: str = "auto") -> dict[str, int]:
+    """Layers of the network that the parser makes, by type and precision; UnsupportedError where it refuses the graph."""
+    _, trt = load(backend)
+    logger, _ = trt_messages.logger(trt)
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        builder = trt.Builder(logger)
+        network, parser = _parse(trt, builder, logger, path)
+        found = _layers(network)
+        del network, parser
+    return found
 
 
 def _with_cache(trt: Any, config: Any, options: Options, notes: list[str]) -> Any:

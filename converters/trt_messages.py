@@ -9,7 +9,7 @@ from typing import Any
 
 #: What is in a message -> what it means and what to do.
 MEANINGS: tuple[tuple[str, str], ...] = (
-    (r"HW-specific datatypes: (\w+)", "{0} needs newer hardware than it is built for; build for --sm 120 alone"),
+    (r"HW-specific datatypes: (\w+)", "{0} needs newer hardware than it is built for; leave the older ones out of --sm (fp4: 120; fp8: 89 on; int4, bf16: 80 on)"),
     (r"Attention operation was not supported", "its attention is in F32 or in a form without a kernel; export with --fp16 or --bf16"),
     (r"graph_jit.*CUDA_SUCCESS|sm_vers_\.size", "engines that can be refitted or stripped need an NVIDIA driver while they are built; build on a GPU host, or without --strip-plan and --refit"),
     (r"libnvinfer_lean", "a version-compatible engine needs the lean runtime, which is not installed"),

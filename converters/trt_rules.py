@@ -89,6 +89,16 @@ class View:
         dims = self._values[name].shape.dim
         return tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
 
+    @cached_property
+    def used(self) -> Mapping[str, str]:
+        """The first node that takes a value of a type, by type."""
+        out: dict[str, str] = {}
+        for n in self.nodes:
+            four = ["FLOAT4E2M1"] if n.op_type == "TRT_FP4DynamicQuantize" else []
+            for type_ in (*map(self.type, filter(None, n.input)), *four):
+                out.setdefault(type_, n.name or n.output[0])
+        return out
+
     def numbers(self, name: str) -> Any:
         """A constant's numbers as float64, None for a value that is computed."""
         return self.constants[name].numbers() if name in self.constants else None
@@ -114,8 +124,8 @@ CODES = ("INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1")
 _NO_TENSORS = ("UINT4", "UINT2", "INT2", "INT16", "UINT16", "UINT32", "UINT64", "FLOAT8E5M2", "FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ", "STRING", "COMPLEX64", "COMPLEX128")  # fmt: skip
 #: Operators of ONNX that the parser has no importer or no plugin for.
 NO_OPERATORS = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "NonZero", "SequenceEmpty", "SequenceConstruct", "StringNormalizer", "Unique")  # fmt: skip
-#: Lowest compute capability with FP4.
-FP4_SM = 100
+#: Lowest compute capability with a type (measured: the builder's "HW-specific datatypes").
+HARDWARE: Mapping[str, int] = {"FLOAT4E2M1": 100, "FLOAT8E4M3FN": 89, "INT4": 80, "BFLOAT16": 80}
 
 
 def _tensor_types(v: View) -> Iterator[tuple[str, str]]:
@@ -250,13 +260,29 @@ def _operators(v: View) -> Iterator[tuple[str, str]]:
             yield n.name or n.output[0], n.op_type
 
 
-def _fp4(v: View) -> Iterator[tuple[str, str]]:
-    below = [sm for sm in v.sms if sm < FP4_SM]
-    if not below:
-        return
-    for n in v.nodes:
-        if n.op_type == "TRT_FP4DynamicQuantize" or "FLOAT4E2M1" in map(v.type, n.input):
-            yield n.name, f"FP4 for SM {', '.join(map(str, below))}"
+def _needs(type_: str) -> Callable[[View], Iterator[tuple[str, str]]]:
+    """The first node that takes this type, where it is built for older hardware than has it."""
+
+    def find(v: View) -> Iterator[tuple[str, str]]:
+        below = [sm for sm in v.sms if sm < HARDWARE[type_]]
+        if below and type_ in v.used:
+            yield v.used[type_], f"{type_} for SM {', '.join(map(str, below))}"
+
+    return find
+
+
+def _casts(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of("Cast"):
+        to = v.names.get(attribute(n, "to", 1), "")
+        if to in (*CODES, "UINT8") and to != "INT8":
+            yield n.name, f"a Cast to {to}"
+
+
+def _computed_codes(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of(_DEQUANTIZE):
+        before = v.producers.get(n.input[0])
+        if before is not None and before.op_type not in (_QUANTIZE, "Constant", "TRT_FP4DynamicQuantize"):
+            yield n.name, f"codes out of {before.op_type} {before.name}"
 
 
 def _interleaved(v: View) -> Iterator[tuple[str, str]]:
@@ -268,6 +294,7 @@ def _interleaved(v: View) -> Iterator[tuple[str, str]]:
             yield hit[0].name, f"interleaved, and appended to {next(x for x in n.input if x in given)}"
 
 
+_HARDWARE_SAYS = "Cannot compile for target(s), because the model contains HW-specific datatypes"
 RULES: tuple[Rule, ...] = (
     Rule("tensor-type", "Failed to import initializer; Unsupported ONNX data type", "store codes as INT4, INT8, FLOAT8E4M3FN or FLOAT4E2M1 (the trt dialect does)", _tensor_types),
     Rule("code-type", "Found unsupported input type", "store codes as INT4, INT8, FLOAT8E4M3FN or FLOAT4E2M1 (the trt dialect does)", _code_types),
@@ -282,7 +309,12 @@ RULES: tuple[Rule, ...] = (
     Rule("attention-heads", "Key and Value must have the same shape; Query, Key, Value tensors must have the same head dimension", "write the attention out of MatMul and Softmax (the trt dialect does)", _attention_heads),
     Rule("domain", "Plugin not found", "export with the ort or trt dialect, which use operators of ONNX alone", _domains),
     Rule("operator", "no importer or plugin for the operator", "quantize inputs statically with QuantizeLinear and DequantizeLinear; avoid shapes that depend on data", _operators),
-    Rule("fp4-target", "the model contains HW-specific datatypes: fp4_e2m1", "build for --sm 120 alone, or use int4", _fp4),
+    Rule("cast-type", "validateQuantizedTypesProducersConsumers; TensorRT does not support UINT8 types for intermediate tensors", "make codes with QuantizeLinear (the trt dialect does)", _casts),
+    Rule("computed-codes", "matchQuantizedConstantPluginOrDQ: not intended as a quantized value", "dequantize constants, then look rows up (the trt dialect does)", _computed_codes),
+    Rule("fp4-target", _HARDWARE_SAYS, "build for --sm 120 alone, or use int4", _needs("FLOAT4E2M1")),
+    Rule("fp8-target", _HARDWARE_SAYS, "build for --sm 89,120, or use int8", _needs("FLOAT8E4M3FN")),
+    Rule("int4-target", _HARDWARE_SAYS, "build for --sm 80 and later, or use int8", _needs("INT4")),
+    Rule("bf16-target", _HARDWARE_SAYS, "build for --sm 80 and later, or export with --fp16", _needs("BFLOAT16")),
     Rule("interleaved-rotary", "MyelinCheckException: ssa.cpp (TensorRT-RTX 1.7.1, dynamic shapes)", "put the dimensions into halves before turning (the trt dialect does)", _interleaved),
 )  # fmt: skip
 
@@ -303,6 +335,13 @@ def _found(view: View) -> list[Finding]:
     return [
         Finding(r.name, node, found, r.why, r.remedy) for r in RULES for node, found in dict(r.find(view)).items()
     ]  # fmt: skip
+
+
+def targets(model: OnnxFile, sms: Sequence[int]) -> tuple[int, ...]:
+    """Those of `sms` that have every type of the graph."""
+    used = View(model).used
+    least = max((HARDWARE[t] for t in used if t in HARDWARE), default=0)
+    return tuple(sm for sm in sms if sm >= least)
 
 
 def planned(plan: Plan) -> OnnxFile:

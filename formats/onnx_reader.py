@@ -83,14 +83,18 @@ class Stored:
         """The whole array, codes unpacked."""
         return _unpacked(self.raw(), self.type)[: prod(self.shape)].reshape(self.shape)
 
+    def array(self) -> NDArray[Any]:
+        """The numbers in their own type, as onnx's numpy_helper has them: of ml_dtypes where NumPy has none."""
+        onnx = package()
+        t = onnx.TensorProto(data_type=onnx.TensorProto.DataType.Value(self.type), dims=self.shape)
+        t.raw_data = self.raw().tobytes()
+        return np.asarray(onnx.numpy_helper.to_array(t))
+
     def numbers(self) -> NDArray[np.float64]:
         """What its elements are worth, of any type that holds real numbers."""
         if self.type not in _BITS or self.type.startswith("COMPLEX"):
             raise UnsupportedError(f"{self.origin}: {self.type} where numbers are expected")
-        onnx = package()
-        t = onnx.TensorProto(data_type=onnx.TensorProto.DataType.Value(self.type), dims=self.shape)
-        t.raw_data = self.raw().tobytes()
-        return np.asarray(onnx.numpy_helper.to_array(t)).astype(np.float64)
+        return self.array().astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,37 @@ def contributed(g: Small) -> str:
     return str(g.op("MatMulNBits", "x", packed, g.t("FLOAT16", (K * 2,)), domain="com.microsoft", K=K, N=K, bits=4, block_size=32))  # fmt: skip
 
 
+def nvfp4(**more: Any) -> Callable[[Small], str]:
+    """Scales in two levels, in F32."""
+
+    def made(g: Small) -> str:
+        scales = g.op("DequantizeLinear", g.t("FLOAT8E4M3FN", (K // 16, K)), g.t("FLOAT", ()))
+        w = g.op("DequantizeLinear", g.t("FLOAT4E2M1", (K, K)), scales, axis=0, block_size=16, **more)
+        return str(g.op("MatMul", "x", w if more else g.cast(w)))
+
+    return made
+
+
+def there_and_back(type_: str) -> Callable[[Small], str]:
+    return lambda g: g.cast(g.cast("x", type_))
+
+
+def looked_up(first: bool) -> Callable[[Small], str]:
+    """Rows of a table of codes by numbers out of x, before or after they are dequantized."""
+
+    def made(g: Small) -> str:
+        row = g.op(
+            "Gather", g.op("Gather", "x", g.t("INT64", (), 0), axis=0), g.t("INT64", (4,), [0, 1, 2, 3])
+        )
+        at, table = g.cast(row, "INT64"), [g.t("INT8", (K, K)), g.t("FLOAT16", (K, 2))]
+        if first:
+            table = [g.op("Gather", t, at) for t in table]
+        y = g.op("DequantizeLinear", *table, axis=1, block_size=32)
+        return str(y if first else g.op("Gather", y, at))
+
+    return made
+
+
 def one(kind: str) -> Callable[[Small], str]:
     return lambda g: str(g.op(kind, "x"))
 
@@ -170,5 +201,11 @@ PAIRS: tuple[Pair, ...] = (
     Pair("operator", dynamic, inputs("INT8", 0)),
     Pair("operator", integers, inputs("INT8", 0)),
     Pair("operator", lambda g: g.cast(g.op("NonZero", "x")), one("Relu")),
+    Pair("block-output-type", nvfp4(output_dtype=TensorProto.FLOAT16), nvfp4()),
+    *(Pair("cast-type", there_and_back(t), there_and_back("INT8")) for t in ("FLOAT8E4M3FN", "INT4", "FLOAT4E2M1", "UINT8")),
+    Pair("computed-codes", looked_up(first=True), looked_up(first=False)),
     Pair("fp4-target", product("FLOAT4E2M1", block=16), product("FLOAT4E2M1", block=16), sm=89),
+    Pair("fp8-target", product("FLOAT8E4M3FN"), product("FLOAT8E4M3FN"), sm=86, good_sm=89),
+    Pair("int4-target", product("INT4"), product("INT4"), sm=75, good_sm=80),
+    Pair("bf16-target", attention(dtype="BFLOAT16"), attention(dtype="BFLOAT16"), sm=75, good_sm=80),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from lconvert.validators import stored, tensors
 from lconvert.validators.proof import Proof
 
 #: Runtimes whose rounding is known by the dtype that they compute in.
-_BY_DTYPE = ("vllm", "transformers", "onnxruntime")
+_BY_DTYPE = ("vllm", "transformers", "onnxruntime", "tensorrt")
 
 
 def typical_bits(proof: Proof) -> float:

@@ -7,6 +7,7 @@ ONNX Runtime's own quantizer makes of the model at this size, which the artifact
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lconvert.converters import gguf
+from lconvert.converters.onnx_source import Found
 from lconvert.errors import InputError, RuntimeFailure, UnsupportedError
 from lconvert.executor import execute
 from lconvert.ir import Model, QTensor
@@ -23,6 +25,8 @@ from lconvert.validators import (
     greedy,
     logit_gates,
     onnx_behaviour,
+    onnx_engine,
+    onnx_twin,
     rounded_forward,
     stock,
     stock_onnx,
@@ -51,7 +55,7 @@ def run(proof: Proof) -> None:
     texts = shown(proof, context)
     reference = Reference(proof)
     try:
-        for name in proof.runtimes:
+        for name in (*proof.runtimes, *onnx_engine.also(proof)):
             _run_in(proof, reference, name, texts, context)
     finally:
         proof.notes += reference.notes
@@ -81,6 +85,8 @@ def _run_in(proof: Proof, reference: Reference, name: str, texts: list[list[int]
         )
         proof.not_proven.append(f"logits in {name}: {e}; it needs {where}")
         proof.missing_required |= name in proof.options.require
+        if name == "onnxruntime" and proof.graph is not None:
+            _restated(proof, reference, proof.graph, texts, context)
         if proof.substitute and not proof.options.runtimes:
             _instead(proof, reference, proof.substitute, texts, context)
 
@@ -94,8 +100,31 @@ def _instead(proof: Proof, reference: Reference, name: str, texts: list[list[int
         proof.not_proven.append(f"logits in {name}: {e}")
 
 
-#: What ONNX Runtime says of types that its CPU provider does not multiply: BF16, FP4.
-_NO_OPERATOR = "NOT_IMPLEMENTED"
+def _restated(proof: Proof, reference: Reference, found: Found, texts: list[list[int]], context: int) -> None:
+    """The same graph in F32, which ONNX Runtime runs."""
+    if onnx_twin.size(found) > onnx_twin.LIMIT:
+        proof.not_proven.append("logits of the graph restated in F32: it would be written out once more")
+        return
+    with tempfile.TemporaryDirectory(prefix="lconvert-") as folder:
+        proof.progress("restating the graph in F32")
+        twin = onnx_twin.write(found, Path(folder))
+        work = _Comparison(proof, reference, "onnxruntime", texts, context, twin)
+        try:
+            proof.guarded("logits", "logits of the graph restated in F32", work.run, runtime="onnxruntime")
+        except _NoKernel as e:
+            proof.not_proven.append(f"logits of the graph restated in F32: {e}")
+            return
+        except InputError as e:
+            proof.add("logits", "graph restated in F32", str(e), "runs to the end", False)
+            return
+    proof.notes.append(
+        "logits: ONNX Runtime ran the graph restated in F32 (the same nodes; half precision widened, FP4 weights as the values that onnx's "
+        "reference evaluator gives them)"
+    )
+
+
+#: What ONNX Runtime says of types that its CPU provider does not multiply (BF16, FP4), and of TensorRT's own operators.
+_NO_OPERATOR = re.compile(r"NOT_IMPLEMENTED|trt:\w+\S* is not a registered function/op")
 
 
 class _NoKernel(Exception):
@@ -148,17 +177,18 @@ class _Comparison:
         name: str,
         texts: list[list[int]],
         context: int,
+        twin: Path | None = None,
     ) -> None:
         self.proof, self.reference, self.name, self.texts = proof, reference, name, texts
-        self.context = context
-        self.dtype = ""
+        self.context, self.twin = context, twin
+        self.ran = self.dtype = ""
 
     def run(self) -> None:
         p = self.proof
         p.progress(f"opening {self.name}")
         with ExitStack() as stack:
             try:
-                candidate = self._opened(stack, self.name, p.path)
+                candidate = self._opened(stack, self.name, self.twin or p.path)
             except InputError as e:
                 self._explained(e)
                 p.add("structure", f"{self.name} loads it", str(e), "loads", False)
@@ -196,8 +226,8 @@ class _Comparison:
                 self._relative(cost, stats["reference", "stock"], rival)
             self._greedy(candidate)
             if isinstance(candidate, OnnxRuntime):
-                onnx_behaviour.run(p, candidate, self.texts, self.dtype)
-            if self.name in _SERVED:
+                onnx_behaviour.run(p, candidate, self.texts, self.ran)
+            if self.name in _SERVED and self.twin is None:
                 self._served(stack)
             if encoder is not None and p.options.curve:
                 self._curve(stack, encoder, made, stats)
@@ -207,8 +237,8 @@ class _Comparison:
     def _explained(self, e: Exception) -> None:
         """_NoKernel for a failure of vLLM, or of ONNX Runtime's CPU provider, that is the machine's."""
         text = str(e)
-        if self.name == "onnxruntime" and self.proof.graph is not None and _NO_OPERATOR in text:
-            reason = text[text.index(_NO_OPERATOR) :].partition(". ")[0].partition("); ")[0].rstrip(")")
+        if self.name == "onnxruntime" and self.proof.graph is not None and (hit := _NO_OPERATOR.search(text)):
+            reason = text[hit.start() :].partition(". ")[0].partition("); ")[0].rstrip(")")
             raise _NoKernel(f"its CPU provider has no kernel for these types ({reason})") from None
         known = _NO_KERNEL if self.proof.options.runtimes else (*_NO_KERNEL, *_NO_LOADER)
         if self.name == "vllm" and self.proof.quantized and any(part in text for part in known):
@@ -267,7 +297,11 @@ class _Comparison:
                     else "logits: the reference is no Hugging Face folder, so lconvert read its weights itself"
                 )
         info = candidate.info()
-        self.dtype = info.get("dtype", "")
+        self.ran = self.dtype = info.get("dtype", "")
+        if (
+            self.twin is not None and self.proof.graph is not None
+        ):  # whose tables the graph's type has rounded
+            self.dtype = {"F16": "float16", "BF16": "bfloat16"}.get(self.proof.graph.dtype, self.dtype)
         found.append({"role": "candidate"} | info)
 
     # --- what is measured
@@ -277,7 +311,7 @@ class _Comparison:
             "measure": measure,
             "runtime": self.name,
             "reference": against,
-            "artifact": artifact or self.proof.path.name,
+            "artifact": artifact or self.proof.path.name + (" in F32" if self.twin is not None else ""),
             "stats": stats.to_json(),
         }
         self.proof.details.setdefault("logits", []).append(row)
@@ -302,6 +336,8 @@ class _Comparison:
             self._rows("cost", stats, gate)
         elif p.rounded:
             self._rows("cost", stats, float(p.gates["cost"][0]["kld_mean"]))
+        elif self.twin is not None:
+            self._rows("cost", stats, logit_gates.noise(p, self.name, self.dtype))
         else:
             self._rows("cost", stats, logit_gates.floor(p, self.name))
             self._logprob(stats)
@@ -332,6 +368,7 @@ class _Comparison:
         self, name: str, value: str, gate: str = "", measured: float | None = None, limit: float | None = None
     ) -> None:
         label = name if self.name == self.proof.default_runtime else f"{name} ({self.name})"
+        label += " (restated in F32)" if self.twin is not None else ""
         if limit is None or measured is None:
             self.proof.add("logits", label, value, measured=measured)
         else:

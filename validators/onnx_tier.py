@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 
 from lconvert.converters import onnx_source, rotary
 from lconvert.converters.onnx_source import Found
+from lconvert.converters.onnx_weights import kind_of
 from lconvert.formats import onnx_reader
 from lconvert.formats.onnx_graph import BITS, package
 from lconvert.formats.onnx_reader import Stored
-from lconvert.ir import Decoder, Rope, as_f32
+from lconvert.ir import Decoder, Model, Rope, as_f32
 from lconvert.validators import classifier_structure, classifier_weights, onnx_fusion, stored, tensors
 from lconvert.validators.proof import Proof
 from lconvert.validators.runtimes import short
@@ -92,14 +94,27 @@ def _types(found: Found) -> Iterator[str]:
         if type_ in _FLOATS.values() and type_ != wanted:
             yield f"{port.name} is {type_}"
     for name, t in found.file.tensors.items():
-        if t.type in _FLOATS.values() and t.type != wanted and t.inline is None and not _scales(found, name):
-            yield f"{name} is {t.type}"
+        if t.type in _FLOATS.values() and t.type != wanted and t.inline is None:
+            allowed = _wide if isinstance(found.model.arch, Decoder) else _scales
+            if not allowed(found, t):
+                yield f"{name} is {t.type}"
 
 
-def _scales(found: Found, name: str) -> bool:
+def _scales(found: Found, t: Stored) -> bool:
     """Whether a tensor is scales alone, which TensorRT wants in F32 in a half graph (onnx_trt.py)."""
-    kinds = {n.op_type for n in found.file.consumers.get(name, ())}
+    kinds = {n.op_type for n in found.file.consumers.get(t.name, ())}
     return bool(kinds) and kinds <= {"QuantizeLinear", "DequantizeLinear"}
+
+
+def _wide(found: Found, t: Stored) -> bool:
+    """Whether it is a scale or a minimum that stays in F32 for TensorRT, and what it makes is cast to the graph's dtype."""
+    if found.file.metadata.get("dialect") != "trt" or t.type != "FLOAT":
+        return False
+    uses = [n for n in found.file.consumers.get(t.name, ()) if t.name == n.input[1]]
+    kinds = {"scale": "DequantizeLinear", "minimum": "MatMul"}
+    made = [n.output[0] for n in uses if n.op_type == kinds.get(t.name.rpartition(".")[2])]
+    after = [n for name in made for n in found.file.consumers.get(name, ())]
+    return bool(after) and {n.op_type for n in after} <= {"Cast", "Gather"}
 
 
 def _ports(found: Found) -> Iterator[str]:
@@ -142,6 +157,30 @@ def _writes(found: Found) -> Iterator[str]:
 
 def _shape(port: Any) -> tuple[int | str, ...]:
     return tuple(d.dim_param or d.dim_value for d in port.type.tensor_type.shape.dim)
+
+
+def unrounded(expected: Model, found: Found) -> tuple[Model, list[str]]:
+    """What the graph should round, less what it says it does not and indeed does not, and sentences about that."""
+    said, model = found.unrounded, found.model
+    left: dict[str, str] = {}
+    entries = {}
+    for role, entry in expected.entries.items():
+        what = f"inputs of {kind_of(role)}"
+        if entry.activation is not None and model.entries[role].activation is None and what in said:
+            entries[role] = replace(entry, activation=None)
+            left[what] = said[what]
+    made = expected.with_entries(entries) if entries else expected
+    cache = [w for w in ("the cache", "keys", "values") if w in said]
+    if expected.kv is not None and model.kv is None and cache:
+        made = replace(made, kv=None)
+        left |= {w: said[w] for w in cache}
+    alike: dict[str, list[str]] = {}
+    for what, how in left.items():
+        alike.setdefault(how, []).append(what)
+    return made, [
+        f"{', '.join([some[0], *(w.removeprefix('inputs of ') for w in some[1:])])} {how}"
+        for how, some in alike.items()
+    ]
 
 
 # --- rotary tables -----------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ RUNTIMES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "transformers": ("hf", "Transformers", ("hf",)),
     "dequantized": ("hf", "Dequantized", ("gguf", "hf", "lcir")),
     "onnxruntime": ("onnxruntime", "OnnxRuntime", ("onnx",)),
+    "tensorrt": ("tensorrt", "TensorRT", ("onnx",)),
     "vllm": ("vllm", "Vllm", ("hf",)),
 }
 

@@ -31,6 +31,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "transformers": {"dtype": (str,)},
     "dequantized": {},
     "onnxruntime": {"accuracy_level": (int,), "batch_tokens": (int,)},
+    "tensorrt": {"batch_tokens": (int,)},
     "vllm": {"dtype": (str,), "kv_cache_gib": (int, float), "batch_tokens": (int,)},
 }
 

@@ -117,11 +117,33 @@ class OnnxRuntime:
         accuracy_level: int | None = None,
         batch_tokens: int | None = None,
     ):
-        self._package = package()
         path = graph(Path(path))
         self._path, self._context = path, context
         self._tokenizer: Any = None
         self._level = str(accuracy_level) if accuracy_level is not None else _ACCURACY_LEVEL[purpose]
+        self._session = self._open(path, context, purpose, threads)
+        held = self._session.get_modelmeta().custom_metadata_map.get(
+            "positions", ""
+        )  # of rotary tables, ours
+        if held.isascii() and held.isdigit() and len(held) < 12:
+            self._context = min(context, int(held))
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
+        self._check()
+        vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
+        #: whether the graph makes logits of the last token alone
+        self._last = next(o.shape[1] for o in self._session.get_outputs() if o.name == "logits") == 1
+        self._dtype = self._float()
+        self._rows = (
+            1
+            if self._last
+            else batch_tokens or max(1, _ROWS_BYTES // (4 * (vocab if isinstance(vocab, int) else 1 << 18)))
+        )
+
+    def _open(self, path: Path, context: int, purpose: Purpose, threads: int | None) -> Any:
+        """The session. context: tokens that must fit."""
+        self._package = package()
         options = self._package.SessionOptions()
         options.add_session_config_entry(_ACCURACY_OPTION, self._level)
         file = onnx_session.opened(path)
@@ -136,29 +158,14 @@ class OnnxRuntime:
             del file
             if isinstance(model, bytes):
                 options.add_session_config_entry(_FOLDER_OPTION, str(path.resolve().parent))
-            self._session = self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return self._package.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # noqa: BLE001 - its errors derive from Exception alone
             raise InputError(f"{path}: ONNX Runtime does not load it {_said(e)}") from None
-        held = self._session.get_modelmeta().custom_metadata_map.get(
-            "positions", ""
-        )  # of rotary tables, ours
-        if held.isascii() and held.isdigit() and len(held) < 12:
-            self._context = min(context, int(held))
-        self._inputs = {i.name: i for i in self._session.get_inputs()}
-        self._outputs = [o.name for o in self._session.get_outputs()]
-        self._past = {n: n.replace("past_key_values", "present") for n in self._inputs if _PAST.fullmatch(n)}
-        self._check()
-        vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
-        #: whether the graph makes logits of the last token alone
-        self._last = next(o.shape[1] for o in self._session.get_outputs() if o.name == "logits") == 1
-        self._dtype = {"tensor(float)": "float32", "tensor(float16)": "float16"}.get(
-            next(o.type for o in self._session.get_outputs() if o.name == "logits"), "bfloat16"
-        )
-        self._rows = (
-            1
-            if self._last
-            else batch_tokens or max(1, _ROWS_BYTES // (4 * (vocab if isinstance(vocab, int) else 1 << 18)))
-        )
+
+    def _float(self) -> str:
+        """The type of the logits."""
+        kind = next(o.type for o in self._session.get_outputs() if o.name == "logits")
+        return {"tensor(float)": "float32", "tensor(float16)": "float16"}.get(kind, "bfloat16")
 
     def _check(self) -> None:
         known = {

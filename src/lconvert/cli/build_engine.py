@@ -129,12 +129,14 @@ def command(source: str, output: Path, backend: str, dtype: str, batch: str, seq
         path, told = Path(source), dict[str, Any]()
         if path.suffix != ".onnx":
             path, told = _exported(source, dtype, keep_onnx or Path(scratch) / "onnx", options)
+        told["run"] = _not_run()
         report, manifest = tensorrt.build(path, output, options, force=force, told=told, progress=step)
     if as_json:
         click.echo(json.dumps({"engine": str(output), **manifest}, indent=1))
         return 0
     click.echo(f"wrote {output}  {human(report.sizes['plan'])}  sha256 {manifest['engine']['sha256']}")
     click.echo(f"{report.label}; for {', '.join(manifest['built_for'])}")
+    click.echo(manifest["run"])
     rows = [(*name.split(), count) for name, count in report.layers.items()]
     table("layers of the network", ("layer", "precision", "number"), rows, right=(2,))
     click.echo(
@@ -143,6 +145,15 @@ def command(source: str, output: Path, backend: str, dtype: str, batch: str, seq
     for note in report.notes:
         click.echo(f"note: {note}")
     return 0
+
+
+def _not_run() -> str:
+    """That the engine was not run, and what would run it."""
+    from lconvert.validators.runtimes import cuda
+
+    if not cuda.count():
+        return "not run: no NVIDIA GPU is here; numbers and speed of the engine are unknown"
+    return f"not run: lconvert validate MODEL model.onnx compares its logits on {cuda.name()}, SM{cuda.capability()}"
 
 
 def _context(source: str) -> int | None:
