@@ -428,7 +428,8 @@ class _Comparison:
 
     def _margin(self, ours: LogitStats, theirs: LogitStats) -> float:
         """By how much the mean KLD may be above another quantizer's on the same text."""
-        rule, error = self.proof.gates["relative"], paired(ours, theirs)[1]
+        rule = self.proof.gates["relative" if self.proof.graph is None else "relative_graph"]
+        error = paired(ours, theirs)[1]
         return theirs.kld_mean * (float(rule["factor"]) - 1) + float(rule["errors"]) * error
 
     def _relative(self, ours: LogitStats, theirs: LogitStats, made: _Rival) -> None:
