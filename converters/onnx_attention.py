@@ -209,7 +209,7 @@ def cached(b: Builder, k: str, v: str, i: int, a: Attention) -> tuple[str, str]:
     out = []
     for side, new in (("key", k), ("value", v)):
         width = a.mla.v_dim if a.mla is not None and side == "value" else a.head_dim
-        before, after = (onnx_static.CAPACITY,) * 2 if b.shape.static else ("past", "total")
+        before, after = (onnx_static.capacity(b),) * 2 if b.shape.static else ("past", "total")
         past = b.graph.input(
             f"past_key_values.{i}.{side}", b.number_type, ("batch", a.kv_heads, before, width)
         )

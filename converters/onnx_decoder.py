@@ -145,7 +145,7 @@ def build(model: Model, dialect: Dialect, dtype: str, shape: Shape = _WHOLE) -> 
     """The whole graph of a decoder. Raises UnsupportedError naming a trait that has no graph."""
     b = Builder(model, dialect, dtype, shape)
     g, d = b.graph, model.decoder
-    seen = onnx_static.CAPACITY if shape.static else "total"
+    seen = onnx_static.capacity(b) if shape.static else "total"
     for name, dim in (("input_ids", "sequence"), ("attention_mask", seen), ("position_ids", "sequence")):
         g.input(name, "INT64", ("batch", dim))
     if shape.static:

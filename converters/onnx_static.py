@@ -1,8 +1,9 @@
 """A cache of fixed length: keys and values are written into it by TensorScatter instead of being concatenated.
 
 Inputs differ from those of a growing cache: `past_key_values.N.*` have room for `capacity` positions, `cache_position` (batch,) says
-how many of them are taken, and `attention_mask` covers the capacity. TensorRT turns TensorScatter into updates in place
-(KV_CACHE_UPDATE), ONNX Runtime as well where an output is bound to its input's memory. TensorScatter: onnx/docs/Operators.md, opset 24.
+how many of them are taken, and `attention_mask` covers the capacity. ONNX Runtime writes in place where an output is bound to its
+input's memory, at any capacity; TensorRT makes KV_CACHE_UPDATE of TensorScatter and wants the capacity to be a number
+(kVCacheUpdateLayer.cpp). TensorScatter: onnx/docs/Operators.md, opset 24.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 CAPACITY = "capacity"
 POSITION = "cache_position"
+
+
+def capacity(b: Builder) -> str | int:
+    """Positions that there is room for: free, or for TensorRT as many as the graph is for."""
+    return b.shape.positions or b.model.decoder.context if b.dialect.tensorrt else CAPACITY
 
 
 def rows_and_columns(b: Builder) -> tuple[str, str]:

@@ -141,17 +141,17 @@ def dimensions(
 ) -> tuple[int, ...]:
     """An input's shape at the profile's least (0), usual (1) or most (2). UnsupportedError for an input that no exporter names so.
 
-    cached: the graph has keys and values of the past as inputs.
+    cached: the graph has keys and values of the past as inputs. A cache of fixed length has that length (onnx_static.py).
     """
     batch, sequence, past = (getattr(options, k)[which] for k in ("batch", "sequence", "past"))
     if -1 not in shape:
         return tuple(shape)
-    if name in ("input_ids", "position_ids"):
+    if name in ("input_ids", "position_ids", "token_type_ids"):
         return (batch, sequence)
     if name == "attention_mask":
-        return (batch, sequence + past * cached)
+        return (batch, sequence + past * cached if shape[1] == -1 else shape[1])
     if name.startswith("past_key_values.") and len(shape) == 4:
-        return (batch, shape[1], past, shape[3])
+        return (batch, shape[1], past if shape[2] == -1 else shape[2], shape[3])
     if list(shape).count(-1) == 1 and shape[0] == -1:
         return (batch, *shape[1:])
     raise UnsupportedError(

@@ -294,6 +294,13 @@ def _interleaved(v: View) -> Iterator[tuple[str, str]]:
             yield hit[0].name, f"interleaved, and appended to {next(x for x in n.input if x in given)}"
 
 
+def _free_caches(v: View) -> Iterator[tuple[str, str]]:
+    for n in v.of("TensorScatter"):
+        axis, shape = attribute(n, "axis", -2), v.shape(n.input[0])
+        if shape is not None and shape[axis] is None:
+            yield n.name, f"a cache of free length {n.input[0]}"
+
+
 _HARDWARE_SAYS = "Cannot compile for target(s), because the model contains HW-specific datatypes"
 RULES: tuple[Rule, ...] = (
     Rule("tensor-type", "Failed to import initializer; Unsupported ONNX data type", "store codes as INT4, INT8, FLOAT8E4M3FN or FLOAT4E2M1 (the trt dialect does)", _tensor_types),
@@ -315,6 +322,7 @@ RULES: tuple[Rule, ...] = (
     Rule("fp8-target", _HARDWARE_SAYS, "build for --sm 89,120, or use int8", _needs("FLOAT8E4M3FN")),
     Rule("int4-target", _HARDWARE_SAYS, "build for --sm 80 and later, or use int8", _needs("INT4")),
     Rule("bf16-target", _HARDWARE_SAYS, "build for --sm 80 and later, or export with --fp16", _needs("BFLOAT16")),
+    Rule("static-cache", "The KV cache tensor must have a static sequence length dimension (kVCacheUpdateLayer.cpp)", "export with --dialect trt --static-cache, for --positions as many as it is to hold", _free_caches),
     Rule("interleaved-rotary", "MyelinCheckException: ssa.cpp (TensorRT-RTX 1.7.1, dynamic shapes)", "put the dimensions into halves before turning (the trt dialect does)", _interleaved),
 )  # fmt: skip
 

@@ -18,9 +18,8 @@ def bert(kind: str, folder: Path, **options: Any) -> Any:
     torch.manual_seed(3)
     sizes: dict[str, Any] = {**SIZES, **options}
     if kind == "bert":
-        config = transformers.BertConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **sizes
-        )
+        own = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        config = transformers.BertConfig(**{**own, **sizes})
         module = transformers.BertForSequenceClassification(config).eval()
     else:
         config = transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, **sizes)

@@ -31,6 +31,7 @@ from lconvert.passes import activations, rtn
 from lconvert.plan import manifest_path
 from tests import arch_cases, case_models
 from tests.conftest import DEMO, ROOT
+from tests.small_classifiers import bert
 
 for package in ("onnx", "onnxruntime", "tensorrt_rtx"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -142,6 +143,31 @@ def test_interleaved_turning_is_what_the_builder_fails_on(tmp_path: Path) -> Non
     with pytest.raises(UnsupportedError, match="interleaved-rotary"):
         tensorrt.build(path, tmp_path / "m.plan", SMALL)
     with pytest.MonkeyPatch.context() as m, pytest.raises(UnsupportedError, match="dynamic shapes"):
+        m.setattr(trt_rules, "RULES", ())
+        tensorrt.build(path, tmp_path / "m.plan", SMALL)
+
+
+def test_a_cache_of_fixed_length_has_a_length(tmp_path: Path) -> None:
+    """The rule's graph: the same decoder with room that is left open."""
+    model = lconvert.read(case_models.folder("llama-gqa"))
+    plan = onnx.plan(model, onnx.Options("trt", static_cache=True, positions=64))
+    execute(plan, tmp_path / "m")
+    path = tmp_path / "m" / "model.onnx"
+    assert trt_rules.check(onnx_reader.read(path)) == []
+    report = built(path, 89)
+    layers = model.decoder.layers
+    assert report.layers["KV_CACHE_UPDATE HALF"] == 2 * layers
+    assert report.inputs["past_key_values.0.key"]["max"][2] == report.inputs["attention_mask"]["max"][1] == 64
+    proto = onnx_reader.read(path).proto
+    for port in (*proto.graph.input, *proto.graph.output):
+        for d in port.type.tensor_type.shape.dim:
+            if d.dim_value == 64 and len(port.type.tensor_type.shape.dim) in (2, 4):
+                d.dim_param = "capacity"
+    path.write_bytes(proto.SerializeToString())
+    assert {f.rule for f in trt_rules.check(onnx_reader.read(path))} == {"static-cache"}
+    with pytest.raises(UnsupportedError, match="static-cache"):
+        tensorrt.build(path, tmp_path / "m.plan", SMALL)
+    with pytest.MonkeyPatch.context() as m, pytest.raises(UnsupportedError, match="static sequence length"):
         m.setattr(trt_rules, "RULES", ())
         tensorrt.build(path, tmp_path / "m.plan", SMALL)
 
@@ -264,6 +290,27 @@ def test_build_engine_writes_an_engine_and_its_manifest(demo_graph: Path, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.plan", "m.plan.manifest.json"]
     again = run("build-engine", demo_graph, "-o", out)
     assert isinstance(again.exception, LconvertError) and "--force replaces it" in str(again.exception)
+
+
+def test_build_engine_of_a_folder_builds_its_graph(tmp_path: Path) -> None:
+    """As it was exported, here with a cache of fixed length; `plan` looks at it too."""
+    exported(lconvert.read(DEMO), tmp_path / "m", static_cache=True, positions=96)
+    result = run("build-engine", tmp_path / "m", "-o", tmp_path / "m.plan", "--sm", "89", "--json")
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)["report"]
+    assert made["inputs"]["past_key_values.0.value"]["max"][2] == 96
+    assert made["layers"]["KV_CACHE_UPDATE HALF"] and "CONCATENATION HALF" not in made["layers"]
+    result = run("plan", tmp_path / "m", "--to", "trt", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["tensors"] == []
+
+
+def test_build_engine_of_an_encoder(tmp_path: Path) -> None:
+    """Of heads of 32, the least that the attention takes."""
+    bert("bert", tmp_path / "source", hidden_size=64, num_attention_heads=2)
+    exported(lconvert.read(tmp_path / "source"), tmp_path / "m")
+    result = run("build-engine", tmp_path / "m", "-o", tmp_path / "m.plan", "--sm", "89", "--sequence", "1:8:32", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["report"]["inputs"]["token_type_ids"]["max"] == [1, 32]
 
 
 def test_build_engine_of_a_checkpoint(tmp_path: Path) -> None:

@@ -66,8 +66,11 @@ def test_rules_agree_with_the_builder(pair: Pair) -> None:
 
 
 def test_every_rule_has_a_pair() -> None:
-    """But the interleaved one, whose graph is a decoder's: test_tensorrt.py builds it."""
-    assert {r.name for r in trt_rules.RULES} - {p.rule for p in PAIRS} == {"interleaved-rotary"}
+    """But those of dynamic caches, whose graphs are decoders': test_tensorrt.py builds them."""
+    assert {r.name for r in trt_rules.RULES} - {p.rule for p in PAIRS} == {
+        "interleaved-rotary",
+        "static-cache",
+    }
 
 
 @pytest.mark.parametrize("kind", trt_rules.NO_OPERATORS)

@@ -32,8 +32,15 @@ dtype_option = click.option(
     type=click.Choice(list(_DTYPES)),
     default="fp16",
     show_default=True,
-    help="Of the graph, if SOURCE is no .onnx file.",
+    help="Of the graph, if SOURCE has none yet.",
 )
+
+
+def graph_of(source: str) -> Path | None:
+    """The .onnx file that a source is, or that lies in it; None for a model whose graph is yet to be made."""
+    path = Path(source)
+    inside = path / "model.onnx"
+    return path if path.suffix == ".onnx" else inside if inside.is_file() else None
 
 
 def graph_plan(source: str, dtype: str) -> Plan:
@@ -105,7 +112,7 @@ def graph_plan(source: str, dtype: str) -> Plan:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 @click.option("--force", is_flag=True, help="Replace an existing engine.")
 def command(source: str, output: Path, backend: str, dtype: str, batch: str, sequence: str | None, past: str | None, sm: str, hardware: str, version_compatible: bool, timing_cache: Path | None, strip_plan: bool, refit: str, weight_streaming: bool, sparse: bool, workspace: str | None, level: int | None, keep_onnx: Path | None, as_json: bool, force: bool) -> int:  # fmt: skip
-    """Build the TensorRT engine of SOURCE: an .onnx file, or a checkpoint, GGUF file or .lcir folder.
+    """Build the TensorRT engine of SOURCE: an .onnx file or a folder with model.onnx, or a checkpoint, GGUF file or .lcir folder.
 
     The graph is checked against TensorRT's rules first (lconvert plan shows them). With tensorrt_rtx no GPU is needed, and the
     engine is not run: the report says so. Beside the engine stands a manifest with its hash, options and the hash of the graph.
@@ -126,8 +133,8 @@ def command(source: str, output: Path, backend: str, dtype: str, batch: str, seq
     )  # fmt: skip
     tensorrt.load(backend)
     with tempfile.TemporaryDirectory(prefix="lconvert-") as scratch, status("building") as step:
-        path, told = Path(source), dict[str, Any]()
-        if path.suffix != ".onnx":
+        path, told = graph_of(source), dict[str, Any]()
+        if path is None:
             path, told = _exported(source, dtype, keep_onnx or Path(scratch) / "onnx", options)
         told["run"] = _not_run()
         report, manifest = tensorrt.build(path, output, options, force=force, told=told, progress=step)
@@ -158,14 +165,15 @@ def _not_run() -> str:
 
 def _context(source: str) -> int | None:
     """Positions that the model has, None where the graph does not say."""
-    if source.endswith(".onnx"):
+    if (path := graph_of(source)) is not None:
         from lconvert.converters.tensorrt import positions
         from lconvert.formats import onnx_reader
 
-        return positions(onnx_reader.read(source))
+        return positions(onnx_reader.read(path))
     import lconvert
 
-    return int(lconvert.read(source).decoder.context)
+    arch = lconvert.read(source).arch
+    return getattr(arch, "context", None)
 
 
 def spans(sequence: str | None, past: str | None, context: int | None) -> tuple[Any, Any]:

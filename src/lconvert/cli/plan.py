@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lconvert.cli.build_engine import capabilities, dtype_option, graph_plan
+from lconvert.cli.build_engine import capabilities, dtype_option, graph_of, graph_plan
 from lconvert.cli.common import table
 
 
@@ -40,8 +40,8 @@ def command(source: str, target: str, dtype: str, sm: str, as_json: bool) -> int
     sms = capabilities(sm)
     tensors: list[Any] = []
     notes: tuple[str, ...] = ()
-    if source.endswith(".onnx"):
-        model = onnx_reader.read(source)
+    if (path := graph_of(source)) is not None:
+        model = onnx_reader.read(path)
     else:
         plan = graph_plan(source, dtype)
         model, tensors, notes = trt_rules.planned(plan), list(plan.items()), plan.notes
