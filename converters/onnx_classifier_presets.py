@@ -75,7 +75,7 @@ def _steps(model: Model, c: Chosen) -> tuple[Step, ...]:
 
 def _search(c: Chosen) -> dict[str, str]:
     """Scales that leave no code unused are negative at times, which TensorRT refuses."""
-    return {} if c.dialect == "trt" else {"search": "extreme"}
+    return {} if c.dialect == "trt" else {"search": "signed-max"}
 
 
 def _int8(model: Model, c: Chosen) -> Step:

@@ -21,9 +21,9 @@ _ALL = _PRODUCTS + "|embed"
 
 PRESETS: Mapping[str, Preset] = {
     "int4": Preset("int4 weights, symmetric, blocks of 32, the head too; int8 for the embedding", "onnx",
-                   (("rtn", {"grid": "int4", "group": 32, "search": "extreme", "targets": _ALL, "embed": "int8"}),)),
+                   (("rtn", {"grid": "int4", "group": 32, "search": "signed-max", "targets": _ALL, "embed": "int8"}),)),
     "int8": Preset("int8 weights, a scale per row, the head and the embedding too", "onnx",
-                   (("rtn", {"grid": "int8", "group": -1, "search": "extreme", "targets": _ALL}),)),
+                   (("rtn", {"grid": "int8", "group": -1, "search": "signed-max", "targets": _ALL}),)),
     "w8a8": Preset("int8 weights per row, int8 activations, static (--calibration)", "onnx",
                    (("rtn", {"grid": "int8", "group": -1}), ("activations", {"grid": "int8", "dynamic": False})), True),
     "fp8": Preset("FP8 weights and activations, a scale per tensor, static (--calibration)", "onnx",

@@ -57,7 +57,7 @@ def nearest_groups(
     x: NDArray[Any],
     group: int,
     bits: int,
-    extreme: bool,
+    signed_max: bool,
     codes: NDArray[int8],
     scale: NDArray[float32],
     zero: NDArray[uint8] | None,

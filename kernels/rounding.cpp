@@ -94,7 +94,7 @@ void round_groups(const std::string& isa, const Floats& x, int64_t group, const 
     kernel.round(in, count, group, s, z, least, most, out);
 }
 
-bool nearest_groups(const std::string& name, const Source& x, int64_t group, int bits, bool extreme, const CodesOut& codes,
+bool nearest_groups(const std::string& name, const Source& x, int64_t group, int bits, bool signed_max, const CodesOut& codes,
                     const FloatsOut& scale, const std::optional<BytesOut>& zero) {
     const Isa& isa = find_isa(name);
     const int64_t count = groups(x, group, scale);
@@ -111,7 +111,7 @@ bool nearest_groups(const std::string& name, const Source& x, int64_t group, int
     for (int64_t g = 0; g < count; g += step) {
         const int64_t n = count - g < step ? count - g : step;
         const float* in = values.read(g * group, n * group);
-        finite &= isa.rounding.nearest(in, n, group, bits, extreme, out + g * group, s + g, z ? z + g : nullptr);
+        finite &= isa.rounding.nearest(in, n, group, bits, signed_max, out + g * group, s + g, z ? z + g : nullptr);
     }
     return finite;
 }
@@ -155,7 +155,7 @@ void bind_rounding(nb::module_& m) {
           nb::arg("zero").none(), nb::arg("least"), nb::arg("most"), nb::arg("codes"),
           "codes = clamp(round(x / scale) + zero, least, most).");
     m.def("nearest_groups", &nearest_groups, nb::arg("isa"), nb::arg("x"), nb::arg("group"), nb::arg("bits"),
-          nb::arg("extreme"), nb::arg("codes"), nb::arg("scale"), nb::arg("zero").none(),
+          nb::arg("signed_max"), nb::arg("codes"), nb::arg("scale"), nb::arg("zero").none(),
           "Scales by the extent of a group, zero points where there is room for them, and codes; False if there is a NaN or an "
           "infinity.");
     m.def("group_values", &group_values, nb::arg("isa"), nb::arg("codes"), nb::arg("is_signed"), nb::arg("group"),

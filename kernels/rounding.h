@@ -100,9 +100,9 @@ LANE_FN float short_scale(float v, int significant) {
     return v;
 }
 
-// Groups of n values to codes, scales and, where `zeros` is not null, zero points. extreme: the value of the largest magnitude gets the
+// Groups of n values to codes, scales and, where `zeros` is not null, zero points. signed_max: the value of the largest magnitude gets the
 // least code. False if a value is NaN or infinite.
-bool nearest_groups(const float* x, int64_t count, int64_t n, int width, bool extreme, int8_t* codes, float* scales,
+bool nearest_groups(const float* x, int64_t count, int64_t n, int width, bool signed_max, int8_t* codes, float* scales,
                     uint8_t* zeros) {
     bool finite = true;
     const float top = (float)(zeros ? (1 << width) - 1 : (1 << (width - 1)) - 1);
@@ -123,7 +123,7 @@ bool nearest_groups(const float* x, int64_t count, int64_t n, int width, bool ex
             round_group(x, n, scale, zero, 0.0f, top, codes);
         } else {
             const float below = low < 0.0f ? -low : low, above = high < 0.0f ? -high : high;
-            const float widest = extreme ? (below < above ? high : low) / (-top - 1.0f) : (below < above ? above : below) / top;
+            const float widest = signed_max ? (below < above ? high : low) / (-top - 1.0f) : (below < above ? above : below) / top;
             scales[g] = short_scale(widest, 8) + 0.0f;
             round_group(x, n, scales[g], 0.0f, -top - 1.0f, top, codes);
         }

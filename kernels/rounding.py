@@ -62,23 +62,23 @@ def round_groups(x: F32, group: int, scale: F32, zero: F32 | None, least: int, m
 
 
 def nearest_groups(
-    x: NDArray[Any], group: int, bits: int, signed: bool, extreme: bool = False
+    x: NDArray[Any], group: int, bits: int, signed: bool, signed_max: bool = False
 ) -> tuple[NDArray[np.int8], F32, NDArray[np.uint8] | None]:
     """x (rows, cols) in its storage type (uint16: bfloat16) to codes of `bits`, scales and zero points (rows, cols / group).
 
-    extreme: the value of the largest magnitude gets the least code (`reference.rounding.widest_scale`). Unsigned codes come as the bytes of int8. Raises InputError for NaN and infinities.
+    signed_max: the value of the largest magnitude gets the least code (`reference.rounding.widest_scale`). Unsigned codes come as the bytes of int8. Raises InputError for NaN and infinities.
     """
     native = native_module()
     if native is None:
         wide = _f32(x)
         group_extent(wide, group)
-        found, scale, zeros = reference.nearest_groups(wide, group, bits, signed, extreme)
+        found, scale, zeros = reference.nearest_groups(wide, group, bits, signed, signed_max)
         return found, scale, None if zeros is None else zeros.astype(np.uint8)
     x = np.ascontiguousarray(x)
     shape = (x.shape[0], x.shape[1] // group)
     codes, scale = np.empty(x.shape, np.int8), np.empty(shape, np.float32)
     zero = None if signed else np.empty(shape, np.uint8)
-    if not native.nearest_groups(isa(), x, group, bits, extreme, codes, scale, zero):
+    if not native.nearest_groups(isa(), x, group, bits, signed_max, codes, scale, zero):
         raise InputError(_NOT_FINITE)
     return codes, scale, zero
 

@@ -18,7 +18,7 @@ struct Rounding {
     bool (*extents)(const float* x, int64_t count, int64_t n, float* low, float* high);
     void (*round)(const float* x, int64_t count, int64_t n, const float* scales, const float* zeros, float least, float most,
                   int8_t* codes);
-    bool (*nearest)(const float* x, int64_t count, int64_t n, int width, bool extreme, int8_t* codes, float* scales,
+    bool (*nearest)(const float* x, int64_t count, int64_t n, int width, bool signed_max, int8_t* codes, float* scales,
                     uint8_t* zeros);
     void (*values)(const uint8_t* codes, bool is_signed, int64_t count, int64_t n, const float* scales, const float* zeros,
                    float* out);

@@ -88,9 +88,9 @@ def stored(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("isa", COMPILED)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("signed", "extreme"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(("signed", "signed-max"), [(True, False), (True, True), (False, False)])
 def test_scales_by_extent_are_the_specification(
-    isa: str, dtype: str, bits: int, signed: bool, extreme: bool, monkeypatch: pytest.MonkeyPatch
+    isa: str, dtype: str, bits: int, signed: bool, signed_max: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codes, scales and zero points: ties, zeros, one sign only, scales in fp16's subnormal range and beyond it; then the values."""
     monkeypatch.setenv("LCONVERT_ISA", isa)
@@ -101,8 +101,8 @@ def test_scales_by_extent_are_the_specification(
         x[1], x[2] = np.abs(x[1]), -np.abs(x[2])
         x[3:7] *= np.float32([1e-3, 1e-6, 1e-8, 1e-30])[:, None]
         kept, wide = stored(x, dtype)
-        want = reference.nearest_groups(wide, group, bits, signed, extreme)
-        got = rounding.nearest_groups(kept, group, bits, signed, extreme)
+        want = reference.nearest_groups(wide, group, bits, signed, signed_max)
+        got = rounding.nearest_groups(kept, group, bits, signed, signed_max)
         for a, b in zip(want, got, strict=True):
             assert (a is None) == (b is None)
             assert a is None or (np.array_equal(a, b) and not (np.signbit(b) & (b == 0)).any())

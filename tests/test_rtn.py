@@ -48,7 +48,7 @@ def test_fused_and_two_step_paths_write_the_same_bytes(type_: str, dtype: str) -
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("search", ["minmax", "extreme", "mse"])
+@pytest.mark.parametrize("search", ["minmax", "signed-max", "mse"])
 def test_symmetric_grid_is_its_definition(bits: int, search: str) -> None:
     t = _weights()
     q = rtn.quantized(t, rtn.Options(grid=f"int{bits}", group=64, search=search))  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ def test_symmetric_grid_is_its_definition(bits: int, search: str) -> None:
     assert np.array_equal(q.codes.load().reshape(6, 8, 64), want)
     if search == "minmax":
         assert np.allclose(s, np.abs(x).max(-1) / top, rtol=2**-8, atol=2**-14)
-    if search == "extreme":
+    if search == "signed-max":
         farthest = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], -1)[..., 0]
         assert np.allclose(s, -farthest / (top + 1), rtol=2**-8, atol=2**-14)
 
@@ -87,7 +87,7 @@ def test_scales_are_short_so_that_bf16_and_fp16_hold_them(grid: str, bits: int) 
 
 
 @pytest.mark.parametrize(("bits", "group"), [(2, 16), (4, 16), (4, 32), (4, 128), (8, 32), (8, 256), (8, -1)])
-def test_extreme_search_loses_what_onnx_runtimes_quantizer_loses(bits: int, group: int) -> None:
+def test_signed_max_loses_what_onnx_runtimes_quantizer_loses(bits: int, group: int) -> None:
     """The peer's own code on the same weights; our scales are rounded to 8 bits, which changes its error by less than 2%."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     from lconvert.validators.stock_onnx import quantized
@@ -99,7 +99,7 @@ def test_extreme_search_loses_what_onnx_runtimes_quantizer_loses(bits: int, grou
 
     ours, before = (
         error(dequantize(rtn.quantized(dense(w), rtn.Options(grid=f"int{bits}", group=group, search=search))))  # type: ignore[arg-type]
-        for search in ("extreme", "minmax")
+        for search in ("signed-max", "minmax")
     )
     theirs = error(quantized(dense(w), bits, group).load())
     assert abs(ours / theirs - 1) < 0.02
@@ -156,7 +156,7 @@ def test_nan_is_refused() -> None:
     [
         ({"grid": "int9"}, "grid 'int9'; choose int2..int8"),
         ({"group": 0}, "group 0"),
-        ({"search": "best"}, "choose minmax, extreme or mse"),
+        ({"search": "best"}, "choose minmax, signed-max or mse"),
         ({"targets": "("}, "not a regular expression"),
     ],
 )

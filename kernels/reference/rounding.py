@@ -38,12 +38,12 @@ def storable(s: F32) -> F32:
     return np.where(np.abs(s) < normal, np.rint(np.clip(s, -normal, normal) / unit) * unit, s)
 
 
-def widest_scale(low: F32, high: F32, bits: int, signed: bool, extreme: bool = False) -> F32:
+def widest_scale(low: F32, high: F32, bits: int, signed: bool, signed_max: bool = False) -> F32:
     """The scale that covers a group from low to high, before it is shortened.
 
-    extreme: the one at which the value of the largest magnitude has the least code, -2^(bits - 1); below zero where it is positive.
+    signed_max: the one at which the value of the largest magnitude has the least code, -2^(bits - 1); below zero where it is positive.
     """
-    if signed and extreme:
+    if signed and signed_max:
         farthest = np.where(np.abs(low) < np.abs(high), high, low)
         mirrored: NDArray[Any] = farthest / np.float32(-(1 << (bits - 1)))
         return mirrored
@@ -64,11 +64,11 @@ def zero_points(low: F32, scale: F32, bits: int) -> F32:
 
 
 def nearest_groups(
-    x: F32, group: int, bits: int, signed: bool, extreme: bool = False
+    x: F32, group: int, bits: int, signed: bool, signed_max: bool = False
 ) -> tuple[NDArray[Any], F32, F32 | None]:
     """Codes, scales and zero points by the extent of every group; scales have 8 significant bits, 7 beside zero points."""
     low, high = group_extent(x, group)
-    scale = storable(short_scale(widest_scale(low, high, bits, signed, extreme), 8 if signed else 7))
+    scale = storable(short_scale(widest_scale(low, high, bits, signed, signed_max), 8 if signed else 7))
     if signed:
         scale = scale + np.float32(0)  # of a group of zeros: no -0
         top = (1 << (bits - 1)) - 1

@@ -6,7 +6,7 @@ what llama-quantize writes. Portable integer grids (int2 .. int8, uint2 .. uint8
     symmetric   s = max|x| / (2^(b-1) - 1)            code = clamp(rint(x / s), -2^(b-1), 2^(b-1) - 1)
     asymmetric  s = (max - min) / (2^b - 1), z = rint(-min / s), min <= 0 <= max
 
-search "extreme" (symmetric only) gives the value of the largest magnitude the code -2^(b-1), which makes s smaller, and negative where
+search "signed-max" (symmetric only) gives the value of the largest magnitude the code -2^(b-1), which makes s smaller, and negative where
 that value is positive: what Q4_0 (ggml-quants.c quantize_row_q4_0_ref) and ONNX Runtime's quantizer (mlas q4_dq.cpp) do. TensorRT takes
 no negative scales. "mse" tries s, 0.99 s .. 0.5 s and keeps the smallest squared error. Chosen scales are rounded to 8 significant
 bits first (7 for asymmetric ones), which makes them exact in fp16 and bf16 runtimes and, up to 4 bits, keeps z * s exact
@@ -45,16 +45,16 @@ class Options:
 
     grid: str = "int4"
     group: int | str = 128
-    search: Literal["minmax", "extreme", "mse"] = "minmax"
+    search: Literal["minmax", "signed-max", "mse"] = "minmax"
     targets: str = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)"
     ignore: str = ""
     embed: str = ""
 
     def __post_init__(self) -> None:
-        if self.search not in ("minmax", "extreme", "mse"):
-            raise OptionError(f"rtn: search {self.search!r}; choose minmax, extreme or mse")
-        if self.search == "extreme" and not re.fullmatch(r"int[2-8]", self.grid):
-            raise OptionError(f"rtn: search extreme with {self.grid}; it is for int2 .. int8")
+        if self.search not in ("minmax", "signed-max", "mse"):
+            raise OptionError(f"rtn: search {self.search!r}; choose minmax, signed-max or mse")
+        if self.search == "signed-max" and not re.fullmatch(r"int[2-8]", self.grid):
+            raise OptionError(f"rtn: search signed-max with {self.grid}; it is for int2 .. int8")
         if self.grid == "fp8":
             if self.group not in (-1, "tensor", "block"):
                 raise OptionError(
@@ -172,7 +172,7 @@ def _rounded(
     from lconvert.kernels.reference.rounding import short_scale, storable, widest_scale, zero_points
 
     if search != "mse":
-        return rounding.nearest_groups(x, group, bits, signed, search == "extreme")
+        return rounding.nearest_groups(x, group, bits, signed, search == "signed-max")
     x = as_f32(x, "BF16" if x.dtype == np.uint16 else "F32")
     low, high = rounding.group_extent(x, group)
     widest = widest_scale(low, high, bits, signed)
