@@ -88,7 +88,7 @@ def stored(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("isa", COMPILED)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("signed", "signed-max"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(("signed", "signed_max"), [(True, False), (True, True), (False, False)])
 def test_scales_by_extent_are_the_specification(
     isa: str, dtype: str, bits: int, signed: bool, signed_max: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
