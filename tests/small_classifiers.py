@@ -22,7 +22,8 @@ def bert(kind: str, folder: Path, **options: Any) -> Any:
         config = transformers.BertConfig(**{**own, **sizes})
         module = transformers.BertForSequenceClassification(config).eval()
     else:
-        config = transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, **sizes)
+        own = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+        config = transformers.DistilBertConfig(**{**own, **sizes})
         module = transformers.DistilBertForSequenceClassification(config).eval()
     for name, p in module.named_parameters():
         torch.nn.init.normal_(p, float("norm" in name.lower() and name.endswith("weight")), 0.2)

