@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from lconvert import __version__
 from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder, onnx_genai
 from lconvert.converters.onnx_builder import Builder, Shape, Weight
-from lconvert.converters.onnx_measured import measured
+from lconvert.converters.onnx_measured import Errors, measured, watched
 from lconvert.converters.onnx_weights import DIALECTS
 from lconvert.errors import OptionError
 from lconvert.formats.onnx_graph import Graph
@@ -75,6 +76,7 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     if options.positions and held and options.positions > held:
         raise OptionError(f"positions {options.positions}: the model has {held}; choose as many or fewer")
     genai = options.dialect == "genai"
+    model, errors = watched(model, original)
     made = (
         onnx_genai.build(model, dtype, shape)
         if genai
@@ -93,7 +95,7 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     graph = FilePlan(MODEL, head := made.graph.model(DATA, metadata), (), len(head))
     files = (
         graph,
-        _data(made.graph, made.weights, model, original),
+        _data(made.graph, made.weights, errors),
         *hf.text_files(model, hf.config(model, dtype)),
     )
     if genai:
@@ -116,9 +118,9 @@ def advice(made: Builder) -> list[str]:
     return out
 
 
-def _data(graph: Graph, weights: list[Weight], model: Model, original: Model | None) -> FilePlan:
+def _data(graph: Graph, weights: list[Weight], errors: Mapping[str, Errors]) -> FilePlan:
     offsets = graph.layout()
-    items = [measured(_item(w, offsets[w.made.name]), model, original) for w in weights]
+    items = [measured(_item(w, offsets[w.made.name]), errors, w.made.whole) for w in weights]
     return FilePlan(DATA, b"", tuple(items), offsets[""])
 
 

@@ -83,7 +83,7 @@ def codes(name: str, t: Tensor, type_: str, along: tuple[Tensor, ...] = ()) -> I
         return out
 
     rows = k if n % per == 0 else 1
-    return Initializer(name, type_, (k, n), rows, _by_rows((t.read, t.shape, type_), rows, make))
+    return Initializer(name, type_, (k, n), rows, _by_rows((t.read, t.shape, type_), rows, make), True)
 
 
 def transposed(name: str, t: Tensor, dtype: str) -> Initializer:
@@ -95,7 +95,7 @@ def transposed(name: str, t: Tensor, dtype: str) -> Initializer:
         cast: NDArray[Any] = x if t.dtype == dtype else regrid.nearest(as_f32(x, t.dtype), dtype)
         return np.ascontiguousarray(cast.T)
 
-    return Initializer(name, FLOATS[dtype], (k, n), k, _by_rows((t.read, t.shape, dtype), k, make))
+    return Initializer(name, FLOATS[dtype], (k, n), k, _by_rows((t.read, t.shape, dtype), k, make), True)
 
 
 def values(name: str, entry: Entry, dtype: str) -> Initializer:
@@ -114,7 +114,7 @@ def values(name: str, entry: Entry, dtype: str) -> Initializer:
             transpose_rows(slab, out, start)
         return out
 
-    return Initializer(name, FLOATS[dtype], (k, n), k, _by_rows((source, entry.shape, dtype), k, make))
+    return Initializer(name, FLOATS[dtype], (k, n), k, _by_rows((source, entry.shape, dtype), k, make), True)
 
 
 def stored(x: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -55,7 +55,8 @@ def package() -> Any:
 class Initializer:
     """A weight of the graph. `read(start, stop)` gives rows of its bytes; rows: how many there are.
 
-    A row of packed types must fill whole bytes; a tensor whose rows do not has one row.
+    A row of packed types must fill whole bytes; a tensor whose rows do not has one row. whole: the first rows already take all of
+    what it is made of.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Initializer:
     shape: tuple[int, ...]
     rows: int
     read: Callable[[int, int], NDArray[Any]] = field(repr=False, compare=False)
+    whole: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -20,24 +20,32 @@ using Packed = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 constexpr int64_t kTile = 64;
 
-template <class T>
-void transpose(const T* in, int64_t n, int64_t k, T* out, int64_t width) {
-    for (int64_t c = 0; c < k; c += kTile)
-        for (int64_t r = 0; r < n; r += kTile) {
-            const int64_t last_c = c + kTile < k ? c + kTile : k, last_r = r + kTile < n ? r + kTile : n;
-            for (int64_t j = c; j < last_c; ++j)
-                for (int64_t i = r; i < last_r; ++i) out[j * width + i] = in[i * k + j];
+// Tiles of an (n, k) matrix, turned: use(columns, rows of the tile, first column, first row), columns[j] having the tile's column j.
+// Rows of matrices lie at powers of two from each other, which share cache lines' places; the tile's own do not.
+template <class To, class From, class Use>
+void each_tile(const From* in, int64_t n, int64_t k, int shift, Use use) {
+    constexpr int64_t stride = kTile + 64 / (int64_t)sizeof(To);
+    alignas(64) To turned[kTile * stride];
+    for (int64_t r = 0; r < n; r += kTile)
+        for (int64_t c = 0; c < k; c += kTile) {
+            const int64_t rows = n - r < kTile ? n - r : kTile, cols = k - c < kTile ? k - c : kTile;
+            for (int64_t i = 0; i < rows; ++i) {
+                const From* row = in + (r + i) * k + c;
+                if (cols == kTile)
+                    for (int64_t j = 0; j < kTile; ++j) turned[j * stride + i] = (To)((To)row[j] << shift);
+                else
+                    for (int64_t j = 0; j < cols; ++j) turned[j * stride + i] = (To)((To)row[j] << shift);
+            }
+            for (int64_t j = 0; j < cols; ++j) use(turned + j * stride, rows, c + j, r);
         }
 }
 
-// bfloat16 to float32: the upper half of its bits.
-void transpose_bf16(const uint16_t* in, int64_t n, int64_t k, uint32_t* out, int64_t width) {
-    for (int64_t c = 0; c < k; c += kTile)
-        for (int64_t r = 0; r < n; r += kTile) {
-            const int64_t last_c = c + kTile < k ? c + kTile : k, last_r = r + kTile < n ? r + kTile : n;
-            for (int64_t j = c; j < last_c; ++j)
-                for (int64_t i = r; i < last_r; ++i) out[j * width + i] = (uint32_t)in[i * k + j] << 16;
-        }
+// out[:, r] = row r; shift: of every element's bits.
+template <class To, class From>
+void transpose(const From* in, int64_t n, int64_t k, int shift, To* out, int64_t width) {
+    each_tile<To>(in, n, k, shift, [&](const To* column, int64_t rows, int64_t j, int64_t r) {
+        std::memcpy(out + j * width + r, column, (size_t)rows * sizeof(To));
+    });
 }
 
 // Per codes of 8 / Per bits to a byte, the first in the low bits.
@@ -45,16 +53,14 @@ template <int Per>
 void pack(const uint8_t* in, int64_t n, int64_t k, uint8_t* out, int64_t width) {
     constexpr int bits = 8 / Per;
     constexpr uint8_t mask = (1 << bits) - 1;
-    for (int64_t c = 0; c < k; c += kTile)
-        for (int64_t r = 0; r < n; r += kTile * Per) {
-            const int64_t last_c = c + kTile < k ? c + kTile : k, last_r = r + kTile * Per < n ? r + kTile * Per : n;
-            for (int64_t j = c; j < last_c; ++j)
-                for (int64_t i = r; i < last_r; i += Per) {
-                    uint8_t byte = 0;
-                    for (int p = 0; p < Per; ++p) byte |= (uint8_t)((in[(i + p) * k + j] & mask) << (p * bits));
-                    out[j * width + i / Per] = byte;
-                }
+    each_tile<uint8_t>(in, n, k, 0, [&](const uint8_t* column, int64_t rows, int64_t j, int64_t r) {
+        uint8_t* to = out + j * width + r / Per;
+        for (int64_t i = 0; i < rows / Per; ++i) {
+            uint8_t byte = 0;
+            for (int p = 0; p < Per; ++p) byte |= (uint8_t)((column[i * Per + p] & mask) << (p * bits));
+            to[i] = byte;
         }
+    });
 }
 
 void require(bool good) {
@@ -69,11 +75,12 @@ void transpose_rows(const Rows& rows, const Out& out, int64_t start) {
     const void* in = rows.data();
     uint8_t* at = static_cast<uint8_t*>(out.data()) + start * (to / 8);
     nb::gil_scoped_release unlocked;
-    if (from != to) return transpose_bf16(static_cast<const uint16_t*>(in), n, k, reinterpret_cast<uint32_t*>(at), width);
+    if (from != to)  // bfloat16 is the upper half of float32
+        return transpose(static_cast<const uint16_t*>(in), n, k, 16, reinterpret_cast<uint32_t*>(at), width);
     switch (from) {
-        case 8: return transpose(static_cast<const uint8_t*>(in), n, k, at, width);
-        case 16: return transpose(static_cast<const uint16_t*>(in), n, k, reinterpret_cast<uint16_t*>(at), width);
-        case 32: return transpose(static_cast<const uint32_t*>(in), n, k, reinterpret_cast<uint32_t*>(at), width);
+        case 8: return transpose(static_cast<const uint8_t*>(in), n, k, 0, at, width);
+        case 16: return transpose(static_cast<const uint16_t*>(in), n, k, 0, reinterpret_cast<uint16_t*>(at), width);
+        case 32: return transpose(static_cast<const uint32_t*>(in), n, k, 0, reinterpret_cast<uint32_t*>(at), width);
         default: throw std::invalid_argument("elements must have 8, 16 or 32 bits");
     }
 }

@@ -150,6 +150,30 @@ class _SourceHashes(threading.Thread):
             self.hashes[source.path] = h.hexdigest()
 
 
+class _Digest:
+    """sha256 of what is written, beside the writing (hashlib releases the GIL); one piece waits at most."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
+        self._pending: Future[None] | None = None
+
+    def update(self, data: Any) -> None:
+        """Add bytes that nobody changes any more."""
+        self._wait()
+        self._pending = self._thread.submit(self._hash.update, data)
+
+    def hexdigest(self) -> str:
+        """Of everything; nothing can be added any more."""
+        self._wait()
+        self._thread.shutdown(wait=True)
+        return self._hash.hexdigest()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+
 def _check_unchanged(plan: Plan) -> None:
     for source in plan.sources:
         try:
@@ -172,7 +196,7 @@ def _stream(
     check: Callable[[], None],
 ) -> str:
     """Write one file from byte `done` on; returns its sha256 and adds to the error sums. `check` raises a noted Ctrl-C."""
-    digest = hashlib.sha256()
+    digest = _Digest()
     at = 0
     while at < done:  # what an earlier run left is part of the hash
         chunk = os.pread(fd, min(1 << 22, done - at), at)
