@@ -30,8 +30,8 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
 _PER_BYTE = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "UINT2": 4}
 #: The last matrices that were transposed: slabs of columns of the source touch all of it.
 _WHOLE = Kept(2)
-#: Scales and zero points that were computed with the last codes.
-_BESIDE = Kept(6)
+#: Scales and zero points that were computed with codes, until it is their turn.
+_BESIDE = Kept(32)
 #: Values of the source that are transposed at a time: what a second-level cache holds.
 _SLAB = 1 << 18
 _ALIGNED = 64  # rows of a slab, so that packed columns fill bytes and lines
@@ -91,7 +91,8 @@ def transposed(name: str, t: Tensor, dtype: str) -> Initializer:
     n, k = t.shape
 
     def make() -> NDArray[Any]:
-        x = _BESIDE.get((t.read, t.shape), lambda: t.read(0, n))
+        kept = _BESIDE.take((t.read, t.shape))
+        x = t.read(0, n) if kept is None else kept
         cast: NDArray[Any] = x if t.dtype == dtype else regrid.nearest(as_f32(x, t.dtype), dtype)
         return np.ascontiguousarray(cast.T)
 

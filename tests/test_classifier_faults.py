@@ -76,8 +76,14 @@ class Artifacts:
             x = np.random.default_rng(3).random((48, *_IMAGE), dtype=np.float32)
             shown = {"images": np.sqrt(x)}
         else:
-            heads = "n_heads" if model == "distilbert" else "num_attention_heads"
-            bert(model, folder / "m", **({heads: 1} if type_ == "trt" else {}))  # TensorRT's are 32 wide
+            wide = (
+                {"dim": 64, "n_heads": 2}
+                if model == "distilbert"
+                else {"hidden_size": 64, "num_attention_heads": 2}
+            )
+            bert(
+                model, folder / "m", **(wide if type_ == "trt" else {})
+            )  # TensorRT's heads are 32 wide at least
             shown = sentences(model, tuple(range(2, 40, 2)) + (40,) * 5)
         np.savez(folder / "examples.npz", **shown)
         read = lconvert.read(folder / "m")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,3 +62,32 @@ def test_threads_share_one_array() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: kept.get("a", make), range(64)))
     assert len(made) == 1 and all(x is found[0] for x in found)
+
+
+def test_another_array_is_made_meanwhile() -> None:
+    """Two threads make two arrays at a time; who wants the first waits for it."""
+    kept, first, second = Kept(2), threading.Event(), threading.Event()
+
+    def slow() -> NDArray[np.float64]:
+        first.set()
+        assert second.wait(10)
+        return np.zeros(1)
+
+    def other() -> NDArray[np.float64]:
+        second.set()
+        return np.ones(1)
+
+    with ThreadPoolExecutor(3) as pool:
+        a = pool.submit(kept.get, "a", slow)
+        assert first.wait(10)
+        again = pool.submit(kept.get, "a", other)
+        assert pool.submit(kept.get, "b", other).result(10).sum() == 1
+        assert a.result(10) is again.result(10)
+
+
+def test_what_is_taken_is_kept_no_more() -> None:
+    kept = Kept(2)
+    kept.put("a", np.arange(3))
+    assert kept.take("b") is None
+    taken = kept.take("a")
+    assert taken is not None and taken.tolist() == [0, 1, 2] and kept.take("a") is None
