@@ -134,7 +134,16 @@ def main() -> None:
                 found["inference"] = inference(
                     source, work, options.peer, options.threads, options.prompt, options.new
                 )
-                print(json.dumps(found["inference"], indent=1)[:4000], flush=True)
+                speeds = {
+                    r["label"]: (r["prefill_tokens_per_s"]["median"], r["decode_tokens_per_s"]["median"])
+                    for r in found["inference"]["bench"]["results"]
+                }
+                loop = found["inference"]["genai loop"]
+                speeds["builder-int4 in genai's loop"] = (loop["prefill"], loop["decode"])
+                for name, (prefill, decode) in speeds.items():
+                    own = speeds["ours-int4"]
+                    print(f"{made:9.3g}  {name:30} prefill {prefill:7.0f} tok/s (ours {own[0] / prefill:.2f}x)  "
+                          f"decode {decode:6.1f} (ours {own[1] / decode:.2f}x)", flush=True)  # fmt: skip
     print(json.dumps(out))
 
 

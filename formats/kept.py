@@ -36,7 +36,7 @@ class Kept:
         if mine:
             try:
                 found.set_result(make())
-            except BaseException as e:
+            except BaseException as e:  # noqa: BLE001 - whoever waits is told, this thread below
                 with self._lock:
                     self._arrays.pop(key, None)
                 found.set_exception(e)

@@ -17,9 +17,15 @@ import numpy as np
 import pytest
 
 import lconvert
-from lconvert import executor, interrupt
+from lconvert import executor, interrupt, written
 from lconvert.errors import InputError, OutputError
 from tests.checkpoints import write_llama
+
+
+@pytest.fixture(autouse=True, params=[written.LEAST, 0], ids=["", "direct"])
+def through(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it twice: through the page cache, and past it."""
+    monkeypatch.setattr(written, "LEAST", request.param)
 
 
 @pytest.fixture(scope="module")

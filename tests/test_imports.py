@@ -21,7 +21,7 @@ ORDER = {
             ("archs", "kernels"),
             ("formats",),
             ("plan", "forward"),
-            ("interrupt", "executor"),
+            ("interrupt", "written", "executor"),
             ("passes", "recipe"),
             ("converters",),
             ("validators",),

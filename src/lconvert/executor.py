@@ -24,6 +24,7 @@ from typing import Any
 from . import __version__, interrupt
 from .errors import InputError, OutputError, UnsupportedError
 from .plan import FilePlan, Item, Plan, Slab, Source, manifest_path, refusals, stamp
+from .written import Written
 
 #: Bytes of source data per slab. Large enough to amortise a task, small enough that a few per thread stay cheap.
 SLAB_BYTES = 8 << 20
@@ -89,14 +90,15 @@ class _Journal:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             self.done, self.errors = {}, {}
 
-    def record(self, fd: int, name: str, at: int, errors: Sums) -> bool:
-        """Start to sync `at` bytes of a file and note them; False while the last time is still under way."""
-        if self._pending is not None and not self._pending.done():
-            return False
+    def ready(self) -> bool:
+        """Whether the last record is not under way any more."""
+        return self._pending is None or self._pending.done()
+
+    def record(self, fd: int, name: str, at: int, errors: Sums) -> None:
+        """Start to sync `at` bytes of a file and note them."""
         self.wait()
         state = {k: list(v) for k, v in errors.items()}
         self._pending = self._thread.submit(self._write, fd, name, at, state)
-        return True
 
     def _write(self, fd: int, name: str, at: int, errors: Sums) -> None:
         os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
@@ -186,6 +188,7 @@ def _check_unchanged(plan: Plan) -> None:
 
 def _stream(
     file: FilePlan,
+    path: Path,
     fd: int,
     done: int,
     pool: ThreadPoolExecutor,
@@ -210,21 +213,18 @@ def _stream(
         progress(done, file.name)
 
     def put(data: Any) -> None:
-        nonlocal at
         view = memoryview(data).cast("B")
-        start = at
-        while len(view):
-            n = os.pwrite(fd, view, at)
-            digest.update(view[:n])
-            view, at = view[n:], at + n
-        progress(at - start, file.name)
+        digest.update(view)
+        out.write(view)
+        progress(len(view), file.name)
 
-    if at < len(file.head):
-        put(memoryview(file.head)[at:])
+    out = Written(path, fd, at, file.size)
     window: deque[tuple[Item, int, Future[Slab]]] = deque()
     tasks = _tasks(file, at)
     last_bytes, last_time = at, time.monotonic()
     try:
+        if at < len(file.head):
+            put(memoryview(file.head)[at:])
         while True:
             while len(window) < threads + 2 and (task := next(tasks, None)) is not None:
                 item, start, stop = task
@@ -234,23 +234,30 @@ def _stream(
             item, start, future = window.popleft()
             slab = interrupt.result(future, check)
             position = item.offset + start * item.row_bytes
-            if at < position:
-                put(bytes(position - at))
+            if out.at < position:
+                put(bytes(position - out.at))
             view = memoryview(slab.data).cast("B")
-            put(view[at - position :])
+            put(view[out.at - position :])
             if slab.squared_norm or slab.squared_error:
                 sums = errors.setdefault(item.name, [0.0, 0.0])
                 sums[0] += slab.squared_error
                 sums[1] += slab.squared_norm
-            due = at - last_bytes >= CHECKPOINT_BYTES or time.monotonic() - last_time >= CHECKPOINT_SECONDS
-            if due and journal.record(fd, file.name, at, errors):
-                last_bytes, last_time = at, time.monotonic()
+            due = (
+                out.at - last_bytes >= CHECKPOINT_BYTES or time.monotonic() - last_time >= CHECKPOINT_SECONDS
+            )
+            if due and journal.ready():
+                out.flush()
+                journal.record(fd, file.name, out.at, errors)
+                last_bytes, last_time = out.at, time.monotonic()
+        if out.at < file.size:
+            put(bytes(file.size - out.at))
+        out.flush()
     except BaseException:
         for _, _, future in window:
             future.cancel()
         raise
-    if at < file.size:
-        put(bytes(file.size - at))
+    finally:
+        out.close()
     return digest.hexdigest()
 
 
@@ -370,7 +377,7 @@ def _execute(
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if start else os.O_TRUNC), 0o644)
                 try:
                     os.ftruncate(fd, start)
-                    hashes.append(_stream(file, fd, start, pool, threads, journal, errors, tell, check))
+                    hashes.append(_stream(file, path, fd, start, pool, threads, journal, errors, tell, check))
                     journal.wait()
                     os.fsync(fd)
                     if len(plan.files) > 1:
