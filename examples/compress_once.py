@@ -30,5 +30,7 @@ def compress(model: Path, out: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv}:
+        sys.exit(__doc__)
     arguments = [Path(a) for a in sys.argv[1:3]]
     compress(*(arguments + [HERE / "demo_model", Path("compress-out")][len(arguments) :]))

@@ -10,7 +10,7 @@ train for some seconds; the table says what int8 costs them, with a weight scale
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -184,7 +184,11 @@ def accuracy(found: Any, truth: Any) -> float:
 
 
 if __name__ == "__main__":
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "encoder-int8")
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("out", nargs="?", type=Path, default="encoder-int8", help="folder of the plots")
+    out = Path(arguments.parse_args().out)
     out.mkdir(exist_ok=True)
     print(f"{'model':11} {'weights':8} {'observer':11} accuracy, relative error of the logits")
     for kind in ("cnn", "bert", "distilbert"):

@@ -40,6 +40,8 @@ def classify(folder: Path, given: list[str]) -> list[tuple[str, float]]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv} or len(sys.argv) < 3:
+        sys.exit(__doc__)
     found = classify(Path(sys.argv[1]), sys.argv[2:])
     texts = sys.argv[2:] if len(found) == len(sys.argv) - 2 else [f"example {i}" for i in range(len(found))]
     for text, (name, share) in zip(texts, found, strict=True):

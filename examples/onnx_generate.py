@@ -54,4 +54,6 @@ def generate(folder: Path, prompt: str, tokens: int = 32) -> str:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv} or len(sys.argv) < 3:
+        sys.exit(__doc__)
     print(generate(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])))

@@ -31,5 +31,7 @@ def release(model: Path, out: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & {*sys.argv}:
+        sys.exit(__doc__)
     arguments = [Path(a) for a in sys.argv[1:3]]
     release(*(arguments + [HERE / "demo_model", Path("release-out")][len(arguments) :]))
