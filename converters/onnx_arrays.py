@@ -7,6 +7,7 @@ kept until the next ones: memory is bounded by the largest tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from lconvert import kernels
 from lconvert.converters import regrid
 from lconvert.formats.kept import Kept
-from lconvert.formats.onnx_graph import Initializer
+from lconvert.formats.onnx_graph import PAGE, Initializer
 from lconvert.ir import Entry, Tensor, as_f32
 from lconvert.kernels.qtensor import effective
 from lconvert.kernels.transpose import pack_transposed, transpose_rows
@@ -49,6 +50,14 @@ def packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     return out
 
 
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array at the start of a page, whose rows are written to disk without being copied (lconvert.written)."""
+    size = prod(shape) * dtype.itemsize
+    raw = np.empty(size + PAGE, np.uint8)
+    skip = -raw.ctypes.data % PAGE
+    return raw[skip : skip + size].view(dtype).reshape(shape)
+
+
 def _slabs(n: int, k: int) -> list[tuple[int, int]]:
     step = max(_ALIGNED, _SLAB // max(1, k) // _ALIGNED * _ALIGNED)
     return [(a, min(n, a + step)) for a in range(0, n, step)]
@@ -72,7 +81,7 @@ def codes(name: str, t: Tensor, type_: str, along: tuple[Tensor, ...] = ()) -> I
         if n % per:  # rows of the result do not fill whole bytes
             flat = np.ascontiguousarray(t.read(0, n).T).reshape(-1)
             return packed(np.concatenate([flat, np.zeros(-flat.size % per, flat.dtype)]), 8 // per)
-        out = np.empty((k, n // per), np.uint8)
+        out = _aligned((k, n // per), np.dtype(np.uint8))
         beside: list[list[NDArray[Any]]] = [[] for _ in along]
         for start, stop in _slabs(n, k):
             pack_transposed(t.read(start, stop), 8 // per, out, start)
@@ -106,7 +115,7 @@ def values(name: str, entry: Entry, dtype: str) -> Initializer:
     source = data.read if isinstance(data, Tensor) else data.codes.read
 
     def make() -> NDArray[Any]:
-        out = np.empty((k, n), _NUMPY[dtype])
+        out = _aligned((k, n), _NUMPY[dtype])
         widened = (
             isinstance(data, Tensor) and entry.transform is None and (data.dtype, dtype) == ("BF16", "F32")
         )

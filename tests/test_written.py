@@ -7,6 +7,7 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lconvert import written
@@ -24,7 +25,7 @@ def run(path: Path, at: int, pieces: list[bytes], flushes: set[int]) -> bytes:
         total = b""
         for i, piece in enumerate(pieces):
             out.write(memoryview(piece))
-            total += piece
+            total += bytes(piece)
             if i in flushes:
                 out.flush()
                 assert out.at == at + len(total) and path.read_bytes() == before + total
@@ -94,6 +95,21 @@ def test_failures_are_not_hidden(code: int, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match=os.strerror(code)) as e:
         run(path, 0, [bytes(SIZE)], set())
     assert e.value.errno == code
+
+
+@pytest.mark.parametrize("skip", [0, 1, BLOCK])
+@pytest.mark.parametrize("before", [0, 7, BLOCK, SIZE])
+def test_aligned_memory_is_written_from_where_it_is(
+    skip: int, before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "LEAST", 0)
+    raw = np.frombuffer(bytearray(random.Random(3).randbytes(3 * written.STRAIGHT)), np.uint8)
+    start = -raw.ctypes.data % BLOCK
+    piece = memoryview(raw[start + skip : start + skip + 2 * written.STRAIGHT + 99])  # type: ignore[arg-type]
+    path = tmp_path / "file"
+    path.touch()
+    found = run(path, 0, [bytes(before), piece, b"end", piece], {1})  # type: ignore[list-item]
+    assert found == bytes(before) + bytes(piece) + b"end" + bytes(piece)
 
 
 def test_small_files_are_written_as_ever(tmp_path: Path) -> None:

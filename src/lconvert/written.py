@@ -17,6 +17,8 @@ from typing import Any
 LEAST = 64 << 20
 #: Bytes that are written at a time, and what their place and number must be multiples of (4096: the largest usual sector).
 SIZE, BLOCK = 8 << 20, 4096
+#: Aligned memory of so many bytes is written from where it is.
+STRAIGHT = 1 << 20
 
 
 class Written:
@@ -40,6 +42,12 @@ class Written:
             self._ordinary(view, self.at)
             self.at += len(view)
             return
+        if len(view) >= STRAIGHT and self.at % BLOCK == 0 and _address(view) % BLOCK == 0:
+            self._out(self.at - self._base)
+            whole = view[: len(view) // BLOCK * BLOCK]
+            self._put(whole, self.at)
+            self.at = self._base = self.at + len(whole)
+            view = view[len(whole) :]
         while len(view):
             fill = self.at - self._base
             n = min(len(view), SIZE - fill)
@@ -70,26 +78,35 @@ class Written:
     def _out(self, n: int) -> None:
         """The first n bytes of the buffer, whole blocks."""
         assert self._buffer is not None
-        done = 0
-        with memoryview(self._buffer) as view:
-            while done < n and self._direct is not None:
-                try:
-                    done += os.pwrite(self._direct, view[done:n], self._base + done)
-                except OSError as e:
-                    if e.errno != errno.EINVAL:
-                        raise
-                    os.close(self._direct)  # a file system that opens files so and then does not write them
-                    self._direct = None
-                if done % BLOCK:  # a full disk or a limit, of which the ordinary write tells
-                    done = done // BLOCK * BLOCK
-                    break
-            self._ordinary(view[done:n], self._base + done)
+        self._put(memoryview(self._buffer)[:n], self._base)
         self._base += n
+
+    def _put(self, view: memoryview, at: int) -> None:
+        """Whole blocks of aligned memory."""
+        done = 0
+        while done < len(view) and self._direct is not None:
+            try:
+                done += os.pwrite(self._direct, view[done:], at + done)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                os.close(self._direct)  # a file system that opens files so and then does not write them
+                self._direct = None
+            if done % BLOCK:  # a full disk or a limit, of which the ordinary write tells
+                done = done // BLOCK * BLOCK
+                break
+        self._ordinary(view[done:], at + done)
 
     def _ordinary(self, view: memoryview, at: int) -> None:
         while len(view):
             n = os.pwrite(self._fd, view, at)
             view, at = view[n:], at + n
+
+
+def _address(view: memoryview) -> int:
+    import numpy as np
+
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
 def _direct(path: Path) -> int | None:
