@@ -6,7 +6,7 @@ kept until the next ones: memory is bounded by the largest tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -58,9 +58,13 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
-def _slabs(n: int, k: int) -> list[tuple[int, int]]:
+def slabs(start: int, stop: int, k: int) -> Iterator[tuple[int, int]]:
+    """Rows start..stop of k values each in pieces, cut at places that do not depend on where they start."""
     step = max(_ALIGNED, _SLAB // max(1, k) // _ALIGNED * _ALIGNED)
-    return [(a, min(n, a + step)) for a in range(0, n, step)]
+    while start < stop:
+        end = min(stop, (start // step + 1) * step)
+        yield start, end
+        start = end
 
 
 def _by_rows(key: Any, rows: int, make: Callable[[], NDArray[Any]]) -> Callable[[int, int], NDArray[Any]]:
@@ -83,7 +87,7 @@ def codes(name: str, t: Tensor, type_: str, along: tuple[Tensor, ...] = ()) -> I
             return packed(np.concatenate([flat, np.zeros(-flat.size % per, flat.dtype)]), 8 // per)
         out = _aligned((k, n // per), np.dtype(np.uint8))
         beside: list[list[NDArray[Any]]] = [[] for _ in along]
-        for start, stop in _slabs(n, k):
+        for start, stop in slabs(0, n, k):
             pack_transposed(t.read(start, stop), 8 // per, out, start)
             for side, found in zip(along, beside, strict=True):
                 found.append(side.read(start, stop))
@@ -119,7 +123,7 @@ def values(name: str, entry: Entry, dtype: str) -> Initializer:
         widened = (
             isinstance(data, Tensor) and entry.transform is None and (data.dtype, dtype) == ("BF16", "F32")
         )
-        for start, stop in _slabs(n, k):
+        for start, stop in slabs(0, n, k):
             slab = data.read(start, stop) if widened else stored(effective(entry, start, stop), dtype)  # type: ignore[union-attr]
             transpose_rows(slab, out, start)
         return out

@@ -10,13 +10,11 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+from lconvert.converters.onnx_arrays import slabs
 from lconvert.ir import Entry, Model, QTensor, Tensor
 from lconvert.kernels.qtensor import values
 from lconvert.kernels.rounding import squares
 from lconvert.plan import SIDE, Item, Slab, Verdict
-
-#: Values at a time: what a second-level cache holds.
-_VALUES = 1 << 18
 
 
 class Errors:
@@ -46,13 +44,7 @@ class Errors:
         return error, norm
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """On a grid of rows that does not depend on who reads."""
-        step = max(64, _VALUES // max(1, prod(self.data.shape[1:])) // 64 * 64)
-        at = start
-        while at < stop:
-            end = min(stop, (at // step + 1) * step)
-            yield at, end
-            at = end
+        return slabs(start, stop, prod(self.data.shape[1:]))
 
     def _measured(self, data: QTensor, start: int, stop: int) -> tuple[float, float]:
         rows = stop - start

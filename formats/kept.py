@@ -20,9 +20,8 @@ class Kept:
     def __init__(self, count: int) -> None:
         self._count = count
         self._lock = threading.Lock()
-        self._arrays: dict[
-            Hashable, Future[NDArray[Any]]
-        ] = {}  # in the order in which they were first asked for
+        # In the order in which they were first asked for.
+        self._arrays: dict[Hashable, Future[NDArray[Any]]] = {}
 
     def get(self, key: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
         """The array of `key`, out of `make` unless it is kept; those that were asked for first go first, so that beside arrays in the

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError
+from lconvert.ir import as_f32
 from lconvert.kernels import isa, native_module
 from lconvert.kernels.reference import rounding as reference
 
@@ -19,11 +20,9 @@ F32 = NDArray[np.float32]
 _NOT_FINITE = "holds NaN or infinite values"
 
 
-def _f32(x: NDArray[Any]) -> F32:
-    """Values of float32, float16, or uint16 that are bfloat16."""
-    if x.dtype == np.uint16:
-        return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return x.astype(np.float32, copy=False)
+def widened(x: NDArray[Any]) -> F32:
+    """Values of an array in a storage type: float32, float16, or uint16, which is bfloat16."""
+    return as_f32(x, "BF16" if x.dtype == np.uint16 else "F32")
 
 
 def group_extent(x: F32, group: int) -> tuple[F32, F32]:
@@ -70,7 +69,7 @@ def nearest_groups(
     """
     native = native_module()
     if native is None:
-        wide = _f32(x)
+        wide = widened(x)
         group_extent(wide, group)
         found, scale, zeros = reference.nearest_groups(wide, group, bits, signed, signed_max)
         return found, scale, None if zeros is None else zeros.astype(np.uint8)
@@ -102,5 +101,5 @@ def squares(x: NDArray[Any], y: F32) -> tuple[float, float]:
     """Sums of (x - y)^2 and of x^2; x (rows, cols) in its storage type (uint16: bfloat16)."""
     native = native_module()
     if native is None or x.dtype not in (np.uint16, np.float16, np.float32):
-        return reference.squares(_f32(x), y)
+        return reference.squares(widened(x), y)
     return native.squares(isa(), np.ascontiguousarray(x), np.ascontiguousarray(y))  # type: ignore[no-any-return]

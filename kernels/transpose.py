@@ -11,19 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.kernels import native_module
+from lconvert.kernels.rounding import widened
 
 
 def transpose_rows(rows: NDArray[Any], out: NDArray[Any], start: int) -> None:
     """out[:, start : start + n] = rows.T. Rows of uint16 to an `out` of float32 are bfloat16."""
     native = native_module()
-    widened = rows.dtype == np.uint16 and out.dtype == np.float32
-    if native is not None and (widened or rows.dtype.itemsize == out.dtype.itemsize <= 4):
+    wider = rows.dtype == np.uint16 and out.dtype == np.float32
+    if native is not None and (wider or rows.dtype.itemsize == out.dtype.itemsize <= 4):
         same = np.ascontiguousarray(rows)
-        same = same if widened else same.view(f"u{same.dtype.itemsize}")
+        same = same if wider else same.view(f"u{same.dtype.itemsize}")
         native.transpose_rows(same, out.view(f"u{out.dtype.itemsize}"), start)
         return
     target = out[:, start : start + rows.shape[0]]
-    target[...] = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32).T if widened else rows.T
+    target[...] = (widened(rows) if wider else rows).T
 
 
 def pack_transposed(codes: NDArray[Any], bits: int, out: NDArray[np.uint8], start: int) -> None:

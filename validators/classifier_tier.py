@@ -12,7 +12,6 @@ Differences are over the root mean square of the logits, so that their unit does
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from lconvert.errors import InputError, MissingPackageError
 from lconvert.forward import Forward, explained, packages, sequential
 from lconvert.ir import Convnet, Encoder, Model, QTensor
 from lconvert.passes import examples
-from lconvert.validators import classifier_data, stored
+from lconvert.validators import classifier_data
 from lconvert.validators.classifier_data import Data
 from lconvert.validators.classifier_forward import Network
-from lconvert.validators.logit_cache import model_hash
 from lconvert.validators.proof import Proof
 from lconvert.validators.rounded_forward import number, rounds
 from lconvert.validators.runtimes.onnx_classifier import OnnxClassifier
@@ -39,47 +37,6 @@ _BATCH = 4
 _NO_OPERATOR = "NOT_IMPLEMENTED"
 #: Examples that are run once more alone.
 _ALONE = 16
-
-
-def describe(proof: Proof, reference: str | Path) -> None:
-    """What is compared with what, for the report: parity._describe of models that have no tokens to predict."""
-    arch, options = proof.source.arch, proof.options
-    encoder = arch if isinstance(arch, Encoder) else None
-    entries = None if proof.artifact is None else proof.artifact.entries.values()
-    given = options.text is not None and examples.is_arrays(options.text)
-    content = options.text.read_bytes() if given and options.text is not None else proof.corpus.encode()
-    proof.details |= {
-        "reference": {
-            "path": str(reference),
-            "family": arch.family,
-            "parameters": sum(e.data.size for e in proof.source.entries.values()),
-            "layers": encoder.layers if encoder else None,
-            "vocabulary": encoder.vocab if encoder else None,
-            "context": encoder.context if encoder else None,
-            "sha256": proof.source_hash,
-        },
-        "artifact": {
-            "path": str(proof.path),
-            "kind": proof.kind,
-            "bytes": stored.size(proof.files),
-            "parameters": None if entries is None else sum(e.data.size for e in entries),
-            "bits_per_weight": None,
-            "file_type": None,
-            "sha256": model_hash(proof.path, proof.sha256),
-        },
-        "settings": {
-            "text": {
-                "name": "built-in excerpt" if options.text is None else options.text.name,
-                "sha256": hashlib.sha256(content).hexdigest(),
-                "bytes": len(content),
-            },
-            "context": classifier_data.context(proof),
-            "windows": options.max_windows,
-            "threads": options.threads,
-            "tiers": list(options.tiers),
-            "runtimes": list(proof.runtimes),
-        },
-    }
 
 
 def run(proof: Proof) -> None:

@@ -15,9 +15,11 @@ from typing import Any, Literal
 from lconvert.archs import find
 from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
-from lconvert.ir import Decoder, Model
+from lconvert.ir import Decoder, Encoder, Model
+from lconvert.passes import examples
 from lconvert.validators import baseline as earlier
 from lconvert.validators import (
+    classifier_data,
     classifier_tier,
     evaluation_text,
     layers,
@@ -114,10 +116,7 @@ def validate(
     if proof.artifact is not None:
         _same_model(source, path, proof.artifact)
     decoder = isinstance(source.arch, Decoder)
-    if decoder:
-        _describe(proof, reference)
-    else:
-        classifier_tier.describe(proof, reference)
+    _describe(proof, reference)
     if manifest:
         proof.details["manifest"] = dict(manifest)
     if old is not None:
@@ -172,16 +171,18 @@ def _default(proof: Proof) -> str:
 
 def _describe(proof: Proof, reference: str | Path) -> None:
     """What is compared with what, for the report."""
-    source, options = proof.source, proof.options
-    d, text = source.decoder, proof.corpus.encode()
+    source, options, arch = proof.source, proof.options, proof.source.arch
+    words = arch if isinstance(arch, Decoder | Encoder) else None  # a network of images has none of these
+    given = options.text is not None and examples.is_arrays(options.text)
+    text = options.text.read_bytes() if given and options.text is not None else proof.corpus.encode()
     proof.details |= {
         "reference": {
             "path": str(reference),
-            "family": d.family,
+            "family": arch.family,
             "parameters": sum(e.data.size for e in source.entries.values()),
-            "layers": d.layers,
-            "vocabulary": d.vocab,
-            "context": d.context,
+            "layers": words.layers if words else None,
+            "vocabulary": words.vocab if words else None,
+            "context": words.context if words else None,
             "sha256": proof.source_hash,
         },
         "artifact": {
@@ -201,7 +202,9 @@ def _describe(proof: Proof, reference: str | Path) -> None:
                 "sha256": hashlib.sha256(text).hexdigest(),
                 "bytes": len(text),
             },
-            "context": evaluation_text.window(proof),
+            "context": evaluation_text.window(proof)
+            if isinstance(arch, Decoder)
+            else classifier_data.context(proof),
             "windows": options.max_windows,
             "threads": options.threads,
             "tiers": list(options.tiers),

@@ -72,6 +72,14 @@ def alone(context: click.Context, option: click.Parameter, chosen: tuple[str, ..
     return different[0] if different else None
 
 
+def one_of(parameter: str, about: Mapping[str, str]) -> list[Callable[..., Any]]:
+    """A flag for every name, which exclude each other: the one that is given is the parameter's value. about: their help."""
+    return [
+        click.option(f"--{name}", parameter, flag_value=name, type=str, help=f"{text}.", multiple=True, callback=alone)
+        for name, text in about.items()
+    ]  # fmt: skip
+
+
 def flags(
     table: Mapping[str, targets.Preset], *, group: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -79,22 +87,10 @@ def flags(
 
     group: the help of --group.
     """
-    presets = [
-        click.option(
-            f"--{name}",
-            "preset",
-            flag_value=name,
-            type=str,
-            help=f"{p.about}.",
-            multiple=True,
-            callback=alone,
-        )
-        for name, p in table.items()
-    ]
     arguments: tuple[Callable[..., Any], ...] = (
         click.argument("source"),
         click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder [default: NAME-FLAG]."),
-        *presets,
+        *one_of("preset", {name: p.about for name, p in table.items()}),
         click.option("--group", type=int, help=group),
         click.option("--kv-fp8", is_flag=True, help="Store scales for an FP8 KV cache."),
         click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations."),

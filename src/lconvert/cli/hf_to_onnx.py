@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lconvert.cli.common import fail_fast_files, file_stem
-from lconvert.cli.exporting import alone, decorated, output_options, write
+from lconvert.cli.exporting import decorated, one_of, output_options, write
 from lconvert.converters import onnx_classifier_presets as classifiers
 from lconvert.converters import onnx_presets
 from lconvert.errors import OptionError
@@ -44,27 +44,11 @@ _RUN_OTHERS = {
 
 def _arguments() -> tuple[Any, ...]:
     dialects = "; ".join(f"{name}: {about}" for name, about in _DIALECTS.items())
-    floats = [
-        click.option(f"--{name}", "dtype", flag_value=name, type=str, multiple=True, callback=alone, help=f"A graph in {dtype}{more}.")
-        for name, (dtype, more) in _FLOATS.items()
-    ]  # fmt: skip
-    presets = [
-        click.option(
-            f"--{name}",
-            "preset",
-            flag_value=name,
-            type=str,
-            multiple=True,
-            callback=alone,
-            help=f"{p.about}.",
-        )
-        for name, p in onnx_presets.PRESETS.items()
-    ]
     return (
         click.argument("source"),
         click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder [default: NAME-onnx-FLAG]."),
-        *floats,
-        *presets,
+        *one_of("dtype", {name: f"A graph in {dtype}{more}" for name, (dtype, more) in _FLOATS.items()}),
+        *one_of("preset", {name: p.about for name, p in onnx_presets.PRESETS.items()}),
         click.option("--dialect", type=click.Choice(list(_DIALECTS)), default="ort", show_default=True, help=f"{dialects}."),
         click.option("--block-size", type=int, help="Weights per scale of --int4 [default: 32] and --int8 [default: a row]."),
         click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations; arrays (.npz, .npy) for images."),

@@ -173,7 +173,7 @@ def _rounded(
 
     if search != "mse":
         return rounding.nearest_groups(x, group, bits, signed, search == "signed-max")
-    x = as_f32(x, "BF16" if x.dtype == np.uint16 else "F32")
+    x = rounding.widened(x)
     low, high = rounding.group_extent(x, group)
     widest = widest_scale(low, high, bits, signed)
     least, most = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
