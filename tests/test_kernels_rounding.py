@@ -114,6 +114,7 @@ def test_scales_by_extent_are_the_specification(
         np.testing.assert_allclose(rounding.squares(kept, y), reference.squares(wide, y), rtol=1e-12)
 
 
+@pytest.mark.skipif(not COMPILED, reason="compiled kernels missing")
 def test_sums_of_squares_do_not_depend_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _, _ = arrays(3, 7, 5, 13)
     y = (x * np.float32(0.9)).astype(np.float32)
@@ -121,7 +122,7 @@ def test_sums_of_squares_do_not_depend_on_the_machine(monkeypatch: pytest.Monkey
     for isa in COMPILED:
         monkeypatch.setenv("LCONVERT_ISA", isa)
         found.add(rounding.squares(x, y))
-    assert len(found) <= 1
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

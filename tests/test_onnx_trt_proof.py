@@ -33,6 +33,7 @@ from tests import rounded_inputs
 from tests.conftest import DEMO, ROOT
 from tests.faults.graphs import Change, GraphFault, Opened, plant
 from tests.test_onnx_activations import samples
+from tests.trt_graphs import without_backends
 
 PEERS = ROOT / "tests" / "fixtures" / "peers"
 WEIGHTS, PRODUCTS = "weights in onnx's reference evaluator", "products in onnx's reference evaluator"
@@ -444,14 +445,7 @@ def test_a_broken_rule_fails_before_the_builder_is_asked(graphs: Graphs, tmp_pat
 def test_without_the_package_the_parser_is_not_proven(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = tensorrt.importlib.import_module
-
-    def absent(name: str) -> Any:
-        if name in tensorrt.BACKENDS:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return real(name)
-
-    monkeypatch.setattr(tensorrt.importlib, "import_module", absent)
+    without_backends(monkeypatch)
     report = judged("modelopt-nvfp4a16", graphs.get("modelopt-nvfp4a16"), "structure")
     assert check(report, "TensorRT's rules").passed and report.exit_code == 0
     assert any(t.startswith("TensorRT's parser and builder: tensorrt") and "lconvert[tensorrt]" in t for t in report.not_proven)  # fmt: skip

@@ -32,6 +32,7 @@ from lconvert.plan import manifest_path
 from tests import arch_cases, case_models
 from tests.conftest import DEMO, ROOT
 from tests.small_classifiers import bert
+from tests.trt_graphs import without_backends
 
 for package in ("onnx", "onnxruntime", "tensorrt_rtx"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -415,14 +416,7 @@ def _without_data(folder: Path) -> Path:
 
 def test_a_back_end_that_is_missing_or_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The import failures alone have a stand-in."""
-    real = tensorrt.importlib.import_module
-
-    def absent(name: str) -> Any:
-        if name in tensorrt.BACKENDS:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return real(name)
-
-    monkeypatch.setattr(tensorrt.importlib, "import_module", absent)
+    without_backends(monkeypatch)
     with pytest.raises(MissingPackageError, match=r"tensorrt and tensorrt_rtx: not installed.*lconvert\[tensorrt\]"):  # fmt: skip
         tensorrt.load()
     result = run("build-engine", DEMO, "-o", tmp_path / "m.plan", "--backend", "tensorrt")

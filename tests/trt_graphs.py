@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from onnx import TensorProto, helper
+
+from lconvert.converters import tensorrt
 
 K = 64
 _PACKED = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "UINT2": 4, "INT2": 4}
@@ -209,3 +212,15 @@ PAIRS: tuple[Pair, ...] = (
     Pair("int4-target", product("INT4"), product("INT4"), sm=75, good_sm=80),
     Pair("bf16-target", attention(dtype="BFLOAT16"), attention(dtype="BFLOAT16"), sm=75, good_sm=80),
 )  # fmt: skip
+
+
+def without_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no package of TensorRT were installed."""
+    real = tensorrt.importlib.import_module
+
+    def absent(name: str) -> Any:
+        if name in tensorrt.BACKENDS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name)
+
+    monkeypatch.setattr(tensorrt.importlib, "import_module", absent)
