@@ -11,6 +11,7 @@ from typing import Any
 
 from lconvert.errors import OptionError
 from lconvert.ir import Convnet, Decoder, Model
+from lconvert.primitives.job import Job
 from lconvert.recipe import Recipe, Step, step
 
 #: As passes/observers.py names them, which imports NumPy.
@@ -37,17 +38,17 @@ class ByKind(Recipe):
 
     chosen: Chosen = Chosen("", "")
 
-    def apply(self, model: Model) -> Model:
+    def apply(self, model: Model, job: Job = Job()) -> Model:  # noqa: B008 - immutable
         if not isinstance(model.arch, Decoder):
-            return Recipe(self.name, _steps(model, self.chosen)).apply(model)
+            return Recipe(self.name, _steps(model, self.chosen)).apply(model, job)
         if self.chosen.observer is not None:
             raise OptionError(
                 f"--observer: {model.source} is a language model, whose static scales cover all that was seen; leave it out"
             )
-        return self.of_decoder(model)
+        return self.of_decoder(model, job)
 
-    def of_decoder(self, model: Model) -> Model:
-        return super().apply(model)
+    def of_decoder(self, model: Model, job: Job) -> Model:
+        return super().apply(model, job)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Later(ByKind):
 
     reason: str = ""
 
-    def of_decoder(self, model: Model) -> Model:
+    def of_decoder(self, model: Model, job: Job) -> Model:
         raise OptionError(self.reason)
 
 

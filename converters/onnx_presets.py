@@ -21,7 +21,7 @@ _ALL = _PRODUCTS + "|embed"
 
 PRESETS: Mapping[str, Preset] = {
     "int4": Preset("int4 weights, symmetric, blocks of 32, the head too; int8 for the embedding", "onnx",
-                   (("rtn", {"grid": "int4", "group": 32, "search": "signed-max", "targets": _ALL, "embed": "int8"}),)),
+                   (("rtn", {"grid": "int4", "group": 32, "search": "signed-max", "targets": _ALL, "grids": {"embed": "int8"}}),)),
     "int8": Preset("int8 weights, a scale per row, the head and the embedding too", "onnx",
                    (("rtn", {"grid": "int8", "group": -1, "search": "signed-max", "targets": _ALL}),)),
     "w8a8": Preset("int8 weights per row, int8 activations, static (--calibration)", "onnx",
@@ -77,4 +77,4 @@ def _table(dialect: str) -> Mapping[str, Preset]:
 def _for_tensorrt(step: tuple[str, Mapping[str, Any]]) -> tuple[str, Mapping[str, Any]]:
     name, options = step
     others = {"targets": _PRODUCTS} if options.get("targets") == _ALL else {}
-    return name, {k: v for k, v in options.items() if k not in ("search", "embed")} | others
+    return name, {k: v for k, v in options.items() if k not in ("search", "grids")} | others

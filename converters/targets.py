@@ -12,6 +12,7 @@ from typing import Any
 from lconvert.errors import OptionError
 from lconvert.ir import Model
 from lconvert.plan import KINDS, Plan
+from lconvert.primitives.job import Job
 from lconvert.recipe import Recipe, Step, step
 
 
@@ -175,11 +176,11 @@ TENSORRT_LLM: Mapping[str, Preset] = {
 class ForLayout(Recipe):
     """The passes of a preset: MXFP4 is for the experts alone where the model's own folder layout has a place for no others."""
 
-    def apply(self, model: Model) -> Model:
+    def apply(self, model: Model, job: Job = Job()) -> Model:  # noqa: B008 - immutable
         from lconvert.converters import mxfp4_experts
 
         if not mxfp4_experts.stacks(model):
-            return super().apply(model)
+            return super().apply(model, job)
         narrow = {"targets": mxfp4_experts.EXPERTS}
         steps = (
             replace(s, options=replace(s.options, **narrow))
@@ -187,7 +188,7 @@ class ForLayout(Recipe):
             else s
             for s in self.steps
         )
-        return Recipe(self.name, tuple(steps)).apply(model)
+        return Recipe(self.name, tuple(steps)).apply(model, job)
 
 
 def recipe(

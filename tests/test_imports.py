@@ -22,6 +22,7 @@ ORDER = {
             ("formats",),
             ("plan", "forward"),
             ("interrupt", "written", "executor"),
+            ("primitives",),
             ("passes", "recipe"),
             ("converters",),
             ("validators",),

@@ -203,7 +203,7 @@ def test_recipe_file(tmp_path: Path) -> None:
         ("schema: lconvert.recipe/1\npasses: [magic: {}]", "unknown pass 'magic'; passes: rtn"),
         (
             "schema: lconvert.recipe/1\npasses: [rtn: {bits: 4}]",
-            r"unknown option \['bits'\] of pass rtn; options: embed, grid",
+            r"unknown option \['bits'\] of pass rtn; options: grid",
         ),
         ("schema: lconvert.recipe/1\npasses: [rtn]", "each pass is one mapping"),
         ("{", "not readable as YAML"),

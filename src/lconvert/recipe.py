@@ -15,6 +15,7 @@ from typing import Any
 from lconvert import passes
 from lconvert.errors import OptionError
 from lconvert.ir import Model
+from lconvert.primitives.job import Job
 
 SCHEMA = "lconvert.recipe/1"
 
@@ -44,10 +45,10 @@ class Recipe:
     name: str
     steps: tuple[Step, ...]
 
-    def apply(self, model: Model) -> Model:
+    def apply(self, model: Model, job: Job = Job()) -> Model:  # noqa: B008 - immutable
         """The model after every pass; each one checks its result."""
         for step in self.steps:
-            model = passes.find(step.name).run(model, step.options)
+            model = passes.find(step.name).run(model, step.options, job)
         return model
 
 

@@ -23,10 +23,7 @@ def command(as_json: bool) -> int:
     from lconvert import passes
     from lconvert.recipe import PRESETS
 
-    options = {
-        name: {f.name: f.default for f in dataclasses.fields(passes.find(name).Options)}
-        for name in passes.PASSES
-    }
+    options = {name: dataclasses.asdict(passes.find(name).Options()) for name in passes.PASSES}
     if as_json:
         recipes = {n: {"about": about, "passes": steps} for n, (about, steps) in PRESETS.items()}
         click.echo(json.dumps({"recipes": recipes, "passes": options}, indent=1))

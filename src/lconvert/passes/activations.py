@@ -13,6 +13,7 @@ from typing import Literal
 
 from lconvert.errors import OptionError
 from lconvert.ir import E2M1, E4M3, ActSpec, Entry, Grid, Model, QTensor, dense, int_grid
+from lconvert.primitives.job import Job
 
 _GRIDS: dict[str, tuple[Grid, float]] = {
     "int8": (int_grid(8, True), 127.0),
@@ -41,13 +42,9 @@ class Options:
             raise OptionError(f"activations: grid {self.grid!r}; choose {', '.join(_GRIDS)}")
         if self.group < 0 or (self.group and not self.dynamic):
             raise OptionError(f"activations: group {self.group}; groups are dynamic and have a positive size")
-        if (self.grid == "fp4" or not self.dynamic) and not self.text:
-            raise OptionError(
-                "activations: static scales need a calibration text; name one (--calibration TEXT)"
-            )
 
 
-def run(model: Model, options: Options) -> Model:
+def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
     """The model with an ActSpec on every matching quantized matrix."""
     import numpy as np
 
@@ -57,9 +54,8 @@ def run(model: Model, options: Options) -> Model:
     if static:
         from lconvert.passes import observe
 
-        peaks = observe.run(
-            model, observe.windows(model, options.text, options.context, options.windows)
-        ).inputs
+        text = job.text("activations", options.text)
+        peaks = observe.run(model, observe.windows(model, text, options.context, options.windows)).inputs
     size = 16 if options.grid == "fp4" else options.group or None
     per: Literal["token", "group", "tensor"] = "group" if size else "token" if options.dynamic else "tensor"
     new: dict[str, Entry] = {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from lconvert.errors import OptionError
 from lconvert.ir import E4M3, ActSpec, KVSpec, Model, Tensor, dense
+from lconvert.primitives.job import Job
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,17 @@ class Options:
             raise OptionError(f"kv: grid {self.grid!r}; only fp8 can be stored in a checkpoint")
 
 
-def run(model: Model, options: Options) -> Model:
+def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
     """The model with a KVSpec; scales are rounded to 8 significant bits."""
     import numpy as np
 
     layers = model.decoder.layers
     keys, values = dict.fromkeys(range(layers), 448.0), dict.fromkeys(range(layers), 448.0)
-    if options.text:
+    text = options.text or job.calibration.text
+    if text:
         from lconvert.passes import observe
 
-        found = observe.run(model, observe.windows(model, options.text, options.context, options.windows))
+        found = observe.run(model, observe.windows(model, text, options.context, options.windows))
         if len(found.keys) != layers:
             raise OptionError(f"kv: {len(found.keys)} of {layers} layers showed a cache of keys and values")
         keys, values = found.keys, found.values
@@ -47,5 +49,5 @@ def run(model: Model, options: Options) -> Model:
         ActSpec(E4M3, "tensor", False, scale=scales(keys)),
         ActSpec(E4M3, "tensor", False, scale=scales(values)),
     )
-    how = "calibrated" if options.text else "scale 1"
+    how = "calibrated" if text else "scale 1"
     return replace(model, kv=spec, report=(*model.report, f"kv: cache in fp8, {how}"))

@@ -27,6 +27,8 @@ from lconvert.errors import InputError, OptionError
 from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, int_grid, parts
 from lconvert.passes import rtn_float, rtn_whole
 from lconvert.passes.rtn_float import Peak
+from lconvert.primitives.job import Job
+from lconvert.primitives.placement import Placed, Placement
 from lconvert.spec import check
 
 if TYPE_CHECKING:
@@ -37,70 +39,45 @@ _SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
 
 
 @dataclass(frozen=True)
-class Options:
-    """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), fp8, fp4, nf4, or a GGUF block type. group: values per scale along
-    the input dimension, -1 for a whole row (of a convolution: an output channel), tensor for int8 with one scale; fp8 takes -1, tensor or block (128 x 128); block types, fp4 bring their own. targets, ignore: regular expressions on
-    canonical names; a weight is rounded if it matches `targets` and not `ignore`. embed: the grid of the embedding, "": the same as of the rest. Its rows
-    are looked up, for which not every format has narrow integers, and a tied one is the head, the most sensitive product."""
+class Options(Placement):
+    """search: minmax, signed-max (int2 .. int8) or mse, how scales of integer grids are chosen. Of a convolution, a row is an output channel,
+    and int8 may have one scale for a whole tensor (group: tensor)."""
 
-    grid: str = "int4"
-    group: int | str = 128
     search: Literal["minmax", "signed-max", "mse"] = "minmax"
-    targets: str = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)"
-    ignore: str = ""
-    embed: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.search not in ("minmax", "signed-max", "mse"):
             raise OptionError(f"rtn: search {self.search!r}; choose minmax, signed-max or mse")
         if self.search == "signed-max" and not re.fullmatch(r"int[2-8]", self.grid):
             raise OptionError(f"rtn: search signed-max with {self.grid}; it is for int2 .. int8")
-        if self.grid == "fp8":
-            if self.group not in (-1, "tensor", "block"):
-                raise OptionError(
-                    f"rtn: group {self.group!r}; fp8 takes -1 (a scale per row), tensor or block"
-                )
-        elif self.group == "tensor":
-            if self.grid != "int8" or self.search != "minmax":
-                raise OptionError(
-                    f"rtn: group tensor with {self.grid} {self.search}; one scale is for int8 and minmax"
-                )
-        elif isinstance(self.group, str) or (self.group != -1 and self.group < 1):
-            raise OptionError(f"rtn: group {self.group}; expected a positive number, or -1 for a whole row")
-        if not re.fullmatch(r"u?int[2-8]|fp8|fp4|nf4", self.grid):
-            from lconvert.formats.gguf_blocks import SCHEMES
-
-            if self.grid.upper() not in SCHEMES:
-                raise OptionError(
-                    f"rtn: grid {self.grid!r}; choose int2..int8, uint2..uint8, fp8, fp4, nf4 or {', '.join(SCHEMES)}"
-                )
-        if self.embed:
-            replace(self, grid=self.embed, embed="")  # which checks it
-        for pattern in (self.targets, self.ignore):
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise OptionError(f"rtn: {pattern!r} is not a regular expression ({e})") from None
+        if self.group == "tensor" and self.grid == "int8" and self.search != "minmax":
+            raise OptionError(
+                f"rtn: group tensor with {self.grid} {self.search}; one scale is for int8 and minmax"
+            )
 
 
-def run(model: Model, options: Options) -> Model:
+def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
     """The model with every matching dense matrix as a QTensor; nothing is computed before it is read."""
     new: dict[str, Entry] = {}
-    peaks = rtn_float.peaks(model) if options.grid in ("fp4", "fp8") else {}
-    for name, entry in model.entries.items():
-        wanted = re.fullmatch(options.targets, name) and not (
-            options.ignore and re.fullmatch(options.ignore, name)
-        )
-        if not wanted or not isinstance(entry.data, Tensor) or len(entry.data.shape) not in (2, 4):
-            continue
-        chosen = replace(options, grid=options.embed) if options.embed and name == "embed" else options
-        note = f"rtn {chosen.grid} group {chosen.group} {chosen.search}"
-        new[name] = replace(
-            entry, data=quantized(entry.data, chosen, peaks.get(name)), provenance=(*entry.provenance, note)
-        )
+    wanted = list(options.chosen(model))
+    peaks = rtn_float.peaks(model) if any(p.grid in ("fp4", "fp8") for _, p in wanted) else {}
+    for entry, placed in wanted:
+        assert isinstance(entry.data, Tensor)
+        chosen = Options(placed.grid, placed.group, search=_search(options, placed))
+        note = f"rtn {placed.grid} group {placed.group} {chosen.search}"
+        data = quantized(entry.data, chosen, peaks.get(entry.name))
+        new[entry.name] = replace(entry, data=data, provenance=(*entry.provenance, note))
     if not new:
         raise OptionError(f"rtn: no dense matrix matches targets {options.targets!r}")
     return check(model.with_entries(new, f"rtn: {len(new)} tensors to {options.grid}"))
+
+
+def _search(options: Options, placed: Placed) -> Literal["minmax", "signed-max", "mse"]:
+    """The search of `options` where an exception's grid has it."""
+    if options.search == "signed-max" and not re.fullmatch(r"int[2-8]", placed.grid):
+        return "minmax"
+    return "minmax" if placed.group == "tensor" else options.search
 
 
 def quantized(t: Tensor, options: Options, peak: Peak | None = None) -> QTensor:

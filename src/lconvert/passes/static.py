@@ -13,6 +13,7 @@ from lconvert.errors import OptionError
 from lconvert.ir import ActSpec, Entry, Model, QTensor, dense, int_grid
 from lconvert.passes import rtn
 from lconvert.passes.histograms import Examples
+from lconvert.primitives.job import Job
 from lconvert.spec import check
 
 
@@ -46,10 +47,15 @@ class Options:
 
     def rounding(self) -> rtn.Options:
         group: int | str = -1 if self.weights == "channel" else "tensor"
-        return rtn.Options("int8", group, self.search, self.targets, self.ignore)
+        return rtn.Options("int8", group, self.targets, self.ignore, search=self.search)
 
 
-def run(model: Model, options: Options, examples: Examples | None = None) -> Model:
+def run(
+    model: Model,
+    options: Options,
+    job: Job = Job(),  # noqa: B008 - immutable
+    examples: Examples | None = None,
+) -> Model:
     """The model with int8 weights and an ActSpec on each of them. examples: arrays as passes/histograms.py takes them."""
     import numpy as np
 
@@ -58,9 +64,10 @@ def run(model: Model, options: Options, examples: Examples | None = None) -> Mod
     from lconvert.passes.observers import OBSERVERS, codes
 
     if examples is None:
-        if not options.text:
+        text = options.text or job.calibration.text
+        if not text:
             raise OptionError(f"static: scales of inputs need examples; name as text {wanted(model)}")
-        examples = load(model, options.text, count=options.examples, length=options.context)
+        examples = load(model, text, count=options.examples, length=options.context)
     seen = histograms.inputs(model, examples)  # of the model as it is, not of its rounded weights
     rounded = rtn.run(model, options.rounding())
     new: dict[str, Entry] = {}

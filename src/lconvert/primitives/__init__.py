@@ -1,0 +1,7 @@
+"""What compression methods are made of: one small module per idea, each with its paper, formula, shapes and defaults.
+
+    job          what all passes of one run share: text, device, memory, where finished layers are kept
+    placement    which weights get which grid
+
+Methods (lconvert.passes) are compositions of these; nothing here knows a file format or a target.
+"""
