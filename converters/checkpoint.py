@@ -26,8 +26,8 @@ from lconvert.formats.scheme import Held, Stored, Writer
 from lconvert.ir import Model, QTensor, Tensor, as_f32
 from lconvert.kernels.qtensor import dequantize, effective
 from lconvert.passes import fused
-from lconvert.passes.rtn_float import power_of_two_above
 from lconvert.plan import MEASURE_EVERY, SIDE, Item, Plan, Slab, Verdict, known, refused, sources
+from lconvert.primitives.levels import power_of_two_above
 
 __all__ = ["Options", "plan"]
 

@@ -8,6 +8,7 @@
 #include "quant_legacy.h"
 #include "quant_ternary.h"
 #include "rounding.h"
+#include "sweep.h"
 
 namespace lconvert::LCONVERT_ISA {
 namespace {
@@ -29,7 +30,7 @@ const Kernel kKernels[] = {
 #undef LCONVERT_ROW
 
 const Isa kIsa = {kKernels, sizeof kKernels / sizeof kKernels[0], widen_f16, widen_bf16, all_below,
-                  kInGroups};
+                  kInGroups, sweep_rows};
 
 }  // namespace
 }  // namespace lconvert::LCONVERT_ISA

@@ -24,6 +24,7 @@ namespace nb = nanobind;
 
 void bind_packing(nb::module_& m);  // packing.cpp
 void bind_rounding(nb::module_& m);   // rounding.cpp
+void bind_sweep(nb::module_& m);      // sweep.cpp
 void bind_transpose(nb::module_& m);  // transpose.cpp
 
 namespace {
@@ -188,5 +189,6 @@ NB_MODULE(_native, m) {
           "Fills out (rows, cols) with the values of blocks (rows, row_bytes).");
     bind_packing(m);
     bind_rounding(m);
+    bind_sweep(m);
     bind_transpose(m);
 }

@@ -25,6 +25,21 @@ struct Rounding {
     void (*add_squares)(const float* x, const float* y, int64_t n, double* sums);
 };
 
+// A stretch of columns of GPTQ's sweep (sweep.h). Matrices are contiguous: w, old, position, error, weight (rows, cols), upper and extra
+// (cols, cols), scale, zero and offset (rows, groups). Null where there is none.
+struct Sweep {
+    const float *w, *upper;
+    float low;
+    int count;
+    const float *values, *midpoints, *scale, *zero, *offset;
+    const int32_t* group;
+    const float *extra, *old;
+    uint8_t* position;
+    float *error, *weight;
+    int64_t rows, groups;
+    int cols;
+};
+
 struct Isa {
     const Kernel* kernels;
     size_t count;
@@ -33,6 +48,7 @@ struct Isa {
     // True if every |x[i]|, taken as an unsigned integer, is below `limit`.
     bool (*all_below)(const float* x, int64_t n, uint32_t limit);
     Rounding rounding;
+    void (*sweep)(const Sweep& s, int64_t first, int64_t last);
 };
 
 // Null where the target architecture lacks the instruction set.

@@ -24,6 +24,7 @@ from lconvert.ir import E2M1, E4M3, ActSpec, Model, QTensor, Tensor, dense
 from lconvert.kernels.qtensor import dequantize, float_values
 from lconvert.passes import activations, fused, kv, observe, rtn, rtn_float
 from lconvert.plan import refusals
+from lconvert.primitives import levels
 from tests import case_models
 from tests.conftest import DEMO
 from tests.exact_values import grid_value
@@ -136,15 +137,15 @@ def test_e2m1_ties_go_to_even_codes() -> None:
 @given(st.floats(2.0**-149, 2.0**120, width=32))
 @settings(max_examples=300, deadline=None)
 def test_the_power_of_two_above_is_the_smallest_one(x: float) -> None:
-    found = rtn_float.power_of_two_above(x)
+    found = levels.power_of_two_above(x)
     assert Fraction(x) <= Fraction(found) and np.frexp(found)[0] == 0.5
     assert Fraction(found) / 2 < Fraction(x) or found == 2.0**-126
     assert np.isfinite(np.float32(1) / np.float32(found)), "compressed-tensors stores the reciprocal"
 
 
 def test_the_power_of_two_above_a_number_just_above_one() -> None:
-    assert rtn_float.power_of_two_above(np.nextafter(0.25, 1)) == 0.5
-    assert rtn_float.power_of_two_above(0.25) == 0.25 and rtn_float.power_of_two_above(0.0) == 1.0
+    assert levels.power_of_two_above(np.nextafter(0.25, 1)) == 0.5
+    assert levels.power_of_two_above(0.25) == 0.25 and levels.power_of_two_above(0.0) == 1.0
 
 
 # --- NF4 -------------------------------------------------------------------------------------------------
@@ -156,9 +157,9 @@ def test_nf4_are_the_quantiles_of_its_paper() -> None:
     above = [NormalDist().inv_cdf(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
     below = [-NormalDist().inv_cdf(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
     want = np.array(sorted([*above, 0.0, *below])) / max(above)
-    np.testing.assert_allclose(rtn_float.NF4_VALUES, want, atol=2e-7)
-    assert rtn_float.NF4_VALUES[7] == 0 and len(rtn_float.NF4_VALUES) == 16
-    assert all(float(np.float32(v)) == v for v in rtn_float.NF4_VALUES), "fp32 numbers"
+    np.testing.assert_allclose(levels.NF4_VALUES, want, atol=2e-7)
+    assert levels.NF4_VALUES[7] == 0 and len(levels.NF4_VALUES) == 16
+    assert all(float(np.float32(v)) == v for v in levels.NF4_VALUES), "fp32 numbers"
 
 
 def test_nf4_takes_the_nearest_value() -> None:
@@ -166,7 +167,7 @@ def test_nf4_takes_the_nearest_value() -> None:
     q = _quantized(t, "nf4", 32)
     x, scale = t.load().reshape(6, 2, 32), q.scale.load()  # type: ignore[union-attr]
     assert np.array_equal(scale, np.abs(x).max(-1)), "absolute maxima, unrounded"
-    table = np.array(rtn_float.NF4_VALUES, np.float32)
+    table = np.array(levels.NF4_VALUES, np.float32)
     found = table[q.codes.load()].reshape(x.shape)
     with np.errstate(invalid="ignore", divide="ignore"):
         over = np.where(scale[..., None] > 0, x / scale[..., None], 0)

@@ -85,7 +85,7 @@ def _chosen(scale: float, grid: str) -> float:
     import numpy as np
 
     from lconvert.kernels.reference.rounding import short_scale
-    from lconvert.passes.rtn_float import power_of_two_above
+    from lconvert.primitives.levels import power_of_two_above
 
     if grid == "fp4":
         return power_of_two_above(scale)

@@ -18,18 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import E2M1, E4M3, Grid, Model, QTensor, Tensor, as_f32, parts
+from lconvert.primitives.levels import NF4, power_of_two_above
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: NF4 of QLoRA: quantiles of the normal distribution, asymmetric around an exact zero (bitsandbytes, functional.py get_4bit_type).
-NF4_VALUES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-NF4 = Grid("codebook", 4, values=NF4_VALUES)
 GRIDS = ("fp8", "fp4", "nf4")
 _FP8_MAX, _FP4_MAX = 448.0, 6.0
 _SLAB = 1 << 22  # values that are looked at together
@@ -190,16 +184,6 @@ def _fp8_blocks(t: Tensor, peak: Peak) -> QTensor:
 
     side = Tensor((-(-rows // _TILE), wide), "F32", scales, t.origin, t.files, exact_in=("BF16",))
     return QTensor(t.shape, Tensor(t.shape, "U8", codes, t.origin, t.files), E4M3, (_TILE, _TILE), side)
-
-
-def power_of_two_above(x: float) -> float:
-    """The smallest power of two that is at least x and whose reciprocal fp32 holds as well; 1 for 0."""
-    import math
-
-    if x <= 0:
-        return 1.0
-    mantissa, exponent = math.frexp(x)
-    return 2.0 ** max(exponent - (mantissa == 0.5), -126)
 
 
 def _fp4(t: Tensor, peak: Peak) -> QTensor:
