@@ -38,7 +38,8 @@ class ByKind(Recipe):
 
     chosen: Chosen = Chosen("", "")
 
-    def apply(self, model: Model, job: Job = Job()) -> Model:  # noqa: B008 - immutable
+    def apply(self, model: Model, job: Job | None = None) -> Model:
+        job = job or Job(self.calibration)
         if not isinstance(model.arch, Decoder):
             return Recipe(self.name, _steps(model, self.chosen)).apply(model, job)
         if self.chosen.observer is not None:

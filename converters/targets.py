@@ -176,7 +176,7 @@ TENSORRT_LLM: Mapping[str, Preset] = {
 class ForLayout(Recipe):
     """The passes of a preset: MXFP4 is for the experts alone where the model's own folder layout has a place for no others."""
 
-    def apply(self, model: Model, job: Job = Job()) -> Model:  # noqa: B008 - immutable
+    def apply(self, model: Model, job: Job | None = None) -> Model:
         from lconvert.converters import mxfp4_experts
 
         if not mxfp4_experts.stacks(model):
