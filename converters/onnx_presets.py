@@ -49,8 +49,9 @@ def recipe(
     calibration: str = "",
     block: int | None = None,
     observer: str | None = None,
+    method: str = "",
 ) -> Recipe:
-    """The passes of a flag; OptionError where the dialect does not run them or an option does not apply. What depends on the kind of
+    """The passes of a flag, by a method; OptionError where the dialect does not run them or an option does not apply. What depends on the kind of
     model (onnx_classifier_presets.py) is said when it is applied."""
     if reason := REFUSED.get((dialect, preset)):
         raise OptionError(f"--{preset} with --dialect {dialect}: {reason}")
@@ -60,12 +61,12 @@ def recipe(
         raise OptionError(
             f"--block-size {block}: consumers take powers of two from 16 on; choose 32, 64 or 128"
         )
-    chosen = Chosen(preset, dialect, calibration, block, observer)
+    chosen = Chosen(preset, dialect, calibration, block, observer, method)
     if PRESETS[preset].calibrated and not calibration:
         missing = f"--{preset} has static scales, which a text must show; add --calibration TEXT"
-        return Later(preset, (), chosen, missing)
-    made = targets.recipe(preset, _table(dialect), calibration=calibration, group=block)
-    return ByKind(preset, made.steps, chosen)
+        return Later(f"--{preset}", (), chosen=chosen, reason=missing)
+    made = targets.recipe(preset, _table(dialect), calibration=calibration, group=block, method=method)
+    return ByKind(made.name, made.steps, made.about, made.calibration, chosen)
 
 
 def _table(dialect: str) -> Mapping[str, Preset]:

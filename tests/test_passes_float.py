@@ -438,7 +438,7 @@ def test_static_scales_without_a_text_are_refused_when_the_pass_runs(options: An
 
 def test_the_text_of_a_run_is_as_long_as_the_run_says(text: Path) -> None:
     """A pass's own text goes before it, with its own windows."""
-    model = rtn.run(plain(), rtn.Options(grid="int8", group=-1))
+    model = rtn.run(lconvert.read(DEMO), rtn.Options(grid="int8", group=-1))
     job = Job(Calibration(str(text), windows=2, context=24))
     own = activations.Options(dynamic=False, text=str(text), windows=2, context=24)
     shared, alone = (

@@ -56,10 +56,15 @@ class Recipe:
     about: str = ""
     calibration: Calibration = field(default_factory=Calibration)
 
+    def of(self, model: Model) -> Recipe:
+        """The recipe for this model; those that flags stand for differ by the kind of model."""
+        return self
+
     def apply(self, model: Model, job: Job | None = None) -> Model:
         """The model after every pass; each one checks its result. job: the run; by default one with the recipe's calibration."""
-        job = job or Job(self.calibration)
-        for step in self.steps:
+        recipe = self.of(model)
+        job = job or Job(recipe.calibration)
+        for step in recipe.steps:
             model = passes.find(step.name).run(model, step.options, job)
         return model
 
@@ -156,9 +161,8 @@ def _yaml(where: str, content: str) -> Any:
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise yaml.composer.ComposerError(
-                    None, None, "recipes have no anchors and aliases", self.peek_event().start_mark
-                )
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.composer.ComposerError(None, None, "recipes have no anchors and aliases", mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:

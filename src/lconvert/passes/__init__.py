@@ -36,3 +36,9 @@ def find(name: str) -> Any:
     if name not in PASSES:
         raise OptionError(f"unknown pass {name!r}; passes: {', '.join(PASSES)}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def calibrates(name: str, options: Any) -> bool:
+    """Whether a calibration text decides what a pass does; a pass that not always looks at one says so in its `calibrated(options)`."""
+    says = getattr(find(name), "calibrated", None)
+    return says is None or bool(says(options))

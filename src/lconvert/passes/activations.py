@@ -50,7 +50,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     import numpy as np
 
     grid, top = _GRIDS[options.grid]
-    static = options.grid == "fp4" or not options.dynamic
+    static = calibrated(options)
     peaks: dict[str, float] = {}
     if static:
         from lconvert.passes import observe
@@ -79,6 +79,11 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     if not new:
         raise OptionError(f"activations: no quantized matrix matches targets {options.targets!r}")
     return model.with_entries(new, f"activations: inputs of {len(new)} matrices to {options.grid}")
+
+
+def calibrated(options: Options) -> bool:
+    """Scales that the runtime finds need no text."""
+    return options.grid == "fp4" or not options.dynamic
 
 
 def _chosen(scale: float, grid: str) -> float:
