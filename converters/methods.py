@@ -88,7 +88,7 @@ def _restated(rtn: Step, method: Method) -> list[Step]:
     tables = [name for name in TABLES if rtn.options.of(name) is not None]
     if not tables:
         return [step(method.rounder, {**placed, **method.options})]
-    placed["grids"] = dict.fromkeys(tables, NONE) | placed["grids"]
+    placed["grids"] = dict.fromkeys(tables, NONE) | {k: v for k, v in placed["grids"].items() if k not in tables}
     left = replace(rtn.options, targets="|".join(tables), ignore="", grids=_of(tables, rtn.options))
     return [step(method.rounder, {**placed, **method.options}), replace(rtn, options=left)]
 

@@ -104,7 +104,7 @@ def _w8a8(model: Model, c: Chosen) -> Step:
 
     if not c.calibration:
         raise OptionError(
-            f"--w8a8 has static scales, which examples must show; add --calibration FILE: {wanted(model)}"
+            f"--w8a8 has static scales, which examples must show; add --calibrate FILE: {wanted(model)}"
         )
     symmetric = c.dialect == "trt"  # TensorRT refuses zero points
     return step("static", {"observer": c.observer or "minmax", "symmetric": symmetric})

@@ -208,7 +208,7 @@ def recipe(
     """The passes of a preset, by a method; OptionError where a calibration text is missing or `group` does not apply."""
     p = table[preset]
     if p.calibrated and not calibration:
-        raise OptionError(f"--{preset} has static scales, which a text must show; add --calibration TEXT")
+        raise OptionError(f"--{preset} has static scales, which a text must show; add --calibrate TEXT")
     steps: list[Step] = []
     for name, given in p.steps:
         options = dict(given)

@@ -103,7 +103,7 @@ def command(
     if block_size is not None and preset is None:
         raise OptionError("--block-size says how to quantize; add --int4 or --int8")
     if observer is not None and preset is None:
-        raise OptionError("--observer chooses ranges of static inputs; add --w8a8 and --calibration")
+        raise OptionError("--observer chooses ranges of static inputs; add --w8a8 and --calibrate")
     if recipe is not None and preset is not None:
         raise OptionError(f"--recipe and --{preset} both say how to quantize; choose one")
     passes = recipes.load(recipe) if recipe else None
