@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 import types
@@ -17,6 +18,7 @@ import pytest
 import lconvert
 from lconvert import api, passes, recipe
 from lconvert.cli import calibrating
+from lconvert.cli.common import steps_bar
 from lconvert.converters import gguf, gguf_grids, methods, onnx_presets, targets
 from lconvert.converters.kinds import plain
 from lconvert.errors import OptionError, OutputError
@@ -489,10 +491,28 @@ def test_a_recipe_without_a_text_makes_no_folder(tmp_path: Path, monkeypatch: py
     assert [p.name for p in tmp_path.iterdir()] == ["m.lcir"]
 
 
+def test_progress_has_a_line_for_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with steps_bar() as tell:
+        assert tell is not None
+        tell("smooth", 3, 3)
+        tell("gptq", 2, 3)
+    assert "smooth" in shown.getvalue() and "3/3" in shown.getvalue() and "gptq" in shown.getvalue()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with steps_bar() as tell:
+        assert tell is None, "silent in a pipe"
+
+
 def test_workplaces(tmp_path: Path) -> None:
     folder = tmp_path / "w"
     workplace.begin(folder, {"seed": 1}, resume=True)  # nothing to continue is no mistake
-    (folder / "layer").write_text("x")
+    (folder / "layer-7").write_text("x")
     workplace.begin(folder, {"seed": 1}, resume=True)
     assert workplace.holds_layers(folder)
     workplace.begin(folder, {"seed": 2}, resume=False)
@@ -524,6 +544,17 @@ def test_the_help_names_the_methods() -> None:
         _, out, _ = inside([verb, "--help"])
         words = " ".join(out.split())
         assert f"How weights are rounded: {', '.join(methods.METHODS)}" in words and "--calibrate" in words
+
+
+def test_the_page_lists_them_all() -> None:
+    page = (ROOT / "docs" / "compression.md").read_text()
+    first = [line.split("|")[1].strip().strip("`") for line in page.splitlines() if line.startswith("| `")]
+    assert {*methods.METHODS, *recipe.names()} <= {*first}
+    assert {n for n in first if not n.startswith("--")} <= {*methods.METHODS, *recipe.names()}
+    example = page.split("```yaml\n")[1].split("```")[0]
+    made = recipe.parse("page.yaml", example, ROOT).apply(lconvert.read(DEMO))
+    bits = {n: e.data.grid.bits for n, e in made.entries.items() if isinstance(e.data, QTensor)}
+    assert {b for n, b in bits.items() if n.endswith("down")} == {8} and "layers.0.attn.k" not in bits
 
 
 def test_rtn_is_what_a_recipe_does_anyway() -> None:

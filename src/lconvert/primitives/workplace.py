@@ -57,8 +57,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def holds_layers(folder: Path) -> bool:
-    """Whether a run has left something that another can take over."""
-    return folder.is_dir() and any(p.name != RECORD for p in folder.iterdir())
+    """Whether a run has left something that another can take over: a file `layer-*` of one of its passes."""
+    return any(True for _ in folder.rglob("layer-*"))
 
 
 def end(folder: Path) -> None:
