@@ -215,6 +215,16 @@ def _losses(arch: Arch, d: Decoder, allowed: tuple[str, ...]) -> tuple[Verdict, 
     return tuple(out)
 
 
+def chosen(model: Model, options: Options) -> list[tuple[GgufTensor, gguf_mixture.Choice]]:
+    """Every stored tensor and its type, for a model `without_extras`."""
+    arch = find(model.arch.family)
+    stored = {s.name: s for s in gguf_names.layout(arch, model.decoder)}
+    listing = [gguf_mixture.TensorInfo(s.name, s.shape, _storage(s, model)) for s in stored.values()]
+    listing += [gguf_mixture.TensorInfo(i.name, i.shape, "F32") for i in _generated(model.decoder)]
+    choices = gguf_mixture.choose_types(listing, hyper(arch, model), options.types)
+    return [(s, choices[name]) for name, s in stored.items()]
+
+
 def plan(model: Model, out_name: str, options: Options) -> Plan:
     """What the GGUF of this model will be: types, offsets, sizes and verdicts; reads headers only.
 
@@ -224,13 +234,8 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
     model, said = without_extras(model)
     d = model.decoder
     arch = find(d.family)
-    stored = {s.name: s for s in gguf_names.layout(arch, d)}
-    generated = _generated(d)
-    listing = [gguf_mixture.TensorInfo(s.name, s.shape, _storage(s, model)) for s in stored.values()]
-    listing += [gguf_mixture.TensorInfo(i.name, i.shape, "F32") for i in generated]
-    choices = gguf_mixture.choose_types(listing, hyper(arch, model), options.types)
-    made = [i for name, s in stored.items() for i in _item(s, model, choices[name], options)]
-    items = {i.name: i for i in (*made, *generated)}
+    made = [i for s, choice in chosen(model, options) for i in _item(s, model, choice, options)]
+    items = {i.name: i for i in (*made, *_generated(d))}
     ordered = [items[name] for name in gguf_mixture.tensor_order(list(items))]
 
     name = options.name or model.name

@@ -11,7 +11,7 @@ from typing import Any
 
 from lconvert.errors import OptionError
 from lconvert.ir import Convnet, Decoder, Model
-from lconvert.primitives.job import Job
+from lconvert.primitives.job import Calibration
 from lconvert.recipe import Recipe, Step, step
 
 #: As passes/observers.py names them, which imports NumPy.
@@ -30,6 +30,7 @@ class Chosen:
     calibration: str = ""
     block: int | None = None
     observer: str | None = None
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,18 @@ class ByKind(Recipe):
 
     chosen: Chosen = Chosen("", "")
 
-    def apply(self, model: Model, job: Job = Job()) -> Model:  # noqa: B008 - immutable
+    def of(self, model: Model) -> Recipe:
+        c = self.chosen
         if not isinstance(model.arch, Decoder):
-            return Recipe(self.name, _steps(model, self.chosen)).apply(model, job)
-        if self.chosen.observer is not None:
+            return Recipe(self.name, _steps(model, c), calibration=Calibration(c.calibration))
+        if c.observer is not None:
             raise OptionError(
                 f"--observer: {model.source} is a language model, whose static scales cover all that was seen; leave it out"
             )
-        return self.of_decoder(model, job)
+        return self.of_decoder()
 
-    def of_decoder(self, model: Model, job: Job) -> Model:
-        return super().apply(model, job)
+    def of_decoder(self) -> Recipe:
+        return self
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Later(ByKind):
 
     reason: str = ""
 
-    def of_decoder(self, model: Model, job: Job) -> Model:
+    def of_decoder(self) -> Recipe:
         raise OptionError(self.reason)
 
 
@@ -67,6 +69,10 @@ def _steps(model: Model, c: Chosen) -> tuple[Step, ...]:
         _ = model.decoder  # refuses it by name
     if c.preset not in _STEPS:
         raise OptionError(f"--{c.preset}: {model.source} is a {model.arch.family}; {_OTHERS}")
+    if c.method not in ("", "rtn"):
+        raise OptionError(
+            f"--method {c.method}: {model.source} is a {model.arch.family}; methods are for language models"
+        )
     if c.observer is not None and c.preset != "w8a8":
         raise OptionError(
             f"--observer chooses ranges of inputs, which --{c.preset} leaves in floats; add it to --w8a8"
@@ -98,10 +104,10 @@ def _w8a8(model: Model, c: Chosen) -> Step:
 
     if not c.calibration:
         raise OptionError(
-            f"--w8a8 has static scales, which examples must show; add --calibration FILE: {wanted(model)}"
+            f"--w8a8 has static scales, which examples must show; add --calibrate FILE: {wanted(model)}"
         )
     symmetric = c.dialect == "trt"  # TensorRT refuses zero points
-    return step("static", {"observer": c.observer or "minmax", "symmetric": symmetric, "text": c.calibration})
+    return step("static", {"observer": c.observer or "minmax", "symmetric": symmetric})
 
 
 _STEPS: Mapping[str, Callable[[Model, Chosen], Step]] = {"int8": _int8, "int4": _int4, "w8a8": _w8a8}

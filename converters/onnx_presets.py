@@ -24,9 +24,9 @@ PRESETS: Mapping[str, Preset] = {
                    (("rtn", {"grid": "int4", "group": 32, "search": "signed-max", "targets": _ALL, "grids": {"embed": "int8"}}),)),
     "int8": Preset("int8 weights, a scale per row, the head and the embedding too", "onnx",
                    (("rtn", {"grid": "int8", "group": -1, "search": "signed-max", "targets": _ALL}),)),
-    "w8a8": Preset("int8 weights per row, int8 activations, static (--calibration)", "onnx",
+    "w8a8": Preset("int8 weights per row, int8 activations, static (--calibrate)", "onnx",
                    (("rtn", {"grid": "int8", "group": -1}), ("activations", {"grid": "int8", "dynamic": False})), True),
-    "fp8": Preset("FP8 weights and activations, a scale per tensor, static (--calibration)", "onnx",
+    "fp8": Preset("FP8 weights and activations, a scale per tensor, static (--calibrate)", "onnx",
                   (("rtn", {"grid": "fp8", "group": "tensor"}), ("activations", {"grid": "fp8", "dynamic": False})), True),
     "nvfp4": Preset("NVFP4 weights (TensorRT)", "onnx", (("rtn", {"grid": "fp4"}),)),
 }  # fmt: skip
@@ -49,8 +49,9 @@ def recipe(
     calibration: str = "",
     block: int | None = None,
     observer: str | None = None,
+    method: str = "",
 ) -> Recipe:
-    """The passes of a flag; OptionError where the dialect does not run them or an option does not apply. What depends on the kind of
+    """The passes of a flag, by a method; OptionError where the dialect does not run them or an option does not apply. What depends on the kind of
     model (onnx_classifier_presets.py) is said when it is applied."""
     if reason := REFUSED.get((dialect, preset)):
         raise OptionError(f"--{preset} with --dialect {dialect}: {reason}")
@@ -60,12 +61,12 @@ def recipe(
         raise OptionError(
             f"--block-size {block}: consumers take powers of two from 16 on; choose 32, 64 or 128"
         )
-    chosen = Chosen(preset, dialect, calibration, block, observer)
+    chosen = Chosen(preset, dialect, calibration, block, observer, method)
     if PRESETS[preset].calibrated and not calibration:
-        missing = f"--{preset} has static scales, which a text must show; add --calibration TEXT"
-        return Later(preset, (), chosen, missing)
-    made = targets.recipe(preset, _table(dialect), calibration=calibration, group=block)
-    return ByKind(preset, made.steps, chosen)
+        missing = f"--{preset} has static scales, which a text must show; add --calibrate TEXT"
+        return Later(f"--{preset}", (), chosen=chosen, reason=missing)
+    made = targets.recipe(preset, _table(dialect), calibration=calibration, group=block, method=method)
+    return ByKind(made.name, made.steps, made.about, made.calibration, chosen)
 
 
 def _table(dialect: str) -> Mapping[str, Preset]:

@@ -107,7 +107,7 @@ def _lacking(a: ActSpec, what: str) -> str:
     return f"{what} with {count} static scales have no TensorRT form" if count != 1 else ""
 
 
-_REMEDY = "quantize the plain model with static symmetric inputs (--w8a8, --fp8 with --calibration TEXT), or use the ort dialect"
+_REMEDY = "quantize the plain model with static symmetric inputs (--w8a8, --fp8 with --calibrate TEXT), or use the ort dialect"
 
 
 def _multiplier(a: ActSpec) -> float:

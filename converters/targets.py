@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lconvert.converters import methods
 from lconvert.errors import OptionError
 from lconvert.ir import Model
 from lconvert.plan import KINDS, Plan
-from lconvert.primitives.job import Job
+from lconvert.primitives.job import Calibration
 from lconvert.recipe import Recipe, Step, step
 
 
@@ -125,6 +126,10 @@ class Preset:
     calibrated: bool = False
 
 
+#: Windows of a text that show the largest inputs.
+PEAK_WINDOWS = 32
+
+
 def _rtn(grid: str, group: int | str = 128) -> tuple[str, Mapping[str, Any]]:
     return "rtn", {"grid": grid, "group": group}
 
@@ -176,11 +181,11 @@ TENSORRT_LLM: Mapping[str, Preset] = {
 class ForLayout(Recipe):
     """The passes of a preset: MXFP4 is for the experts alone where the model's own folder layout has a place for no others."""
 
-    def apply(self, model: Model, job: Job = Job()) -> Model:  # noqa: B008 - immutable
+    def of(self, model: Model) -> Recipe:
         from lconvert.converters import mxfp4_experts
 
         if not mxfp4_experts.stacks(model):
-            return super().apply(model, job)
+            return self
         narrow = {"targets": mxfp4_experts.EXPERTS}
         steps = (
             replace(s, options=replace(s.options, **narrow))
@@ -188,7 +193,7 @@ class ForLayout(Recipe):
             else s
             for s in self.steps
         )
-        return Recipe(self.name, tuple(steps)).apply(model, job)
+        return Recipe(self.name, tuple(steps), self.about, self.calibration)
 
 
 def recipe(
@@ -198,11 +203,12 @@ def recipe(
     calibration: str = "",
     group: int | None = None,
     kv: bool = False,
+    method: str = "",
 ) -> Recipe:
-    """The passes of a preset; OptionError where a calibration text is missing or `group` does not apply."""
+    """The passes of a preset, by a method; OptionError where a calibration text is missing or `group` does not apply."""
     p = table[preset]
     if p.calibrated and not calibration:
-        raise OptionError(f"--{preset} has static scales, which a text must show; add --calibration TEXT")
+        raise OptionError(f"--{preset} has static scales, which a text must show; add --calibrate TEXT")
     steps: list[Step] = []
     for name, given in p.steps:
         options = dict(given)
@@ -212,13 +218,11 @@ def recipe(
             ):
                 raise OptionError(f"--group does not apply to --{preset}, whose blocks are fixed")
             options["group"] = group
-        static = options.get("grid") == "fp4" or options.get("dynamic") is False
-        if name == "activations" and static:
-            options["text"] = calibration
         steps.append(step(name, options))
     if kv:
-        steps.append(step("kv", {"text": calibration}))
-    return ForLayout(preset, tuple(steps))
+        steps.append(step("kv", {}))
+    made = ForLayout(f"--{preset}", tuple(steps), p.about, Calibration(calibration, windows=PEAK_WINDOWS))
+    return methods.applied(method, made, calibration) if method else made
 
 
 def for_vllm(format: str) -> str:

@@ -498,8 +498,8 @@ def test_convert_and_its_launch_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "given", "message"),
     [
-        ("nvfp4", {}, "add --calibration"),
-        ("fp8-static", {}, "add --calibration"),
+        ("nvfp4", {}, "add --calibrate"),
+        ("fp8-static", {}, "add --calibrate"),
         ("fp8", {"group": 64}, "--group does not apply"),
         ("fp8-block", {"group": 64}, "--group does not apply"),
         ("mxfp4", {"group": 64}, "--group does not apply"),

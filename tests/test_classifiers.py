@@ -192,7 +192,7 @@ def test_weights_alone(flag: str, kind: str, sources: Sources, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kind", "args", "words"),
     [
-        ("tok", ["--w8a8"], "add --calibration FILE: a text with an example per line"),
+        ("tok", ["--w8a8"], "add --calibrate FILE: a text with an example per line"),
         ("cnn", ["--w8a8"], "an array `images` of shape (count, 1, 8, 8)"),
         ("cnn", ["--w8a8", "--calibration", "text.txt"], "is a network of images, which no text shows"),
         ("bert", ["--w8a8", "--calibration", "text.txt"], "has no tokenizer, so no text can be used for it"),

@@ -55,7 +55,7 @@ def test_every_flag_writes_a_folder(flag: str, dialect: str, tmp_path: Path, cal
         return
     if flag and onnx_presets.PRESETS[flag].calibrated:
         code, _, err = run(*args)
-        assert code == 2 and "--calibration" in err and not out.exists()
+        assert code == 2 and "--calibrate" in err and not out.exists()
         pytest.importorskip("transformers", reason="transformers is not installed")
         args += ["--calibration", calibration]
     code, text, err = run(*args)

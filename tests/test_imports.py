@@ -23,7 +23,7 @@ ORDER = {
             ("plan", "forward"),
             ("interrupt", "written", "executor"),
             ("primitives",),
-            ("passes", "recipe"),
+            ("passes", "recipe", "recipe_check"),
             ("converters",),
             ("validators",),
             ("api",),

@@ -25,6 +25,7 @@ from lconvert.kernels.qtensor import dequantize, float_values
 from lconvert.passes import activations, fused, kv, observe, rtn, rtn_float
 from lconvert.plan import refusals
 from lconvert.primitives import levels
+from lconvert.primitives.job import Calibration, Job
 from tests import case_models
 from tests.conftest import DEMO
 from tests.exact_values import grid_value
@@ -420,8 +421,6 @@ def test_dynamic_inputs_need_no_text(grid: str, group: int, per: str, size: int 
     ("options", "message"),
     [
         ({"grid": "int4"}, "choose int8, fp8, fp4"),
-        ({"dynamic": False}, "need a calibration text"),
-        ({"grid": "fp4"}, "need a calibration text"),
         ({"group": -3}, "positive size"),
         ({"group": 128, "dynamic": False, "text": "x"}, "groups are dynamic"),
     ],
@@ -429,6 +428,35 @@ def test_dynamic_inputs_need_no_text(grid: str, group: int, per: str, size: int 
 def test_activation_options_are_checked(options: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         activations.Options(**options)
+
+
+@pytest.mark.parametrize("options", [{"dynamic": False}, {"grid": "fp4"}])
+def test_static_scales_without_a_text_are_refused_when_the_pass_runs(options: Any) -> None:
+    model = rtn.run(plain(), rtn.Options(grid="int8", group=-1))
+    with pytest.raises(OptionError, match="activations: needs a calibration text; name one"):
+        activations.run(model, activations.Options(**options))
+
+
+def test_the_text_of_a_run_is_as_long_as_the_run_says(text: Path) -> None:
+    """A pass's own text goes before it, with its own windows."""
+    model = rtn.run(lconvert.read(DEMO), rtn.Options(grid="int8", group=-1))
+    job = Job(Calibration(str(text), windows=2, context=24))
+    own = activations.Options(dynamic=False, text=str(text), windows=2, context=24)
+    shared, alone = (
+        activations.run(model, activations.Options(dynamic=False), job),
+        activations.run(model, own),
+    )
+    for name, entry in alone.entries.items():
+        if entry.activation is not None and entry.activation.scale is not None:
+            other = shared.entries[name].activation
+            assert other is not None and other.scale is not None
+            assert np.array_equal(other.scale.load(), entry.activation.scale.load())
+    caches = (
+        kv.run(model, kv.Options(text=str(text), windows=2, context=24)),
+        kv.run(model, kv.Options(), job),
+    )
+    assert all(c.kv is not None and c.kv.k.scale is not None for c in caches)
+    assert len({c.kv.k.scale.load().tobytes() for c in caches if c.kv and c.kv.k.scale}) == 1
 
 
 def test_nothing_to_quantize_is_an_error() -> None:

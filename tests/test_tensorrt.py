@@ -246,7 +246,7 @@ def test_codes_and_scales_read_back_are_the_models(kind: str, tmp_path: Path) ->
 def test_inputs_that_tensorrt_lacks_are_refused_with_a_remedy(source: str, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message) as e:
         onnx.plan(lconvert.read(PEERS / source), onnx.Options("trt"))
-    assert "--calibration" in str(e.value) and "ort dialect" in str(e.value)
+    assert "--calibrate" in str(e.value) and "ort dialect" in str(e.value)
 
 
 @pytest.mark.parametrize("source", ["gptqmodel-gptq-4-g32-desc", "gptqmodel-gptq-4-g32-asym", "modelopt-int4-awq", "modelopt-nvfp4-kv-nvfp4", "modelopt-int8-sq", "llmcompressor-w4a16-embedding"])  # fmt: skip

@@ -280,10 +280,15 @@ def _files(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]]) 
     return _table(("file", "type", "size", "bits per weight", "sha256"), rows, 2)
 
 
+def _named(value: Any) -> Any:
+    """A recipe or a text by its name."""
+    return value["name"] if isinstance(value, Mapping) and "name" in value else value
+
+
 def _made(manifest: Mapping[str, Any]) -> str:
     plan = manifest.get("plan", {})
     options = ", ".join(
-        f"{show.code(k)} {show.code(v)}" for k, v in plan.get("options", {}).items() if v is not None
+        f"{show.code(k)} {show.code(_named(v))}" for k, v in plan.get("options", {}).items() if v is not None
     )
     counts: dict[tuple[str, str], int] = {}
     for file in plan.get("files", ()):

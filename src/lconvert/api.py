@@ -42,15 +42,21 @@ from .plan import Plan
 __all__ = ["convert", "plan_gguf", "read", "validate"]
 
 if TYPE_CHECKING:
+    from lconvert.converters import gguf
     from lconvert.formats.imatrix import Imatrix
     from lconvert.validators.parity import Report
 
     from .ir import Model
 
 
-def plan_gguf(
-    model: Model,
-    out: str | Path,
+def plan_gguf(model: Model, out: str | Path, **options: Any) -> Plan:
+    """The plan of a GGUF file. `options` are those of `gguf_options`."""
+    from lconvert.converters import gguf
+
+    return gguf.plan(model, Path(out).name, gguf_options(**options))
+
+
+def gguf_options(
     *,
     ftype: str | None = None,
     pure: bool = False,
@@ -63,8 +69,8 @@ def plan_gguf(
     allow_requantize: bool = False,
     allow_loss: Sequence[str] = (),
     name: str | None = None,
-) -> Plan:
-    """The plan of a GGUF file; see `lconvert hf-to-gguf --help` for the options' meaning."""
+) -> gguf.Options:
+    """How to lower to GGUF; see `lconvert hf-to-gguf --help` for the options' meaning."""
     from lconvert.converters import gguf, gguf_mixture
 
     weights = _importances(imatrix)
@@ -77,7 +83,7 @@ def plan_gguf(
         tensor_types=tuple(tensor_types),
         imatrix=None if weights is None else frozenset(weights),
     )
-    options = gguf.Options(
+    return gguf.Options(
         types,
         imatrix=weights,
         split_max_size=split_max_size,
@@ -85,7 +91,6 @@ def plan_gguf(
         allow_loss=tuple(allow_loss),
         name=name,
     )
-    return gguf.plan(model, Path(out).name, options)
 
 
 def _importances(imatrix: str | Path | Mapping[str, Any] | None) -> Imatrix | None:
@@ -113,7 +118,7 @@ def convert(
 ) -> Result:
     """Convert to the format that `out` names (.gguf) and return what was written.
 
-    `options` are those of `plan_gguf`. Nothing appears under the final name unless all of it is complete.
+    `options` are those of `gguf_options`. Nothing appears under the final name unless all of it is complete.
     """
     target = Path(out)
     if target.suffix != ".gguf":

@@ -1,35 +1,32 @@
-"""Recipes: which passes run, in which order, with which options. YAML files and built-in presets.
+"""Recipes: which passes run, in which order, with which options, calibrated on how much text. YAML files; those in recipes/ have names.
 
-schema: lconvert.recipe/1
-passes:
-  - rtn: {grid: int4, group: 128, search: mse}
+    schema: lconvert.recipe/1
+    about: one line
+    calibration: {windows: 128, context: 2048}
+    passes:
+      - rtn: {grid: int4, group: 128, search: mse}
+
+calibration: windows, context, seed and text as primitives/job.py has them; the command line goes before it. A text's path is relative to the
+recipe's folder. passes: each one a mapping of its name to its options, which are the fields of its `Options`.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lconvert import passes
+from lconvert import passes, recipe_check
 from lconvert.errors import OptionError
 from lconvert.ir import Model
-from lconvert.primitives.job import Job
+from lconvert.primitives.job import Calibration, Job
 
 SCHEMA = "lconvert.recipe/1"
-
-#: Name -> (what it is for, passes).
-PRESETS: Mapping[str, tuple[str, list[dict[str, dict[str, Any]]]]] = {
-    "int4-g128": ("4 bits symmetric, groups of 128: exact in Q4_0, GPTQ-style and ONNX int4", [{"rtn": {"grid": "int4"}}]),
-    "int4-g32-mse": ("4 bits symmetric, groups of 32, scales by least squares",
-                     [{"rtn": {"grid": "int4", "group": 32, "search": "mse"}}]),
-    "uint4-g32": ("4 bits asymmetric, groups of 32: exact in Q4_1", [{"rtn": {"grid": "uint4", "group": 32}}]),
-    "int8": ("8 bits symmetric, one scale per row: exact in Q8_0", [{"rtn": {"grid": "int8", "group": -1}}]),
-    "q4_k": ("llama.cpp's Q4_K grid", [{"rtn": {"grid": "Q4_K"}}]),
-    "mxfp4": ("OCP MXFP4, groups of 32", [{"rtn": {"grid": "MXFP4"}}]),
-    "nvfp4": ("NVFP4 as ggml encodes it, groups of 16", [{"rtn": {"grid": "NVFP4"}}]),
-}  # fmt: skip
+FOLDER = Path(__file__).with_name("recipes")
+_LARGEST = 1 << 20  # bytes; an allocation of some thousand tensors takes a tenth
+_KEYS = ("schema", "name", "about", "calibration", "passes")
 
 
 @dataclass(frozen=True)
@@ -39,62 +36,155 @@ class Step:
     name: str
     options: Any
 
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """As a recipe says it: what differs from the defaults."""
+        found = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        said = {f.name: found[f.name] for f in fields(self.options) if found[f.name] != _default(f)}
+        return {self.name: {k: dict(v) if isinstance(v, Mapping) else v for k, v in said.items()}}
+
+
+def _default(of: Field[Any]) -> Any:
+    return of.default_factory() if of.default_factory is not MISSING else of.default
+
 
 @dataclass(frozen=True)
 class Recipe:
+    """calibration: how much of which text the passes see where nobody says otherwise."""
+
     name: str
     steps: tuple[Step, ...]
+    about: str = ""
+    calibration: Calibration = field(default_factory=Calibration)
 
-    def apply(self, model: Model, job: Job = Job()) -> Model:  # noqa: B008 - immutable
-        """The model after every pass; each one checks its result."""
-        for step in self.steps:
+    def of(self, model: Model) -> Recipe:
+        """The recipe for this model; those that flags stand for differ by the kind of model."""
+        return self
+
+    def apply(self, model: Model, job: Job | None = None) -> Model:
+        """The model after every pass; each one checks its result. job: the run; by default one with the recipe's calibration."""
+        recipe = self.of(model)
+        job = job or Job(recipe.calibration)
+        for step in recipe.steps:
             model = passes.find(step.name).run(model, step.options, job)
         return model
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain data, for manifests."""
+        return {"name": self.name, "passes": [s.to_json() for s in self.steps]}
 
 
 def step(name: str, options: Mapping[str, Any]) -> Step:
     """One pass with its options, checked."""
-    return _step(name, {name: dict(options)})
+    return Step(name, recipe_check.options("recipe", name, options))
 
 
-def _step(where: str, item: Any) -> Step:
-    if not isinstance(item, dict) or len(item) != 1:
-        raise OptionError(f"{where}: each pass is one mapping such as 'rtn: {{grid: int4}}', found {item!r}")
-    ((name, given),) = item.items()
-    kind = passes.find(name).Options
-    known = {f.name for f in fields(kind)}
-    given = given or {}
-    if not isinstance(given, dict) or set(given) - known:
-        wrong = sorted(set(given) - known) if isinstance(given, dict) else given
-        raise OptionError(
-            f"{where}: unknown option {wrong!r} of pass {name}; options: {', '.join(sorted(known))}"
-        )
-    try:
-        return Step(name, kind(**given))
-    except TypeError as e:
-        raise OptionError(f"{where}: options of pass {name}: {e}") from None
+def names() -> list[str]:
+    """The recipes that have a name."""
+    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
 
 
 def load(recipe: str | Path) -> Recipe:
-    """A preset by name, or a YAML file."""
-    text = str(recipe)
-    if text in PRESETS:
-        return Recipe(text, tuple(_step(text, item) for item in PRESETS[text][1]))
-    path = Path(recipe)
+    """A recipe by name, or out of a YAML file. OptionError says where it is wrong, and what is expected."""
+    text, path = str(recipe), Path(recipe)
+    if text in names():
+        return parse(text, (FOLDER / f"{text}.yaml").read_text(encoding="utf-8"), FOLDER)
     if not path.is_file():
-        raise OptionError(f"{text}: neither a recipe file nor a preset; presets: {', '.join(PRESETS)}")
+        close = difflib.get_close_matches(text, names(), 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise OptionError(
+            f"{text}: neither a recipe file nor a recipe's name; {hint}names: {', '.join(names())}"
+        )
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise OptionError(f"{path}: {path.stat().st_size / 1e6:.0f} MB; a recipe is a short text")
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f"{path}: cannot be read as UTF-8 text ({e})") from None
+    return parse(str(path), content, path.parent)
+
+
+def parse(where: str, content: str, folder: Path) -> Recipe:
+    """A recipe out of YAML text. where: what messages call it. folder: where the paths of texts begin."""
+    data = _yaml(where, content)
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise OptionError(f"{where}: expected 'schema: {SCHEMA}' at the top")
+    if unknown := [k for k in data if k not in _KEYS]:
+        raise OptionError(f"{where}: unknown key {unknown[0]!r}; a recipe has {', '.join(_KEYS)}")
+    for key in ("name", "about"):
+        if not isinstance(data.get(key, ""), str):
+            raise OptionError(f"{where}: {key} {data[key]!r}: expected a text")
+    items = data.get("passes")
+    if not isinstance(items, list) or not items:
+        raise OptionError(f"{where}: expected a list of passes, such as '- rtn: {{grid: int4}}'")
+    steps = tuple(_step(where, item) for item in items)
+    recipe_check.stages(where, [(s.name, s.options) for s in steps])
+    calibration = _calibration(where, data.get("calibration", {}), folder)
+    return Recipe(data.get("name", Path(where).stem), steps, data.get("about", ""), calibration)
+
+
+def _step(where: str, item: Any) -> Step:
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, dict) or len(item) != 1:
+        raise OptionError(f"{where}: each pass is one mapping such as 'rtn: {{grid: int4}}', found {item!r}")
+    ((name, given),) = item.items()
+    if name not in passes.PASSES:
+        close = difflib.get_close_matches(str(name), passes.PASSES, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise OptionError(f"{where}: unknown pass {name!r}; {hint}passes: {', '.join(passes.PASSES)}")
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise OptionError(f"{where}: {name}: options are a mapping such as {{grid: int4}}, found {given!r}")
+    return Step(name, recipe_check.options(where, name, given))
+
+
+def _calibration(where: str, given: Any, folder: Path) -> Calibration:
+    known = [f.name for f in fields(Calibration)]
+    if not isinstance(given, dict) or set(given) - set(known):
+        raise OptionError(f"{where}: calibration {given!r}: expected a mapping of {', '.join(known)}")
+    text = given.get("text", "")
+    if not isinstance(text, str):
+        raise OptionError(f"{where}: calibration: text {text!r}: expected the path of a text")
+    try:
+        found = Calibration(**given)
+    except OptionError as e:
+        raise OptionError(f"{where}: {e}") from None
+    return replace(found, text=str(folder / text)) if text else found
+
+
+def _yaml(where: str, content: str) -> Any:
+    """Plain data. Keys that occur twice and anchors are refused; 1e-5 is a number, as everywhere but in YAML 1.1."""
+    import re
+
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.composer.ComposerError(None, None, "recipes have no anchors and aliases", mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen if isinstance(key.value, str) else True:
+                    what = (
+                        f"the key {key.value!r} occurs twice"
+                        if isinstance(key.value, str)
+                        else "a key is no text"
+                    )
+                    raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise OptionError(f"{path}: not readable as YAML ({e})") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise OptionError(f"{path}: expected 'schema: {SCHEMA}' at the top")
-    if (
-        set(data) - {"schema", "passes", "name"}
-        or not isinstance(data.get("passes"), list)
-        or not data["passes"]
-    ):
-        raise OptionError(f"{path}: expected a list of passes and nothing else")
-    return Recipe(str(data.get("name", path.stem)), tuple(_step(str(path), item) for item in data["passes"]))
+        return yaml.load(content, Loader)
+    except yaml.MarkedYAMLError as e:
+        line = f"line {e.problem_mark.line + 1}: " if e.problem_mark else ""
+        raise OptionError(f"{where}: not readable as YAML ({line}{e.problem})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        raise OptionError(f"{where}: not readable as YAML ({' '.join(str(e).split())})") from None

@@ -164,6 +164,27 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None] |
 
 
 @contextmanager
+def steps_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar on stderr for what has steps of one size, with the time left; a new line for each `what`."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+@contextmanager
 def status(what: str) -> Iterator[Callable[[str], None]]:
     """A spinner on stderr that says which step is under way, silent when stderr is not a terminal."""
     if not sys.stderr.isatty():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from lconvert.cli import calibrating
+from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     no_card_option,
     print_plan,
@@ -23,12 +25,13 @@ from lconvert.cli.common import (
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder, NAME.lcir."
 )
 @click.option(
-    "--recipe", help="Recipe file (YAML) or preset; see `lconvert recipes`. Without one, a plain copy."
+    "--recipe", help="Recipe file (YAML) or name; see `lconvert recipes`. Without one, a plain copy."
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--resume", is_flag=True, help="Continue a run that was killed.")
+@click.option("--resume", is_flag=True, help="Continue a run that was killed, from its last finished layer.")
+@calibrating.options
 @no_card_option
 @threads_option
 def command(
@@ -41,38 +44,53 @@ def command(
     resume: bool,
     no_card: bool,
     threads: int | None,
+    how: How,
 ) -> int:
     """Compress SOURCE by a recipe and write it as an .lcir folder, which every converter reads.
+
+    --method takes the place of round-to-nearest in the recipe; without one it rounds to int4 in groups of 128.
 
     \b
     Examples:
       lconvert compress ./my-model -o my-model.lcir --recipe int4-g128
+      lconvert compress ./my-model -o my-model.lcir --recipe fp8-static --calibrate text.txt
       lconvert compress ./my-model -o my-model.lcir --recipe recipe.yaml
       lconvert hf-to-gguf my-model.lcir -o my-model.gguf
     """
     import lconvert
     from lconvert import recipe as recipes
-    from lconvert.converters import lcir
+    from lconvert.converters import lcir, methods
     from lconvert.errors import OptionError
     from lconvert.executor import execute
+    from lconvert.primitives.job import Job
 
     if output.suffix != ".lcir":
         raise OptionError(f"{output}: the output must end in .lcir")
-    loaded = recipes.load(recipe) if recipe else None
+    passes = recipes.load(recipe) if recipe else recipes.Recipe("", ())
+    if how.method is not None:
+        passes = methods.applied(
+            how.method, passes if recipe else methods.without_preset("compress"), how.text
+        )
     model = lconvert.read(source)
-    if loaded:
-        model = loaded.apply(model)
-    plan = lcir.plan(model, {"recipe": loaded.name if loaded else None})
+    if how.method is not None:
+        methods.something_to_round(how.method, passes, model)
     if dry_run:
-        return print_plan(plan, as_json)
-    with progress_bar("compressing", plan.size) as tell:
-        result = execute(plan, output, threads=threads, force=force, resume=resume, progress=tell)
+        outline = methods.outline(passes)
+        plan = lcir.plan(outline.apply(model, Job(how.calibrated(passes))), {})
+        return print_plan(calibrating.outlined(plan, passes), as_json)
+    calibrating.possible(passes, model, output, force, lambda m: lcir.plan(m, {}))
+    with calibrating.run(how, passes, model, output, resume=resume, threads=threads) as job:
+        compressed = calibrating.applied(passes, model, job)
+        plan = calibrating.recorded(lcir.plan(compressed, {}), passes, job, model)
+        with progress_bar("writing", plan.size) as tell:
+            result = execute(plan, output, threads=threads, force=force, resume=resume, progress=tell)
     if not no_card:
         write_card(source, result, folder=output)
     if as_json:
-        click.echo(
-            json.dumps({"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}, indent=1)
-        )
+        said = {k: plan.options.get(k) for k in ("recipe", "calibration")}
+        files = [str(p) for p in result.paths]
+        report, manifest = list(plan.notes), dict(result.manifest)
+        click.echo(json.dumps({"files": files, **said, "report": report, "manifest": manifest}, indent=1))
     else:
         print_result(result)
     return 0

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from lconvert.cli.calibrating import How
 from lconvert.cli.exporting import options, run
+from lconvert.converters import methods
 from lconvert.converters.targets import OFFERED
 
 
@@ -17,13 +19,14 @@ from lconvert.converters.targets import OFFERED
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output file or folder [default: NAME-TARGET]."
 )
-@click.option("--recipe", help="Recipe file (YAML) or preset to apply first; see `lconvert recipes`.")
+@click.option("--recipe", help="Recipe file (YAML) or name, to apply first; see `lconvert recipes`.")
 @options
-def command(source: str, target: str, output: Path | None, recipe: str | None, **rest: Any) -> int:
+def command(source: str, target: str, output: Path | None, recipe: str | None, how: How, **rest: Any) -> int:
     """Write SOURCE in another format, every number carried exactly or refused with a reason.
 
     SOURCE is a checkpoint (plain, GPTQ, AWQ, compressed-tensors, FP8, ModelOpt, bitsandbytes ...), a GGUF file or an .lcir
-    folder. `lconvert carry SOURCE` shows beforehand what each target would hold.
+    folder. `lconvert carry SOURCE` shows beforehand what each target would hold. --recipe and --method quantize what is plain
+    yet; a method without a recipe rounds to int4 in groups of 128.
 
     \b
     Examples:
@@ -38,4 +41,6 @@ def command(source: str, target: str, output: Path | None, recipe: str | None, *
     ending = {"gguf": ".gguf", "ir": ".lcir"}.get(target, f"-{target}")
     out = output or Path(file_stem(Path(source).name.removesuffix(".gguf").removesuffix(".lcir")) + ending)
     loaded = recipes.load(recipe) if recipe else None
-    return run(source, out, target, loaded, **rest)
+    if how.method is not None:
+        loaded = methods.applied(how.method, loaded or methods.without_preset(target), how.text)
+    return run(source, out, target, loaded, how=how, **rest)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lconvert.cli import calibrating
+from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     fail_fast_files,
     fail_fast_output,
@@ -22,17 +24,19 @@ from lconvert.cli.common import (
     threads_option,
     write_card,
 )
-from lconvert.converters import targets
+from lconvert.converters import methods, targets
 from lconvert.errors import OptionError, OutputError
 
 if TYPE_CHECKING:
     from lconvert.ir import Model
     from lconvert.plan import Plan
+    from lconvert.recipe import Recipe
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every verb that writes an artifact from any source."""
     first = (
+        calibrating.options,
         click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="The model's dtype [default: its own, or one that holds all scales]."),
         click.option("--allow-requantize", is_flag=True, help="Round again what the target cannot hold exactly."),
     )  # fmt: skip
@@ -93,7 +97,6 @@ def flags(
         *one_of("preset", {name: p.about for name, p in table.items()}),
         click.option("--group", type=int, help=group),
         click.option("--kv-fp8", is_flag=True, help="Store scales for an FP8 KV cache."),
-        click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations."),
         options,
     )  # fmt: skip
 
@@ -109,19 +112,27 @@ def run_preset(
     preset: str | None,
     group: int | None,
     kv_fp8: bool,
-    calibration: Path | None,
+    how: How,
     ending: str,
     served: str = "",
     **rest: Any,
 ) -> int:
     """`run` with the passes of a flag. ending: of the default output without one."""
-    fail_fast_files(read=[calibration])
     recipe = None
     if preset or kv_fp8:
-        text = str(calibration or "")
-        recipe = targets.recipe(preset or "dense", table, calibration=text, group=group, kv=kv_fp8)
+        method = how.method or ""
+        recipe = targets.recipe(
+            preset or "dense", table, calibration=how.text, group=group, kv=kv_fp8, method=method
+        )
     out = output or Path(f"{file_stem(Path(source).name)}-{preset or ending}")
-    return run(source, out, target, recipe, served=served, **rest)
+    return run(source, out, target, recipe, how=how, served=served, **rest)
+
+
+def natural(preset: str | None, how: How, presets: Mapping[str, str]) -> str | None:
+    """The flag that is meant: the one that was given, or what a method rounds where none was. presets: by the methods' schemes."""
+    if preset is None and how.method is not None:
+        return presets[methods.find(how.method).scheme]
+    return preset
 
 
 def run(
@@ -151,9 +162,10 @@ def run(
 def write(
     source: str,
     output: Path,
-    recipe: Any,
+    recipe: Recipe | None,
     planned: Callable[[Model, Model], Plan],
     *,
+    how: How,
     folder: bool,
     hint: str | Callable[[Model], str],
     dry_run: bool,
@@ -171,6 +183,8 @@ def write(
     import lconvert
     from lconvert.errors import LconvertError
     from lconvert.executor import execute
+    from lconvert.primitives.job import Job
+    from lconvert.recipe import Recipe
 
     fail_fast_files(read=[text], written=[report])
     if not dry_run and not folder:
@@ -178,15 +192,23 @@ def write(
     if folder and output.is_dir() and Path(source).is_dir() and output.samefile(source):
         raise OutputError(f"{output}: is also the source; choose another output folder")
     original = lconvert.read(source)
-    with status("preparing"):
-        model = recipe.apply(original) if recipe is not None else original
-        plan = planned(model, original)
-    hint = hint(model) if callable(hint) else hint
+    recipe = recipe.of(original) if recipe is not None else Recipe("", ())
+    if how.method is not None:
+        methods.something_to_round(how.method, recipe, original)
     if dry_run:
-        return print_plan(plan, as_json)
-    with progress_bar("writing", plan.size) as tell:
-        where = output if folder else output.parent
-        result = execute(plan, where, threads=threads, force=force, resume=resume, progress=tell)
+        with status("preparing"):
+            outline = methods.outline(recipe)
+            found = planned(outline.apply(original, Job(how.calibrated(recipe))), original)
+        return print_plan(calibrating.outlined(found, recipe), as_json)
+    where = output if folder else output.parent
+    calibrating.possible(recipe, original, where, force, lambda m: planned(m, original))
+    with calibrating.run(how, recipe, original, output, resume=resume, threads=threads) as job:
+        model = calibrating.applied(recipe, original, job)
+        with status("preparing"):
+            plan = calibrating.recorded(planned(model, original), recipe, job, original)
+        with progress_bar("writing", plan.size) as tell:
+            result = execute(plan, where, threads=threads, force=force, resume=resume, progress=tell)
+    hint = hint(model) if callable(hint) else hint
     proof = None
     if not no_validate:
         from lconvert.validators import parity
@@ -209,6 +231,7 @@ def write(
         write_card(source, result, data, folder=output if folder else None)
     if as_json:
         out: dict[str, Any] = {"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}
+        out["report"] = list(result.plan.notes)
         click.echo(json.dumps(out | {"validation": data, "launch": hint.partition(": ")[2]}, indent=1))
     else:
         print_result(result)

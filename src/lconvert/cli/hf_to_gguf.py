@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from lconvert.cli import calibrating
+from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     fail_fast_files,
     fail_fast_output,
@@ -101,6 +103,7 @@ def _type_flags(f: Any) -> Any:
     "--text", type=click.Path(path_type=Path), help="Text for the proof [default: a built-in excerpt]."
 )
 @click.option("--report", type=click.Path(path_type=Path), help="Write the proof as JSON here.")
+@calibrating.options
 @no_card_option
 @threads_option
 @_type_flags
@@ -120,14 +123,15 @@ def command(
     text: Path | None,
     report: Path | None,
     threads: int | None,
+    how: How,
     **options: Any,
 ) -> int:
     """Convert SOURCE (a Hugging Face folder or hub name, a GGUF file, an .lcir folder) to GGUF.
 
     The type is a flag named after llama-quantize's file types: --q4_k_m --q5_k_m --q6_k --q8_0 --q4_0 --q3_k_m --q2_k
     --iq4_xs --mxfp4_moe --f16 --bf16 --f32 ... (all of them: lconvert formats). Without one, every tensor keeps the
-    type it has. Bytes equal what llama.cpp's own converter and quantizer write. Ends with a proof in llama.cpp against
-    the source unless --no-validate.
+    type it has. Bytes equal what llama.cpp's own converter and quantizer write, where no other --method is asked for, which
+    rounds onto the blocks of the same types. Ends with a proof in llama.cpp against the source unless --no-validate.
 
     \b
     Examples:
@@ -138,9 +142,11 @@ def command(
       lconvert hf-to-gguf ./my-model --q4_k_m --dry-run --json
     """
     import lconvert
-    from lconvert.converters import gguf_mixture
+    from lconvert import api
+    from lconvert.converters import gguf, gguf_grids, gguf_mixture, methods
     from lconvert.errors import LconvertError, OptionError
     from lconvert.executor import execute
+    from lconvert.recipe import Recipe
 
     chosen = {*flags, *([type_.upper()] if type_ else [])}
     if len(chosen) > 1:
@@ -153,18 +159,22 @@ def command(
         raise OptionError(f"{out}: the output must end in .gguf")
     if not dry_run:
         fail_fast_output(out, force)
-    plan = lconvert.plan_gguf(
-        model,
-        out,
+    lowering = api.gguf_options(
         ftype=ftype,
         tensor_types=[gguf_mixture.parse_tensor_type(t) for t in tensor_types],
         split_max_size=parse_size(split_max_size),
         **options,
     )
+    recipe = gguf_grids.recipe(how.method, model, lowering, how.text) if how.method else Recipe("", ())
     if dry_run:
-        return print_plan(plan, as_json)
-    with progress_bar("converting", plan.size) as tell:
-        result = execute(plan, out.parent, threads=threads, force=force, resume=resume, progress=tell)
+        found = gguf.plan(methods.outline(recipe).apply(model), out.name, lowering)
+        return print_plan(calibrating.outlined(found, recipe), as_json)
+    calibrating.possible(recipe, model, out.parent, force, lambda m: gguf.plan(m, out.name, lowering))
+    with calibrating.run(how, recipe, model, out, resume=resume, threads=threads) as job:
+        rounded = calibrating.applied(recipe, model, job)
+        plan = calibrating.recorded(gguf.plan(rounded, out.name, lowering), recipe, job, model)
+        with progress_bar("converting", plan.size) as tell:
+            result = execute(plan, out.parent, threads=threads, force=force, resume=resume, progress=tell)
     if no_validate:
         if not no_card:
             write_card(source, result)
@@ -191,6 +201,7 @@ def command(
 def _summary(result: Any, proof: Any, as_json: bool) -> None:
     if as_json:
         out: dict[str, Any] = {"files": [str(p) for p in result.paths], "manifest": dict(result.manifest)}
+        out["report"] = list(result.plan.notes)
         out["validation"] = proof.to_json() if proof else None
         click.echo(json.dumps(out, indent=1))
         return

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lconvert.cli.common import fail_fast_files, file_stem
-from lconvert.cli.exporting import decorated, one_of, output_options, write
+from lconvert.cli import calibrating
+from lconvert.cli.calibrating import How
+from lconvert.cli.common import file_stem
+from lconvert.cli.exporting import decorated, natural, one_of, output_options, write
+from lconvert.converters import methods, onnx_presets
 from lconvert.converters import onnx_classifier_presets as classifiers
-from lconvert.converters import onnx_presets
 from lconvert.errors import OptionError
 from lconvert.ir import Decoder
 from lconvert.passes import examples
@@ -51,9 +53,9 @@ def _arguments() -> tuple[Any, ...]:
         *one_of("preset", {name: p.about for name, p in onnx_presets.PRESETS.items()}),
         click.option("--dialect", type=click.Choice(list(_DIALECTS)), default="ort", show_default=True, help=f"{dialects}."),
         click.option("--block-size", type=int, help="Weights per scale of --int4 [default: 32] and --int8 [default: a row]."),
-        click.option("--calibration", type=click.Path(path_type=Path), help="Text that shows the range of activations; arrays (.npz, .npy) for images."),
+        calibrating.options,
         click.option("--observer", type=click.Choice(classifiers.OBSERVERS), help="How --w8a8 of encoders and image networks cuts ranges [default: minmax]."),
-        click.option("--recipe", help="Recipe file (YAML) or preset instead of a flag; see `lconvert recipes`."),
+        click.option("--recipe", help="Recipe file (YAML) or name instead of a flag; see `lconvert recipes`."),
         click.option("--prefill-only", is_flag=True, help="Logits of a prompt; no keys and values in or out."),
         click.option("--static-cache", is_flag=True, help="Keys and values in a cache of fixed length, written in place (TensorScatter)."),
         click.option("--last-logit", is_flag=True, help="Logits of the last token alone."),
@@ -71,44 +73,53 @@ def command(
     preset: str | None,
     dialect: str,
     block_size: int | None,
-    calibration: Path | None,
     observer: str | None,
     recipe: str | None,
     prefill_only: bool,
     static_cache: bool,
     last_logit: bool,
     positions: int | None,
+    how: How,
     **rest: Any,
 ) -> int:
     """Write SOURCE (a checkpoint, quantized or not, a GGUF file, an .lcir folder) as a folder with an ONNX graph.
 
     What is quantized keeps its integers and scales: ONNX Runtime and TensorRT multiply by them as they are. A flag
-    quantizes what is plain yet, rounding to nearest. The folder has model.onnx, its weights beside it in
+    quantizes what is plain yet, by --method; without a flag --method takes --int4 or --w8a8. The folder has model.onnx, its weights beside it in
     model.onnx.data, the configuration, the tokenizer and a manifest.
 
     \b
     Examples:
       lconvert hf-to-onnx ./my-model --int4
       lconvert hf-to-onnx ./model-GPTQ -o served
-      lconvert hf-to-onnx ./my-model --w8a8 --calibration text.txt
-      lconvert hf-to-onnx ./my-bert --w8a8 --calibration sentences.txt --observer mse
-      lconvert hf-to-onnx ./my-convnet --w8a8 --calibration images.npz
+      lconvert hf-to-onnx ./my-model --w8a8 --calibrate text.txt
+      lconvert hf-to-onnx ./my-bert --w8a8 --calibrate sentences.txt --observer mse
+      lconvert hf-to-onnx ./my-convnet --w8a8 --calibrate images.npz
       lconvert hf-to-onnx ./my-model --dialect trt --bf16 --int4 --block-size 128
       lconvert hf-to-onnx model-Q4_0.gguf --dry-run
     """
     from lconvert import recipe as recipes
 
-    fail_fast_files(read=[calibration])
     if block_size is not None and preset is None:
         raise OptionError("--block-size says how to quantize; add --int4 or --int8")
     if observer is not None and preset is None:
-        raise OptionError("--observer chooses ranges of static inputs; add --w8a8 and --calibration")
+        raise OptionError("--observer chooses ranges of static inputs; add --w8a8 and --calibrate")
     if recipe is not None and preset is not None:
         raise OptionError(f"--recipe and --{preset} both say how to quantize; choose one")
     passes = recipes.load(recipe) if recipe else None
+    if passes is None:
+        preset = natural(preset, how, {"w4": "int4", "w8a8": "w8a8"})
     if preset is not None:
-        text = str(calibration or "")
-        passes = onnx_presets.recipe(preset, dialect, calibration=text, block=block_size, observer=observer)
+        passes = onnx_presets.recipe(
+            preset,
+            dialect,
+            calibration=how.text,
+            block=block_size,
+            observer=observer,
+            method=how.method or "",
+        )
+    elif passes is not None and how.method is not None:
+        passes = methods.applied(how.method, passes, how.text)
     chosen: dict[str, Any] = {
         "dialect": dialect,
         "dtype": _FLOATS[dtype][0] if dtype else None,
@@ -125,11 +136,11 @@ def command(
 
     name = file_stem(Path(source).name)
     out = output or Path("-".join([name, "onnx", *([preset] if preset else [])]))
-    if rest["text"] is None and calibration is not None and examples.is_arrays(calibration):
-        rest["text"] = calibration
+    if rest["text"] is None and how.calibration is not None and examples.is_arrays(how.calibration):
+        rest["text"] = how.calibration
 
     def hint(model: Model) -> str:
         line = _RUN[dialect] if isinstance(model.arch, Decoder) else _RUN_OTHERS[dialect]
         return line.format(out=shlex.quote(str(out)))
 
-    return write(source, out, passes, plan, folder=True, hint=hint, **rest)
+    return write(source, out, passes, plan, folder=True, hint=hint, how=how, **rest)

@@ -1,13 +1,14 @@
 """Passes: functions Model -> Model, one file each, with a frozen options dataclass that is also the recipe's schema.
 
-`PASSES` names the module of every pass; it holds `Options` and `run(model, options) -> Model`.
+`PASSES` names the module of every pass; it holds `Options` and `run(model, options, job) -> Model`. `STAGES` says what a pass does to
+a model, from which follows where in a recipe it may stand.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lconvert.errors import OptionError
 
@@ -18,9 +19,26 @@ PASSES: Mapping[str, str] = {
     "kv": "The KV cache in FP8, calibrated on a text or with scale 1.",
 }
 
+#: transforms: other weights, the same function. masks: weights that become zero. rounds: dense weights onto a grid. inputs: how what
+#: enters quantized weights is quantized. cache: the KV cache.
+Stage = Literal["transforms", "masks", "rounds", "inputs", "cache"]
+
+STAGES: Mapping[str, tuple[Stage, ...]] = {
+    "rtn": ("rounds",),
+    "activations": ("inputs",),
+    "static": ("rounds", "inputs"),
+    "kv": ("cache",),
+}
+
 
 def find(name: str) -> Any:
     """The module of a pass."""
     if name not in PASSES:
         raise OptionError(f"unknown pass {name!r}; passes: {', '.join(PASSES)}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def calibrates(name: str, options: Any) -> bool:
+    """Whether a calibration text decides what a pass does; a pass that not always looks at one says so in its `calibrated(options)`."""
+    says = getattr(find(name), "calibrated", None)
+    return says is None or bool(says(options))

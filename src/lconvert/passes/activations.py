@@ -26,7 +26,8 @@ _GRIDS: dict[str, tuple[Grid, float]] = {
 class Options:
     """grid: int8, fp8 or fp4 (NVFP4: groups of 16, scales found at run time below a static global one). dynamic: a scale per
     token (or per `group` features of one), found at run time; otherwise one per tensor from `text`. windows, context: how
-    much of the text is run. targets, ignore: regular expressions on canonical names, of quantized matrices."""
+    much of it is run; without a text of its own the pass takes the run's, and as much of it as that says. targets, ignore:
+    regular expressions on canonical names, of quantized matrices."""
 
     grid: str = "int8"
     dynamic: bool = True
@@ -49,13 +50,13 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     import numpy as np
 
     grid, top = _GRIDS[options.grid]
-    static = options.grid == "fp4" or not options.dynamic
+    static = calibrated(options)
     peaks: dict[str, float] = {}
     if static:
         from lconvert.passes import observe
 
-        text = job.text("activations", options.text)
-        peaks = observe.run(model, observe.windows(model, text, options.context, options.windows)).inputs
+        text, own = job.text("activations", options.text), options if options.text else job.calibration
+        peaks = observe.run(model, observe.windows(model, text, own.context, own.windows)).inputs
     size = 16 if options.grid == "fp4" else options.group or None
     per: Literal["token", "group", "tensor"] = "group" if size else "token" if options.dynamic else "tensor"
     new: dict[str, Entry] = {}
@@ -78,6 +79,11 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     if not new:
         raise OptionError(f"activations: no quantized matrix matches targets {options.targets!r}")
     return model.with_entries(new, f"activations: inputs of {len(new)} matrices to {options.grid}")
+
+
+def calibrated(options: Options) -> bool:
+    """Scales that the runtime finds need no text."""
+    return options.grid == "fp4" or not options.dynamic
 
 
 def _chosen(scale: float, grid: str) -> float:

@@ -11,8 +11,8 @@ from lconvert.primitives.job import Job
 
 @dataclass(frozen=True)
 class Options:
-    """grid: fp8 (E4M3, the only one that vLLM and TensorRT-LLM take scales for). text: what scales are measured on; without
-    one they are 1.0, which FP8's range of 448 usually allows. windows, context: how much of the text is run."""
+    """grid: fp8 (E4M3, the only one that vLLM and TensorRT-LLM take scales for). text: what scales are measured on; else
+    the run's; without one they are 1.0, which FP8's range of 448 usually allows. windows, context: how much of `text` is run."""
 
     grid: str = "fp8"
     text: str = ""
@@ -34,7 +34,8 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     if text:
         from lconvert.passes import observe
 
-        found = observe.run(model, observe.windows(model, text, options.context, options.windows))
+        own = options if options.text else job.calibration
+        found = observe.run(model, observe.windows(model, text, own.context, own.windows))
         if len(found.keys) != layers:
             raise OptionError(f"kv: {len(found.keys)} of {layers} layers showed a cache of keys and values")
         keys, values = found.keys, found.values

@@ -73,6 +73,11 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     return check(model.with_entries(new, f"rtn: {len(new)} tensors to {options.grid}"))
 
 
+def calibrated(options: Options) -> bool:
+    """Weights alone are looked at."""
+    return False
+
+
 def _search(options: Options, placed: Placed) -> Literal["minmax", "signed-max", "mse"]:
     """The search of `options` where an exception's grid has it."""
     if options.search == "signed-max" and not re.fullmatch(r"int[2-8]", placed.grid):

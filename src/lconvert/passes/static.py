@@ -21,7 +21,8 @@ from lconvert.spec import check
 class Options:
     """weights: channel or tensor, what shares a scale. search: minmax or mse, of the scales per channel. observer: minmax, percentile,
     entropy or mse. symmetric: inputs in int8 around 0, as TensorRT must have them; else uint8 with a zero point. text: a file of
-    examples, lines of text or arrays (passes/examples.py); examples, context: how many of them, and tokens of each. targets,
+    examples, lines of text or arrays (passes/examples.py), else the run's; examples, context: how many of `text`'s, and tokens of
+    each, else as many as the run has windows. targets,
     ignore: regular expressions on canonical names."""
 
     weights: Literal["channel", "tensor"] = "channel"
@@ -67,7 +68,9 @@ def run(
         text = options.text or job.calibration.text
         if not text:
             raise OptionError(f"static: scales of inputs need examples; name as text {wanted(model)}")
-        examples = load(model, text, count=options.examples, length=options.context)
+        c = job.calibration
+        count, length = (options.examples, options.context) if options.text else (c.windows, c.context)
+        examples = load(model, text, count=count, length=length)
     seen = histograms.inputs(model, examples)  # of the model as it is, not of its rounded weights
     rounded = rtn.run(model, options.rounding())
     new: dict[str, Entry] = {}

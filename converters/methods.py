@@ -1,0 +1,123 @@
+"""Methods by name, for `--method`: what takes the place of round-to-nearest in the passes of a flag or a recipe.
+
+A flag says which grid every weight gets (`rtn` with its placement); a method says how it gets there. Its rounder takes the same placement,
+its other passes come first: transforms, then masks. Embeddings are looked up and not multiplied, so no calibration says anything of
+them: they stay with rtn.
+
+Imports without NumPy: the help of verbs is made of this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from lconvert import passes
+from lconvert.errors import OptionError
+from lconvert.ir import Model, QTensor
+from lconvert.primitives.job import Calibration
+from lconvert.primitives.placement import NONE, Placement
+from lconvert.recipe import Recipe, Step, step
+
+#: Tables of vectors.
+TABLES = ("embed", "pos_embed")
+
+
+@dataclass(frozen=True)
+class Method:
+    """rounder: the pass that rounds, told `options` beside the placement. first: passes in front of all others. text: whether a
+    calibration text is needed. scheme: what is rounded where no flag says so, weights alone (w4) or inputs too (w8a8)."""
+
+    about: str
+    rounder: str = "rtn"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    first: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    text: bool = True
+    scheme: str = "w4"
+
+
+METHODS: Mapping[str, Method] = {
+    "rtn": Method("round to nearest", text=False),
+}
+#: What flags and recipes do without a method.
+PLAIN = "rtn"
+
+
+def find(name: str) -> Method:
+    if name not in METHODS:
+        raise OptionError(f"method {name!r}; choose {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def without_preset(target: str) -> Recipe:
+    """What a method does to a model where no flag and no recipe says what is rounded: int4, groups of 128."""
+    return Recipe(target, (step("rtn", {"grid": "int4", "group": 128}),))
+
+
+def applied(name: str, recipe: Recipe, text: str) -> Recipe:
+    """`recipe` with a method in the place of round-to-nearest. text: the calibration text, "" for none.
+
+    OptionError where the recipe rounds by another method or not at all, and where a text is missing.
+    """
+    method = find(name)
+    if method.text and not (text or recipe.calibration.text):
+        raise OptionError(f"--method {name} needs a calibration text; add --calibrate TEXT")
+    rounding = [s.name for s in recipe.steps if "rounds" in passes.STAGES[s.name]]
+    other = next((r for r in rounding if r != "rtn"), None)
+    if other is not None:
+        raise OptionError(f"--method {name}: {recipe.name} rounds by {other} already; leave one of them out")
+    if not rounding:
+        raise OptionError(f"--method {name}: {recipe.name} rounds no weights; choose something that does")
+    if name == PLAIN:
+        return recipe
+    steps = [step(p, o) for p, o in method.first]
+    for s in recipe.steps:
+        steps += _restated(s, method) if s.name == "rtn" else [s]
+    calibration = (
+        replace(recipe.calibration, windows=Calibration().windows) if method.text else recipe.calibration
+    )
+    return replace(recipe, steps=tuple(steps), calibration=calibration)
+
+
+def _restated(rtn: Step, method: Method) -> list[Step]:
+    """A rounding pass by another method; what it has no inputs for stays with rtn."""
+    if method.rounder == "rtn":
+        return [rtn]
+    placed: dict[str, Any] = {f.name: getattr(rtn.options, f.name) for f in fields(Placement)}
+    tables = [name for name in TABLES if rtn.options.of(name) is not None]
+    if not tables:
+        return [step(method.rounder, {**placed, **method.options})]
+    placed["grids"] = dict.fromkeys(tables, NONE) | {k: v for k, v in placed["grids"].items() if k not in tables}
+    left = replace(rtn.options, targets="|".join(tables), ignore="", grids=_of(tables, rtn.options))
+    return [step(method.rounder, {**placed, **method.options}), replace(rtn, options=left)]
+
+
+def _of(names: list[str], options: Placement) -> dict[str, str]:
+    """The grids of some names, one by one."""
+    return {n: str(placed) for n in names if (placed := options.of(n)) is not None}
+
+
+def something_to_round(name: str, recipe: Recipe, model: Model) -> None:
+    """OptionError where a model is quantized already and the method finds nothing to round."""
+    rounding = [s.options for s in recipe.steps if "rounds" in passes.STAGES[s.name]]
+    if any(isinstance(o, Placement) and any(True for _ in o.chosen(model)) for o in rounding):
+        return
+    quantized = sum(isinstance(e.data, QTensor) for e in model.entries.values())
+    what = f"{quantized} matrices are quantized already" if quantized else "no dense matrix matches"
+    raise OptionError(
+        f"--method {name}: {model.source}: {what}, so there is nothing to round; give the model as it was before, or leave "
+        "out --method to carry what it has"
+    )
+
+
+def outline(recipe: Recipe) -> Recipe:
+    """The recipe without what takes time, for plans: rounded to nearest on the same grids, so sizes and types are those of the run."""
+    steps = []
+    for s in recipe.steps:
+        stages = passes.STAGES[s.name]
+        if stages == ("rounds",) and isinstance(s.options, Placement) and s.name != "rtn":
+            steps.append(step("rtn", {f.name: getattr(s.options, f.name) for f in fields(Placement)}))
+        elif not {"transforms", "masks"} & set(stages):
+            steps.append(s)
+    return replace(recipe, steps=tuple(steps))
