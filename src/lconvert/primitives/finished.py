@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from lconvert.errors import InputError, LconvertError, OptionError, OutputError
 from lconvert.formats import ir as nodes
 from lconvert.formats import safetensors
+from lconvert.formats.scheme import Stored
 from lconvert.ir import Entry, Tensor
 
 _SCHEMA = "lconvert-run/1"
@@ -172,7 +173,7 @@ def _state(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("schema") == _SCHEMA else None
 
 
-def _slabs(stored: Any) -> Any:
+def _slabs(stored: Tensor | Stored) -> Iterator[bytes]:
     """The bytes of an array, some rows at a time."""
     import numpy as np
 
@@ -180,4 +181,4 @@ def _slabs(stored: Any) -> Any:
     probe = stored.read(0, 1)
     rows = max(1, _SLAB // max(1, probe.nbytes))
     for a in range(0, shape[0], rows):
-        yield memoryview(np.ascontiguousarray(stored.read(a, min(a + rows, shape[0])))).cast("B")
+        yield np.ascontiguousarray(stored.read(a, min(a + rows, shape[0]))).tobytes()

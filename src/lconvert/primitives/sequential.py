@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Block:
     """One decoder layer, or last the head (final norm and output matrix), and what enters it.
 
     index: the layer; the number of layers for the head. stages: canonical names of matrices that share one input, in the order in which
-    they act; experts have stages of their own. tokens: how many are run. `original` is the layer with the weights that it came
+    they act; experts have stages of their own. tokens: how many are run, as `windows` (how many, of how many tokens). `original` is the layer with the weights that it came
     with, where the uncompressed model runs along.
     """
 
@@ -55,6 +55,7 @@ class Block:
         self.is_head = index == run.model.decoder.layers
         self.stages = (("head",),) if self.is_head else stages(run.model.decoder, index)
         self.tokens = run.shown.tokens
+        self.windows = (len(run.shown.ids), run.shown.length)
         self.report: list[str] = []
         self._module: Any = None
         self._slots: dict[str, Slot] = {}
@@ -142,13 +143,7 @@ class Block:
         for batch in self.batches():
             theirs: dict[tuple[str, ...], Any] = {}
             if reference:
-                self._listen(
-                    twins,
-                    self.original,
-                    batch.reference,
-                    batch.kwargs,
-                    lambda roles, x, rest, found=theirs: found.__setitem__(roles, x),
-                )
+                self._listen(twins, self.original, batch.reference, batch.kwargs, _keep(theirs))
 
             def heard(roles: tuple[str, ...], x: Any, rest: Any, theirs: Any = theirs) -> None:
                 if not bool(run.torch.isfinite(x).all()):
@@ -187,11 +182,8 @@ class Block:
             if not left:
                 raise Enough
 
-        with self._run.torch.no_grad(), listening(owners, hook):
-            try:
-                module(hidden, **kwargs)
-            except Enough:
-                pass
+        with self._run.torch.no_grad(), listening(owners, hook), suppress(Enough):
+            module(hidden, **kwargs)
 
     def _deliver(
         self, feeds: Mapping[str, Accumulator], roles: tuple[str, ...], x: Any, rest: Any, theirs: Any
@@ -280,6 +272,13 @@ class _Run:
             f"{self.model.source or 'the model'}: the {what} of {role} holds NaN or infinite values on the calibration text; the "
             "weights before it are damaged or overflow in fp32"
         )
+
+
+def _keep(into: dict[tuple[str, ...], Any]) -> Callable[[tuple[str, ...], Any, Any], None]:
+    def heard(roles: tuple[str, ...], x: Any, rest: Any) -> None:
+        into[roles] = x
+
+    return heard
 
 
 def modules_of(block: Block, module: Any, roles: set[str]) -> dict[Any, tuple[str, ...]]:

@@ -77,6 +77,7 @@ def stages(d: Decoder, i: int) -> tuple[tuple[str, ...], ...]:
     """
     layer = d.layer(i)
     a, m = layer.attention, layer.mlp
+    out: list[tuple[str, ...]]
     if a.mla is None:
         out = [("attn.q", "attn.k", "attn.v")]
     elif a.mla.q_rank is None:
