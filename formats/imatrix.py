@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lconvert.errors import InputError, OptionError
+from lconvert.errors import InputError, OptionError, OutputError
 from lconvert.formats import gguf
 from lconvert.formats.files import fill, reading, show
 
@@ -98,6 +98,46 @@ def read(path: str | PathLike[str]) -> Imatrix:
         if magic != b"GGUF":
             return _checked(_read_legacy(where, f, stamp.size))
     return _checked(_read_gguf(where))
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """What was measured for one weight: sums of squares (experts, columns) and how many activations were summed, (experts,)."""
+
+    squares: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+
+def write(
+    path: str | PathLike[str], sums: Mapping[str, Sums], *, datasets: Sequence[str], chunks: int, chunk: int
+) -> None:
+    """A GGUF importance matrix with the keys, order and padding of llama-imatrix. chunk: tokens of one of the `chunks` pieces of text.
+
+    OutputError where the file cannot be written. Experts that saw nothing have a count of 0, which readers know.
+    """
+    metadata = {
+        "general.type": gguf.string("imatrix"),
+        _KEYS[0]: gguf.array("str", list(datasets)),
+        _KEYS[1]: gguf.u32(chunks),
+        _KEYS[2]: gguf.u32(chunk),
+    }
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name in sorted(sums, key=str.encode):
+        arrays[name + _SUMS] = sums[name].squares.astype("<f4")
+        arrays[name + _COUNTS] = sums[name].counts.astype("<f4").reshape(-1, 1)
+    head, starts, size = gguf.header(metadata, [(name, "F32", x.shape) for name, x in arrays.items()])
+    out = bytearray(size)
+    out[: len(head)] = head
+    for x, start in zip(arrays.values(), starts, strict=True):
+        out[start : start + x.nbytes] = x.tobytes()
+    where = Path(path)
+    part = where.with_name(where.name + ".part")
+    try:
+        part.write_bytes(out)
+        part.replace(where)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{where}: cannot be written ({e.strerror or e})") from None
 
 
 def select(imatrix: Imatrix, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Imatrix:

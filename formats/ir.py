@@ -141,15 +141,21 @@ def _described(traits: Traits) -> dict[str, Any]:
     return out | {"overrides": {str(i): o for i, o in out["overrides"].items()}}
 
 
+def describe_entries(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Nodes of entries by canonical name, and the arrays to store by name, in order."""
+    stored: dict[str, Stored] = {}
+    nodes: dict[str, Any] = {}
+    for name, entry in entries.items():
+        nodes[name] = _node(name, entry.data, stored) | _extras(entry, stored)
+        nodes[name]["provenance"] = list(entry.provenance)
+    return nodes, stored
+
+
 def describe(model: Model) -> tuple[dict[str, Any], dict[str, Stored]]:
     """lcir.json's content and the arrays to store by name, in order."""
     if any(not t.folded for t in model.transforms):
         raise UnsupportedError(f"unfolded transforms of the whole model cannot be stored in {SCHEMA}")
-    stored: dict[str, Stored] = {}
-    entries: dict[str, Any] = {}
-    for name, entry in model.entries.items():
-        entries[name] = _node(name, entry.data, stored) | _extras(entry, stored)
-        entries[name]["provenance"] = list(entry.provenance)
+    entries, stored = describe_entries(model.entries)
     kv = None
     if (c := model.kv) is not None:
         kv = {
@@ -255,14 +261,16 @@ def _arch(data: Any, where: str) -> Traits:
 
 
 class _Reader:
-    def __init__(self, where: str, file: safetensors.SafetensorsFile) -> None:
-        self.where, self.file, self.left = where, file, set(file.tensors)
+    def __init__(
+        self, where: str, file: safetensors.SafetensorsFile, change: Callable[[Tensor], Tensor] = lambda t: t
+    ) -> None:
+        self.where, self.file, self.left, self.change = where, file, set(file.tensors), change
 
     def tensor(self, name: Any) -> Tensor:
         if not isinstance(name, str) or name not in self.file.tensors:
             raise InputError(f"{self.where}: names the tensor {name!r}, which {DATA} does not hold")
         self.left.discard(name)
-        return safetensors.tensor(self.file, name)
+        return self.change(safetensors.tensor(self.file, name))
 
     def node(self, data: Any, depth: int = 0) -> Tensor | QTensor:
         if not isinstance(data, dict) or depth > 4:
@@ -384,6 +392,25 @@ def _unpacked(stored: Tensor, shape: tuple[int, ...], signed: bool) -> Tensor:
     return Tensor(shape, "I8" if signed else "U8", read, stored.origin, stored.files)
 
 
+def _entries(reader: _Reader, listed: Any, path: Path) -> dict[str, Entry]:
+    if not isinstance(listed, dict):
+        raise InputError(f"{path}: no entries")
+    entries = {}
+    for name, node in listed.items():
+        data = reader.node(node)
+        spec = reader.spec(node["activation"]) if "activation" in node else None
+        transform = reader.transform(node["transform"]) if "transform" in node else None
+        entries[name] = Entry(name, data, spec, transform, _texts(node, "provenance", path))
+    return entries
+
+
+def restore_entries(
+    nodes: Any, file: safetensors.SafetensorsFile, change: Callable[[Tensor], Tensor]
+) -> dict[str, Entry]:
+    """Entries, lazily, from the nodes of `describe_entries` and the file that holds their arrays; `change` gets every one of these."""
+    return _entries(_Reader(str(file.path), file, change), nodes, file.path)
+
+
 def read(folder: Path) -> Model:
     """A Model from its folder. InputError for damage, UnsupportedError for another schema version."""
     path = folder / META
@@ -394,15 +421,7 @@ def read(folder: Path) -> Model:
             f"({show(meta.get('lconvert', 'unknown'))})"
         )
     reader = _Reader(str(path), safetensors.read_header(folder / DATA))
-    entries = {}
-    listed = meta.get("entries")
-    if not isinstance(listed, dict):
-        raise InputError(f"{path}: no entries")
-    for name, node in listed.items():
-        data = reader.node(node)
-        spec = reader.spec(node["activation"]) if "activation" in node else None
-        transform = reader.transform(node["transform"]) if "transform" in node else None
-        entries[name] = Entry(name, data, spec, transform, _texts(node, "provenance", path))
+    entries = _entries(reader, meta.get("entries"), path)
     kv = reader.kv(meta["kv"]) if meta.get("kv") is not None else None
     if reader.left:
         raise InputError(f"{path}: {DATA} holds tensors that no entry uses: {sorted(reader.left)[:3]}")

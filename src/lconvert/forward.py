@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .archs import find
-from .archs.common import binds
+from .archs.common import Bind, binds
 from .errors import InputError, LconvertError, MissingPackageError, UnsupportedError
 from .ir import Conv, Convnet, Decoder, Linear, Model, Plain, Pool
 from .kernels.qtensor import effective
@@ -68,19 +68,24 @@ def _parameters_on_meta(torch: Any) -> Iterator[None]:
         torch.nn.Module.register_parameter = original
 
 
-def hf_tensor(model: Model, bind: Any) -> NDArray[np.float32]:
-    """One Hugging Face tensor in fp32, put together from the canonical entries of `model`.
+def norm_shift(model: Model, role: str) -> tuple[float, float]:
+    """What is added to a canonical entry and then taken off for transformers' parameter: norms that hold the effective weight
+    (offset 0) where the Hugging Face class adds one lose it."""
+    target = find(model.arch.family).traits_offset
+    shifted = "norm" in role and isinstance(model.arch, Decoder) and model.arch.norm_offset != target
+    return (model.arch.norm_offset, target) if shifted and isinstance(model.arch, Decoder) else (0.0, 0.0)
 
-    Norms that hold the effective weight (offset 0) where the Hugging Face class adds one lose it again here.
-    """
+
+def hf_tensor(model: Model, bind: Bind) -> NDArray[np.float32]:
+    """One Hugging Face tensor in fp32, put together from the canonical entries of `model`."""
     import numpy as np
 
-    target = find(model.arch.family).traits_offset
     out = np.empty(bind.stored, np.float32)
     for role, ranges in bind.parts:
         part = effective(model.entries[role])
-        if "norm" in role and isinstance(model.arch, Decoder) and model.arch.norm_offset != target:
-            part = part + np.float32(model.arch.norm_offset) - np.float32(target)
+        more, less = norm_shift(model, role)
+        if more != less:
+            part = part + np.float32(more) - np.float32(less)
         if bind.row is not None:
             part = part[bind.row]
         at = 0
@@ -98,12 +103,15 @@ def hf_tensor(model: Model, bind: Any) -> NDArray[np.float32]:
 class Forward:
     """A transformers model whose weights come out of `model` while it runs.
 
+    lazily: nothing is loaded before somebody calls `fill`, and what was filled stays until `drop`; otherwise everything outside
+    of the layers is there at once, and layers come and go by themselves.
+
     >>> import lconvert
     >>> Forward(lconvert.read("examples/demo_model")).logits([1, 2, 3]).shape
     (3, 2048)
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, lazily: bool = False) -> None:
         self._torch, transformers = packages()
         arch = find(model.arch.family)
         config = dict(model.config) or arch.config(model.arch)
@@ -118,7 +126,12 @@ class Forward:
         if isinstance(model.arch, Convnet):
             raise UnsupportedError(f"{model.source}: transformers has no convolutional networks of this kind")
         self.layers = self._find_layers(model.arch.layers)
-        self._attach()
+        self._names = {id(m): n for n, m in self.module.named_modules()}
+        for name, buffer in self.module.named_buffers():
+            if name in self._binds:
+                buffer.copy_(self._load(name, tuple(buffer.shape)))
+        if not lazily:
+            self._attach()
 
     def _find_layers(self, count: int) -> list[Any]:
         for part in self.module.modules():
@@ -126,12 +139,16 @@ class Forward:
                 return list(part)
         raise UnsupportedError(f"{type(self.module).__name__}: its list of {count} layers was not found")
 
-    def _fill(self, prefix: str, part: Any) -> None:
+    def fill(self, part: Any) -> None:
         """Real weights for the meta parameters under `part`."""
-        for name, parameter in list(part.named_parameters(recurse=True)):
-            if not parameter.is_meta:
-                continue
-            self._set(part, name, self._load(prefix + name, tuple(parameter.shape)))
+        for full, name, parameter in self.parameters(part):
+            if parameter.is_meta:
+                self._set(part, name, self._load(full, tuple(parameter.shape)))
+
+    def parameters(self, part: Any) -> list[tuple[str, str, Any]]:
+        """(name in the model, name under `part`, parameter) of everything that `part` computes with."""
+        prefix = self._names[id(part)]
+        return [(f"{prefix}.{n}" if prefix else n, n, p) for n, p in part.named_parameters(recurse=True)]
 
     def _set(self, root: Any, name: str, data: Any) -> None:
         """Make `data` the parameter `name` below `root`."""
@@ -139,27 +156,24 @@ class Forward:
         root.get_submodule(owner)._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
 
     def _load(self, full: str, shape: tuple[int, ...]) -> Any:
-        if full in self._binds:
-            return self._torch.from_numpy(hf_tensor(self._model, self._binds[full]))
-        return self._stacked(full, shape)
+        return self._torch.from_numpy(hf_tensor(self._model, self.bind(full, shape)))
 
-    def _stacked(self, full: str, shape: tuple[int, ...]) -> Any:
+    def bind(self, full: str, shape: tuple[int, ...]) -> Bind:
+        """Which canonical rows the parameter (or buffer) of this name and shape holds."""
+        return self._binds[full] if full in self._binds else self._stacked(full, shape)
+
+    def _stacked(self, full: str, shape: tuple[int, ...]) -> Bind:
         """Experts that transformers holds as one tensor (expert, out, in) and stores one by one."""
-        import numpy as np
-
         layer = full.split(".layers.", 1)[-1].split(".", 1)[0]
         roles = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
         for ending, kinds in roles.items():
             if full.endswith(ending):
-                parts = [
-                    np.concatenate(
-                        [effective(self._model.entries[f"layers.{layer}.moe.experts.{e}.{k}"]) for k in kinds]
-                    )
-                    for e in range(shape[0])
-                ]
-                return self._torch.from_numpy(np.stack(parts))
+                rows = shape[1] // len(kinds)
+                every = [f"layers.{layer}.moe.experts.{e}.{k}" for e in range(shape[0]) for k in kinds]
+                parts = tuple((role, ((i * rows, (i + 1) * rows),)) for i, role in enumerate(every))
+                return Bind(full, parts, shape, experts=shape[0])
         if full.endswith((".mlp.gate.weight", ".moe.gate.weight", ".router.weight")):
-            return self._torch.from_numpy(effective(self._model.entries[f"layers.{layer}.moe.router"]))
+            return Bind(full, ((f"layers.{layer}.moe.router", ((0, shape[0]),)),), shape)
         raise UnsupportedError(f"{full}: no canonical entry for this parameter")
 
     def _attach(self) -> None:
@@ -169,24 +183,20 @@ class Forward:
             if id(parameter) in inside or (tied and name == "lm_head.weight"):
                 continue
             self._set(self.module, name, self._load(name, tuple(parameter.shape)))
-        for name, buffer in self.module.named_buffers():
-            if name in self._binds:
-                buffer.copy_(self._load(name, tuple(buffer.shape)))
         if tied:
             head, embed = self.module.get_output_embeddings(), self.module.get_input_embeddings()
             head.weight = embed.weight
-        names = {id(m): n for n, m in self.module.named_modules()}
         for layer in self.layers:
-            prefix = names[id(layer)] + "."
-            layer.register_forward_pre_hook(lambda m, args, p=prefix: self._fill(p, m))
-            layer.register_forward_hook(lambda m, args, out: self._drop(m))
+            layer.register_forward_pre_hook(lambda m, args: self.fill(m))
+            layer.register_forward_hook(lambda m, args, out: self.drop(m))
 
-    def _drop(self, layer: Any) -> None:
-        for part in layer.modules():
-            for name, parameter in list(part._parameters.items()):
+    def drop(self, part: Any) -> None:
+        """Meta parameters again in the place of the real ones under `part`."""
+        for owner in part.modules():
+            for name, parameter in list(owner._parameters.items()):
                 if parameter is not None:
                     empty = self._torch.empty_like(parameter, device="meta")
-                    part._parameters[name] = self._torch.nn.Parameter(empty, requires_grad=False)
+                    owner._parameters[name] = self._torch.nn.Parameter(empty, requires_grad=False)
 
     def linears(self) -> list[tuple[Any, tuple[str, ...]]]:
         """Every module whose weight is one matrix of the model, with the canonical roles that it holds."""

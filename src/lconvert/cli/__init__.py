@@ -27,6 +27,7 @@ VERBS: Mapping[str, str] = {
     "plan": "Show what a consumer's graph would hold, and which of its rules it breaks.",
     "carry": "Show what each target would hold of a source, and why not more.",
     "compress": "Write a model in lconvert's own format (.lcir), compressed by a recipe.",
+    "imatrix": "Measure an importance matrix on a text, in llama.cpp's format.",
     "validate": "Prove that an artifact is its source: structure, tensors, tokens, logits, layers.",
     "bench": "Measure size, memory and speed of artifacts, or of a server under load.",
     "eval": "Score tasks, calibration and long contexts on an artifact and its source.",

@@ -1,0 +1,66 @@
+"""How much memory a walk takes, and what gives way where it is too much: first the size of batches, then activations go to a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lconvert.errors import OptionError
+from lconvert.forward import Forward
+from lconvert.ir import Decoder, Moe
+from lconvert.primitives.activations import BYTES
+from lconvert.primitives.job import Job
+
+if TYPE_CHECKING:
+    from lconvert.primitives.text import Windows
+
+#: Windows that run at once at most, and what their attention scores may take.
+_BATCH, _SCORES = 8, 256 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """batch: windows that run at once. spill: activations lie in a file. notes: for the report."""
+
+    batch: int
+    spill: bool
+    notes: tuple[str, ...] = ()
+
+
+def plan(forward: Forward, d: Decoder, shown: Windows, job: Job, *, reference: bool, statistics: int) -> Plan:
+    """OptionError where one layer, its statistics and one window do not fit into `job.memory`."""
+    sizes = [[p.numel() * 4 for p in layer.parameters()] for layer in forward.layers]
+    layer = max(map(sum, sizes))
+    weights = layer * (2 if reference else 1) + 2 * max(max(s) for s in sizes)
+    states = len(shown.ids) * shown.length * d.hidden * BYTES[job.activations] * (2 if reference else 1)
+    one = _window(d, shown.length)
+    scores = max(d.layer(i).attention.heads for i in range(d.layers)) * shown.length**2 * 4
+    batch = max(1, min(_BATCH, len(shown.ids), _SCORES // scores))
+    if job.memory is None:
+        return Plan(batch, False)
+    while batch > 1 and weights + statistics + batch * one > job.memory:
+        batch //= 2
+    fixed = weights + statistics + batch * one
+    if fixed > job.memory:
+        raise OptionError(
+            f"--memory {_gb(job.memory)}: calibration needs {_gb(fixed)}: {_gb(weights)} for a layer, {_gb(statistics)} for its "
+            f"statistics and {_gb(one)} for a window of {shown.length} tokens; allow more memory, or lower the context of the calibration"
+        )
+    if fixed + states <= job.memory:
+        return Plan(batch, False)
+    return Plan(batch, True)
+
+
+def _window(d: Decoder, length: int) -> int:
+    """Bytes of what is alive at once while one window runs through a layer: scores and their softmax, or the MLP's parts."""
+    widest = 0
+    for _, layer in d.each():
+        m = layer.mlp
+        hidden = m.hidden * m.top_k + m.shared if isinstance(m, Moe) else m.hidden
+        attention = 3 * layer.attention.heads * length**2
+        widest = max(widest, attention, 3 * hidden * length)
+    return 4 * (widest + 6 * d.hidden * length)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,96 @@
+"""What calibration remembers of the inputs of a matrix: sums over tokens, one streaming pass, in a fixed order.
+
+An accumulator is fed batches `x` of shape (tokens, in), fp32, on any device, and with a second stream `reference` of the same
+shape: the same input in the uncompressed model. Nothing is normalised; who divides by `count` decides what an unseen input (count 0)
+means.
+
+    Hessian   sum x x^T            GPTQ's (arXiv 2210.17323, eq. 2) without its factor 2 / tokens
+    Moments   sum x^2, sum |x|, max |x|, min, max per column      imatrix, AWQ, SmoothQuant, Wanda, static scales
+    Cross     sum (reference - x) x^T                             GPTAQ's asymmetric term (arXiv 2504.02692, eq. 9)
+    Together  several of them fed at once
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from lconvert.forward import packages
+
+
+class Accumulator(Protocol):
+    """What `Block.observe` feeds."""
+
+    def add(self, x: Any, reference: Any = None) -> None: ...
+
+
+class Hessian:
+    """sum x x^T: `sum` (in, in) fp32 on the inputs' device, symmetric; None before the first token. count: tokens."""
+
+    def __init__(self) -> None:
+        self.sum: Any = None
+        self.count = 0
+
+    def add(self, x: Any, reference: Any = None) -> None:
+        torch, _ = packages()
+        if self.sum is None:
+            self.sum = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+        self.sum.addmm_(x.T, x)
+        self.count += len(x)
+
+
+class Cross:
+    """sum (reference - x) x^T: `sum` (in, in) fp32; None before the first token. count: tokens."""
+
+    def __init__(self) -> None:
+        self.sum: Any = None
+        self.count = 0
+
+    def add(self, x: Any, reference: Any = None) -> None:
+        torch, _ = packages()
+        if reference is None:
+            raise ValueError("Cross needs both streams: observe(..., reference=True)")
+        if self.sum is None:
+            self.sum = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+        self.sum.addmm_((reference - x).T, x)
+        self.count += len(x)
+
+
+class Moments:
+    """Per column (in,): `squares` sum x^2 and `magnitudes` sum |x| in fp64; `peak` max |x|, `low` min, `high` max in fp32; None before
+    the first token. count: tokens."""
+
+    def __init__(self) -> None:
+        self.squares: Any = None
+        self.magnitudes: Any = None
+        self.low: Any = None
+        self.high: Any = None
+        self.count = 0
+
+    @property
+    def peak(self) -> Any:
+        torch, _ = packages()
+        return None if self.low is None else torch.maximum(self.low.abs(), self.high.abs())
+
+    def add(self, x: Any, reference: Any = None) -> None:
+        torch, _ = packages()
+        if not len(x):
+            return
+        low, high = x.amin(0), x.amax(0)
+        squares = x.square().sum(0, dtype=torch.float64)
+        magnitudes = x.abs().sum(0, dtype=torch.float64)
+        if self.count:
+            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+            squares, magnitudes = self.squares + squares, self.magnitudes + magnitudes
+        self.low, self.high, self.squares, self.magnitudes = low, high, squares, magnitudes
+        self.count += len(x)
+
+
+class Together:
+    """Several accumulators of one input, in one pass: `Together(Hessian(), Cross())`."""
+
+    def __init__(self, *parts: Accumulator) -> None:
+        self.parts = parts
+
+    def add(self, x: Any, reference: Any = None) -> None:
+        for part in self.parts:
+            part.add(x, reference)
