@@ -39,6 +39,8 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "rtn": Method("round to nearest", text=False),
+    "gptq": Method("GPTQ", "gptq"),
+    "gptaq": Method("GPTQ that aims at the uncompressed model's outputs", "gptq", {"asymmetric": True}),
 }
 #: What flags and recipes do without a method.
 PLAIN = "rtn"

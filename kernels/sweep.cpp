@@ -17,6 +17,7 @@ namespace {
 using Floats = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using BytesOut = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Mask = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Index = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -27,7 +28,7 @@ void has(const A& a, size_t rows, size_t cols) {
 
 void sweep(const std::string& isa, const Floats& w, const Floats& upper, float low, int count, const std::optional<Table>& values,
            const std::optional<Table>& midpoints, const Floats& scale, const std::optional<Floats>& zero,
-           const std::optional<Floats>& offset, const Index& group, const std::optional<Floats>& extra, const std::optional<Floats>& old,
+           const std::optional<Floats>& offset, const Index& group, const std::optional<Floats>& extra, const std::optional<Floats>& old, const std::optional<Mask>& kept,
            const BytesOut& position,
            const FloatsOut& error, const std::optional<FloatsOut>& weight, int64_t first, int64_t last) {
     const size_t rows = w.shape(0), n = w.shape(1);
@@ -38,6 +39,7 @@ void sweep(const std::string& isa, const Floats& w, const Floats& upper, float l
     if (weight) has(*weight, rows, n);
     if (extra) has(*extra, n, n);
     if (old) has(*old, rows, n);
+    if (kept) has(*kept, rows, n);
     if (scale.shape(0) != rows || group.shape(0) != n) throw std::invalid_argument("groups do not fit");
     if (zero) has(*zero, rows, scale.shape(1));
     if (offset) has(*offset, rows, scale.shape(1));
@@ -49,7 +51,7 @@ void sweep(const std::string& isa, const Floats& w, const Floats& upper, float l
     if (first < 0 || first > last || (size_t)last > rows) throw std::invalid_argument("no such rows");
     const auto data = [](const auto& a) { return a ? a->data() : nullptr; };
     const lconvert::Sweep job = {w.data(), upper.data(), low, count, data(values), data(midpoints), scale.data(), data(zero), data(offset),
-                                 group.data(), data(extra), data(old), position.data(), error.data(), data(weight), (int64_t)rows,
+                                 group.data(), data(extra), data(old), data(kept), position.data(), error.data(), data(weight), (int64_t)rows,
                                  (int64_t)scale.shape(1), (int)n};
     const lconvert::Isa& found = lconvert::find_isa(isa);
     nb::gil_scoped_release unlocked;
@@ -61,6 +63,6 @@ void sweep(const std::string& isa, const Floats& w, const Floats& upper, float l
 void bind_sweep(nb::module_& m) {
     m.def("sweep", &sweep, nb::arg("isa"), nb::arg("w"), nb::arg("upper"), nb::arg("low"), nb::arg("count"), nb::arg("values").none(),
           nb::arg("midpoints").none(), nb::arg("scale"), nb::arg("zero").none(), nb::arg("offset").none(), nb::arg("group"),
-          nb::arg("extra").none(), nb::arg("old").none(), nb::arg("position"), nb::arg("error"), nb::arg("weight").none(), nb::arg("first"), nb::arg("last"),
+          nb::arg("extra").none(), nb::arg("old").none(), nb::arg("kept").none(), nb::arg("position"), nb::arg("error"), nb::arg("weight").none(), nb::arg("first"), nb::arg("last"),
           "Fills rows first..last of position, error and weight (rows, n) for w (rows, n).");
 }

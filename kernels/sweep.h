@@ -36,6 +36,15 @@ LANE_FN F column(const float* x, int cols, int64_t row, int live, int i) {
     return load(found);
 }
 
+// Whether the values of one column are kept, not pruned.
+LANE_FN I kept(const uint8_t* mask, int cols, int64_t row, int live, int i) {
+    int32_t found[W];
+    for (int k = 0; k < W; ++k) found[k] = mask[(row + (k < live ? k : live - 1)) * cols + i] ? -1 : 0;
+    I v;
+    __builtin_memcpy(&v, found, sizeof v);
+    return v;
+}
+
 void sweep_rows(const Sweep& s, int64_t first, int64_t last) {
     float tile[kStretch][W], seen[kStretch][W];
     const int n = s.cols;
@@ -56,6 +65,7 @@ void sweep_rows(const Sweep& s, int64_t first, int64_t last) {
             const I none = scale == F{};
             F y = s.offset ? x + offset : x;
             y = select(none, F{}, y / select(none, splat(1.0f), scale));
+            if (s.kept) y = select(kept(s.kept, n, row, live, i), y, F{});
             F at = position_of(y, s), q;
             if (s.values) {
                 float places[W], worth[W];

@@ -34,6 +34,7 @@ struct Sweep {
     const float *values, *midpoints, *scale, *zero, *offset;
     const int32_t* group;
     const float *extra, *old;
+    const uint8_t* kept;  // (rows, cols): 0 where the value stays 0
     uint8_t* position;
     float *error, *weight;
     int64_t rows, groups;

@@ -45,8 +45,8 @@ _WIDE = 64
 @dataclass(frozen=True)
 class Settings:
     """damping: share of the mean diagonal that is added to it; ten times as much after every failure. alpha: share of GPTAQ's
-    correction. refine: rounds of fitting scales to the codes and
-    codes to the scales under the whole Hessian, each of which lowers the objective."""
+    correction. refine: rounds of fitting scales to the codes and codes to the scales under the whole Hessian, each of which lowers the
+    objective."""
 
     damping: float = 0.01
     order: Literal["auto", "weight", "group", "none"] = "auto"
@@ -55,16 +55,70 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a sweep needs to know of the inputs of matrices that share them. h (cols, cols) fp32: sum x x^T, dead inputs with the mean diagonal;
+    importance (cols,): its diagonal; order: of the columns, None as they lie; upper: U in that order; extra: GPTAQ's P; damping: the share it took;
+    notes: what had to give, after "NAME: "."""
+
+    h: Any
+    importance: Any
+    order: Any
+    upper: Any
+    extra: Any
+    damping: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Rounded:
     """positions and sides on the grid; order: of the columns where groups follow it (g_idx), else None. loss: the objective over that of
-    zero weights, tr(E H E^T) / tr(W H W^T); nearest: the same of rounding to nearest on the same grid; notes: what had to give."""
+    zero weights, tr(E H E^T) / tr(W H W^T); nearest: the same of rounding to nearest on the same grid."""
 
     position: Any
     sides: Sides
     order: Any
     loss: float
     nearest: float
-    notes: tuple[str, ...]
+
+
+def path(settings: Settings, g: DeploymentGrid) -> str:
+    """The order that the settings mean for a grid; OptionError where the grid has no groups for it."""
+    if settings.order == "group" and g.span != g.group:
+        raise OptionError(
+            f"gptq: order group needs groups that stand for themselves, {g.placed} has super-blocks"
+        )
+    if settings.order != "auto":
+        return settings.order
+    return "none" if g.span != g.group or g.group < _WIDE else "weight"
+
+
+def inputs(h: Any, order: str, settings: Settings, what: str, cross: Any = None) -> Inputs:
+    """From h = sum x x^T (cols, cols) fp32, and for GPTAQ cross = sum (x_original - x) x^T. InputError for a Hessian that is no number, or
+    singular whatever is added."""
+    torch, _ = packages()
+    if not bool(torch.isfinite(h).all()):
+        raise InputError(f"{what}: the sum of its inputs' squares is not finite; a layer before it overflows")
+    notes = []
+    importance = h.diagonal().clone()
+    dead = importance <= 0
+    if bool(dead.any()):
+        notes.append(
+            f"{int(dead.sum())} of {len(dead)} inputs are always zero; their weights are rounded to nearest"
+        )
+        typical = importance[~dead].mean() if not bool(dead.all()) else importance.new_ones(())
+        h = h.clone()
+        h.diagonal()[dead] = typical
+        importance = torch.where(dead, typical * 1e-3, importance)
+    along = torch.argsort(importance, descending=True, stable=True) if order != "none" else None
+    upper, used = factor(h if along is None else h[along][:, along], settings.damping, what)
+    if used != settings.damping:
+        notes.append(f"its Hessian is singular at a damping of {settings.damping:g}; took {used:g}")
+    extra = None
+    if cross is not None:
+        c = cross.double() if along is None else cross.double()[along][:, along]
+        wide = upper.double()
+        extra = settings.alpha * ((c @ wide.T).triu(1) @ wide).float()
+    return Inputs(h, importance, along, upper, extra, used, tuple(notes))
 
 
 def factor(h: Any, damping: float, what: str) -> tuple[Any, float]:
@@ -74,13 +128,11 @@ def factor(h: Any, damping: float, what: str) -> tuple[Any, float]:
     """
     torch, _ = packages()
     h = h.double()
-    mean = float(h.diagonal().mean())
-    if not torch.isfinite(h).all():
-        raise InputError(f"{what}: the sum of its inputs' squares is not finite; a layer before it overflows")
+    mean = max(float(h.diagonal().mean()), 1e-30)
     used = damping
     for _ in range(_RETRIES):
         damped = h.clone()
-        damped.diagonal().add_(max(used * mean, 1e-30))
+        damped.diagonal().add_(used * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(failed) == 0:
             eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
@@ -96,119 +148,114 @@ def factor(h: Any, damping: float, what: str) -> tuple[Any, float]:
 def objective(w: Any, q: Any, h: Any) -> Any:
     """(w - q) H (w - q)^T per row, (rows,), fp64 sums."""
     e = w - q
-    return ((e @ h.float()) * e).sum(-1, dtype=packages()[0].float64)
+    return ((e @ h) * e).sum(-1, dtype=packages()[0].float64)
 
 
 def gptq(
-    w: Any,
-    h: Any,
-    g: DeploymentGrid,
-    settings: Settings = Settings(),
-    *,
-    cross: Any = None,
-    what: str = "a matrix",
-    threads: int = 1,
+    w: Any, seen: Inputs, g: DeploymentGrid, settings: Settings, *, kept: Any = None, threads: int = 1
 ) -> Rounded:
-    """w (rows, cols) fp32 on the grid g; h (cols, cols) sum of x x^T; cross: sum of (x_original - x) x^T for GPTAQ.
+    """w (rows, cols) fp32 on the grid g. kept (rows, cols) bool: where False, the value is zero and stays so.
 
-    Rows that rounding to nearest serves better keep that. OptionError for groups in an order on a grid that has none of its own.
+    Without GPTAQ's correction, which aims elsewhere, rows that rounding to nearest serves better keep that: the objective is never worse.
     """
     torch, _ = packages()
-    notes: list[str] = []
-    w, h = w.float(), h.float()
-    diagonal = h.diagonal().clone()
-    dead = diagonal <= 0
-    if bool(dead.any()):
-        notes.append(
-            f"{what}: {int(dead.sum())} of {len(dead)} inputs never differ from zero; rounded to nearest"
-        )
-    path = settings.order
-    if path == "auto":
-        path = "none" if g.span != g.group or g.group < _WIDE else "weight"
-    importance = torch.where(dead, diagonal.mean() * 1e-3 + 1e-30, diagonal)
-    if path == "group" and g.span != g.group:
-        raise OptionError(
-            f"{what}: order group needs groups that stand for themselves, not {g.placed}'s super-blocks"
-        )
-    order = None
-    if path != "none":
-        order = torch.argsort(importance, descending=True, stable=True)
-    upper, used = factor(h if order is None else h[order][:, order], settings.damping, what)
-    if used != settings.damping:
-        notes.append(f"{what}: singular at a damping of {settings.damping:g}; took {used:g}")
-    extra = None
-    if cross is not None:
-        c = cross.double() if order is None else cross.double()[order][:, order]
-        extra = settings.alpha * ((c @ upper.double().T).triu(1) @ upper.double()).float()
-    moving = path == "group"
-    columns = w if not moving else w[:, order]
-    weights = importance if not moving else importance[order]
-    if path == "none":
-        position, sides = _in_order(columns, weights, upper, extra, g, threads)
+    moving = path(settings, g) == "group"
+    h, weights, columns, mask = (
+        seen.h,
+        seen.importance,
+        w.float(),
+        None if kept is None else kept.to(torch.uint8),
+    )
+    if moving:
+        h, weights, columns = h[seen.order][:, seen.order], weights[seen.order], columns[:, seen.order]
+        mask = None if mask is None else mask[:, seen.order]
+    order = None if moving else seen.order
+    if seen.order is None:
+        position, sides = _in_order(columns, weights, seen, g, mask, threads)
     else:
         sides = g.fit(columns, weights)
-        position = _sweep(columns, None if moving else order, upper, extra, g, sides, threads)
-    if moving:
-        assert order is not None
-        hh = h[order][:, order]
-    else:
-        hh = h
+        position = _sweep(columns, order, seen, g, sides, mask, threads)
     if settings.refine:
-        damped = hh.clone()
-        damped.diagonal().add_(used * hh.diagonal().mean() + 1e-30)
+        damped = h.clone()
+        damped.diagonal().add_(seen.damping * h.diagonal().mean())
         for _ in range(settings.refine):
             sides = g.rescaled(columns, position, sides, damped)
-            position = _descend(columns, position, sides, damped, g, threads)
+            position = _descend(columns, position, sides, damped, g, mask, threads)
     near, near_sides = g.nearest(columns, weights)
-    if cross is None:
-        mine, theirs = (
-            objective(columns, g.values(position, sides), hh),
-            objective(columns, g.values(near, near_sides), hh),
-        )
+    mine = objective(columns, g.values(position, sides), h)
+    theirs = objective(columns, g.values(near, near_sides), h)
+    if seen.extra is None:
         position, sides = picked(theirs < mine, (near, near_sides), (position, sides))
-        loss = float(torch.minimum(mine, theirs).sum())
-        nearest = float(theirs.sum())
-    else:
-        loss = float(objective(columns, g.values(position, sides), hh).sum())
-        nearest = float(objective(columns, g.values(near, near_sides), hh).sum())
-    whole = max(float(objective(columns, torch.zeros_like(columns), hh).sum()), 1e-300)
+        mine = torch.minimum(mine, theirs)
+    whole = max(float(objective(columns, torch.zeros_like(columns), h).sum()), 1e-300)
+    loss, nearest = float(mine.sum()) / whole, float(theirs.sum()) / whole
     if moving:
-        assert order is not None
-        back = torch.argsort(order)
-        return Rounded(position[:, back], sides, order, loss / whole, nearest / whole, tuple(notes))
-    return Rounded(position, sides, None, loss / whole, nearest / whole, tuple(notes))
+        position = position[:, torch.argsort(seen.order)]
+    return Rounded(position, sides, seen.order if moving else None, loss, nearest)
 
 
-def _sweep(w: Any, order: Any, upper: Any, extra: Any, g: DeploymentGrid, sides: Sides, threads: int) -> Any:
+def _sweep(w: Any, order: Any, seen: Inputs, g: DeploymentGrid, sides: Sides, mask: Any, threads: int) -> Any:
     """Positions (rows, cols) for scales that stay; order: of the columns, None: as they lie."""
     torch, _ = packages()
     cols = w.shape[1]
-    path = torch.arange(cols, device=w.device) if order is None else order
-    work = w[:, path].contiguous()
-    group = path // g.group
+    along = torch.arange(cols, device=w.device) if order is None else order
+    work = w[:, along].contiguous()
     position = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, cols, BLOCK):
-        stop = min(start + BLOCK, cols)
-        block, here = work[:, start:stop].contiguous(), path[start:stop]
-        part = None if extra is None else extra[start:stop]
-        done = sweep.columns(
-            block,
-            upper[start:stop, start:stop].contiguous(),
-            g.levels,
-            sides,
-            group[start:stop],
-            None if part is None else part[:, start:stop].contiguous(),
-            threads,
-        )
-        position[:, here] = done.position
-        if stop < cols:
-            work[:, stop:] -= done.error @ upper[start:stop, stop:]
-            if part is not None:
-                work[:, stop:] += done.weight @ part[:, stop:]
+    for a in range(0, cols, BLOCK):
+        b = min(a + BLOCK, cols)
+        here = along[a:b]
+        kept = None if mask is None else mask[:, here]
+        done = _stretch(work, a, b, cols, seen, g, sides, here // g.group, kept, threads)
+        position[:, here] = done
     return position
 
 
-def _descend(w: Any, position: Any, sides: Sides, h: Any, g: DeploymentGrid, threads: int) -> Any:
+def _stretch(
+    work: Any, a: int, b: int, stop: int, seen: Inputs, g: DeploymentGrid, sides: Sides, group: Any, kept: Any, threads: int
+) -> Any:  # fmt: skip
+    """Positions of the columns a..b of `work`, whose errors the columns up to `stop` hear of."""
+    upper, extra = seen.upper, seen.extra
+    done = sweep.columns(
+        work[:, a:b].contiguous(),
+        upper[a:b, a:b].contiguous(),
+        g.levels,
+        sides,
+        group,
+        None if extra is None else extra[a:b, a:b].contiguous(),
+        threads,
+        kept=kept,
+    )
+    if b < stop:
+        work[:, b:stop] -= done.error @ upper[a:b, b:stop]
+        if extra is not None:
+            work[:, b:stop] += done.weight @ extra[a:b, b:stop]
+    return done.position
+
+
+def _in_order(w: Any, h: Any, seen: Inputs, g: DeploymentGrid, mask: Any, threads: int) -> tuple[Any, Sides]:
+    """Positions and sides where every span is fitted when the sweep gets there, and every group of it again."""
+    torch, _ = packages()
+    cols = w.shape[1]
+    work = w.clone()
+    position = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    found: list[Sides] = []
+    for first in range(0, cols, g.span):
+        sides = g.fit(work[:, first : first + g.span].contiguous(), h[first : first + g.span])
+        for k in range(g.span // g.group):
+            start = first + k * g.group
+            if k:
+                g.refit(sides, k, work[:, start : start + g.group].contiguous(), h[start : start + g.group])
+            own = sides.columns(k, k + 1)
+            for a in range(start, start + g.group, BLOCK):
+                b = min(a + BLOCK, start + g.group)
+                one = torch.zeros(b - a, dtype=torch.long, device=w.device)
+                kept = None if mask is None else mask[:, a:b]
+                position[:, a:b] = _stretch(work, a, b, cols, seen, g, own, one, kept, threads)
+        found.append(sides)
+    return position, joined(found)
+
+
+def _descend(w: Any, position: Any, sides: Sides, h: Any, g: DeploymentGrid, mask: Any, threads: int) -> Any:
     """Every code in turn to the level that serves the objective best while all others stay: it never gets worse."""
     torch, _ = packages()
     values = g.values(position, sides)
@@ -217,46 +264,10 @@ def _descend(w: Any, position: Any, sides: Sides, h: Any, g: DeploymentGrid, thr
     group = torch.arange(w.shape[1], device=w.device) // g.group
     for a in range(0, w.shape[1], BLOCK):
         b = min(a + BLOCK, w.shape[1])
-        done = sweep.columns(error @ h[:, a:b], h[a:b, a:b].contiguous(), g.levels, sides, group[a:b], threads=threads,
-                             old=values[:, a:b].contiguous())  # fmt: skip
+        kept = None if mask is None else mask[:, a:b]
+        along, old = error @ h[:, a:b], values[:, a:b].contiguous()
+        own = h[a:b, a:b].contiguous()
+        done = sweep.columns(along, own, g.levels, sides, group[a:b], threads=threads, old=old, kept=kept)
         out[:, a:b] = done.position
         error[:, a:b] -= done.error
     return out
-
-
-def _in_order(w: Any, h: Any, upper: Any, extra: Any, g: DeploymentGrid, threads: int) -> tuple[Any, Sides]:
-    """Positions and sides where every span is fitted when the sweep gets there, and every group of it again."""
-    torch, _ = packages()
-    cols = w.shape[1]
-    work = w.clone()
-    position = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    found: list[Sides] = []
-    step = max(g.span, BLOCK // g.span * g.span)
-    for start in range(0, cols, step):
-        stop = min(start + step, cols)
-        errors, weights = [], []
-        for first in range(start, stop, g.span):
-            sides = g.fit(work[:, first : first + g.span].contiguous(), h[first : first + g.span])
-            for k in range(g.span // g.group):
-                a, b = first + k * g.group, first + (k + 1) * g.group
-                x = work[:, a:b].contiguous()
-                if k:
-                    g.refit(sides, k, x, h[a:b])
-                one = torch.zeros(b - a, dtype=torch.long, device=w.device)
-                part = None if extra is None else extra[a:b, a:b].contiguous()
-                done = sweep.columns(
-                    x, upper[a:b, a:b].contiguous(), g.levels, sides.columns(k, k + 1), one, part, threads
-                )
-                position[:, a:b] = done.position
-                if b < stop:
-                    work[:, b:stop] -= done.error @ upper[a:b, b:stop]
-                    if extra is not None:
-                        work[:, b:stop] += done.weight @ extra[a:b, b:stop]
-                errors.append(done.error)
-                weights.append(done.weight)
-            found.append(sides)
-        if stop < cols:
-            work[:, stop:] -= torch.cat(errors, 1) @ upper[start:stop, stop:]
-            if extra is not None:
-                work[:, stop:] += torch.cat(weights, 1) @ extra[start:stop, stop:]
-    return position, joined(found)

@@ -31,7 +31,7 @@ def measure(model: Model, job: Job) -> Importance:
     shape = [0, 0]
 
     def visit(block: sequential.Block) -> Mapping[str, Entry]:
-        watch = {}
+        watch: dict[str, Moments] = {}
         for stage in block.stages:
             shared = Moments()
             watch |= dict.fromkeys(stage, shared)

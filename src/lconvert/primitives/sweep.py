@@ -36,17 +36,19 @@ def columns(
     threads: int = 1,
     *,
     old: Any = None,
+    kept: Any = None,
 ) -> Swept:
     """w (rows, n) fp32, upper (n, n) of U, group (n,) the index of each column's scale in `sides`; extra (n, n): GPTAQ's P.
 
     old (rows, n), values that are there already: coordinate descent instead. w is then E H of these columns for the errors E = W - old of all,
-    upper H itself; each value becomes the level nearest to old + w_i / H_ii, `error` what it changed by.
+    upper H itself; each value becomes the level nearest to old + w_i / H_ii, `error` what it changed by. kept (rows, n) uint8: 0 where a
+    value stays 0.
     """
     from lconvert.kernels import isa, native_module
 
     native = native_module()
     if native is None or w.device.type != "cpu":
-        return in_torch(w, upper, levels, sides, group, extra, old=old)
+        return in_torch(w, upper, levels, sides, group, extra, old=old, kept=kept)
     torch, _ = packages()
     rows = w.shape[0]
     position = torch.empty(w.shape, dtype=torch.uint8)
@@ -57,7 +59,7 @@ def columns(
 
     values, midpoints = (None, None) if levels.uniform else (levels.values, levels.midpoints)
     given = (array(w), array(upper), levels.low, len(levels.values), values, midpoints, array(sides.scale), array(sides.zero),
-             array(sides.offset), array(group.to(torch.int32)), array(extra), array(old), array(position), array(error), array(weight))  # fmt: skip
+             array(sides.offset), array(group.to(torch.int32)), array(extra), array(old), array(kept), array(position), array(error), array(weight))  # fmt: skip
     step = max(16, -(-rows // max(1, threads) // 16) * 16)
     name = isa()
     run_all(lambda a: native.sweep(name, *given, a, min(a + step, rows)), range(0, rows, step), threads)
@@ -75,7 +77,15 @@ def run_all(work: Callable[[int], None], items: range, threads: int) -> None:
 
 
 def in_torch(
-    w: Any, upper: Any, levels: Levels, sides: Sides, group: Any, extra: Any = None, *, old: Any = None
+    w: Any,
+    upper: Any,
+    levels: Levels,
+    sides: Sides,
+    group: Any,
+    extra: Any = None,
+    *,
+    old: Any = None,
+    kept: Any = None,
 ) -> Swept:
     """The same, column by column."""
     torch, _ = packages()
@@ -89,6 +99,7 @@ def in_torch(
         s = sides.scale[:, k]
         y = x if sides.offset is None else x + sides.offset[:, k]
         y = (y / s.where(s != 0, s.new_ones(()))) * (s != 0)
+        y = y if kept is None else y * (kept[:, i] != 0)
         p = levels.position(y) if sides.zero is None else levels.nearest_from(y, sides.zero[:, k])
         q = levels.at(p)
         if sides.zero is not None:

@@ -1,0 +1,218 @@
+"""GPTQ on any deployment grid, layer by layer: each matrix meets the inputs that the compressed layers before it put out.
+
+primitives/gptq.py has the method, primitives/grids.py the grids, primitives/sequential.py the run. Within a layer the matrices that share
+an input are rounded together, and what follows sees their rounded outputs (true_sequential of the paper's code). An expert that no token
+chose has no inputs; its weights are rounded with the least squared error of their own, and the report names it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lconvert.errors import OptionError
+from lconvert.forward import packages
+from lconvert.ir import Entry, Model, QTensor, Tensor, dense
+from lconvert.passes.rtn_float import Peak, peaks
+from lconvert.primitives import gptq as method
+from lconvert.primitives import grids
+from lconvert.primitives.gptq import Settings
+from lconvert.primitives.grids import DeploymentGrid
+from lconvert.primitives.job import Job, identity
+from lconvert.primitives.placement import Placed, Placement
+from lconvert.primitives.sequential import Block, walk
+from lconvert.primitives.statistics import Accumulator, Cross, Hessian, Together
+from lconvert.spec import check
+
+#: Bytes of Hessians that are held together where a run has no memory limit: experts of large layers take turns.
+_HELD = 4 << 30
+#: Share of zeros from which on a matrix counts as pruned.
+_PRUNED = 0.2
+
+
+@dataclass(frozen=True)
+class Options(Placement):
+    """damping, order, refine: as in primitives/gptq.py. asymmetric: GPTAQ, which aims at the outputs of the uncompressed model, with `alpha`
+    of its correction. signed: integer scales may be negative, which llama.cpp, ONNX Runtime and compressed-tensors take and TensorRT does
+    not. keep_zeros: weights that a mask made zero stay zero."""
+
+    damping: float = 0.01
+    order: str = "auto"
+    refine: int = 3
+    asymmetric: bool = False
+    alpha: float = 0.25
+    signed: bool = False
+    keep_zeros: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in ("auto", "weight", "group", "none"):
+            raise OptionError(f"gptq: order {self.order!r}; choose auto, weight, group or none")
+        if not 0 < self.damping < 10:
+            raise OptionError(
+                f"gptq: damping {self.damping}; expected a share of the mean diagonal, such as 0.01"
+            )
+        if self.refine < 0 or not 0 <= self.alpha <= 1:
+            raise OptionError(
+                f"gptq: refine {self.refine}, alpha {self.alpha}; expected rounds from 0 on and a share"
+            )
+
+    def settings(self) -> Settings:
+        return Settings(self.damping, self.order, self.alpha, self.refine)  # type: ignore[arg-type]
+
+
+def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
+    """The model with every matching dense matrix of its layers, and the head, on its grid."""
+    wanted = {e.name: placed for e, placed in options.chosen(model)}
+    if not wanted:
+        raise OptionError(f"gptq: no dense matrix matches targets {options.targets!r}")
+    for name in ("embed", "pos_embed"):
+        if name in wanted:
+            raise OptionError(
+                f"gptq: {name} is a table that is looked up, no input shows what its errors cost; give it to rtn "
+                f"(grids: {{{name}: none}} here)"
+            )
+    shared = peaks(model) if any(p.grid == "fp4" for p in wanted.values()) else {}
+    made = {name: _grid(model.entries[name], placed, options, shared) for name, placed in wanted.items()}
+    for g in made.values():
+        method.path(options.settings(), g)
+    threads = job.threads or os.cpu_count() or 1
+
+    def visit(block: Block) -> Mapping[str, Entry]:
+        new: dict[str, Entry] = {}
+        for stages in _together(block, wanted, job.memory):
+            watch: dict[str, Accumulator] = {}
+            hessians: list[tuple[tuple[str, ...], Hessian, Cross | None]] = []
+            for roles in stages:
+                h, c = Hessian(), Cross() if options.asymmetric else None
+                watch |= dict.fromkeys(roles, h if c is None else Together(h, c))
+                hessians.append((roles, h, c))
+            block.observe(watch, reference=options.asymmetric)
+            for roles, h, c in hessians:
+                for entry, lines in _rounded(model, block, roles, h, c, made, options, threads):
+                    new[entry.name] = entry
+                    for line in lines:
+                        block.say(line)
+        return new
+
+    out = walk(
+        model,
+        job,
+        visit,
+        what="gptq",
+        key=identity("gptq", asdict(options)),
+        reference=options.asymmetric,
+        statistics=_need(model, wanted, options),
+    )
+    return check(out.with_entries({}, f"gptq: {len(wanted)} matrices to {_named(set(wanted.values()))}"))
+
+
+def _named(placed: set[Placed]) -> str:
+    return ", ".join(sorted(str(p) for p in placed))
+
+
+def _grid(entry: Entry, placed: Placed, options: Options, shared: Mapping[str, Peak]) -> DeploymentGrid:
+    peak = shared[entry.name].value() if entry.name in shared else None
+    if placed.grid == "fp4" and peak is None:
+        assert isinstance(entry.data, Tensor)
+        peak = Peak((entry.data,)).value()
+    return grids.find(placed, entry.shape[1], peak=peak, signed=options.signed, what=entry.name)
+
+
+def _together(block: Block, wanted: Mapping[str, Any], memory: int | None) -> Iterator[list[tuple[str, ...]]]:
+    """Stages that are observed in one pass: one at a time, but experts' of one kind at once, as many as fit."""
+    most = _HELD if memory is None else max(1, memory // 4)
+    held: list[tuple[str, ...]] = []
+    kind, size = "", 0
+    for stage in block.stages:
+        roles = tuple(r for r in stage if r in wanted)
+        if not roles:
+            continue
+        level = re.sub(r"\.experts\.\d+\.", ".experts.", roles[0])
+        need = 4 * block.weight(roles[0]).shape[1] ** 2
+        if held and (level != kind or size + need > most):
+            yield held
+            held, size = [], 0
+        held.append(roles)
+        kind, size = level, size + need
+    if held:
+        yield held
+
+
+def _rounded(
+    model: Model,
+    block: Block,
+    roles: tuple[str, ...],
+    h: Hessian,
+    cross: Cross | None,
+    made: Mapping[str, DeploymentGrid],
+    options: Options,
+    threads: int,
+) -> Iterator[tuple[Entry, list[str]]]:
+    """New entries of matrices that share an input, with lines for the report; the block computes with them from then on."""
+    seen: dict[str, method.Inputs] = {}
+    settings = options.settings()
+    for role in roles:
+        entry, g, w, lines = model.entries[role], made[role], block.weight(role), []
+        assert isinstance(entry.data, Tensor)
+        kept, line = _mask(role, w, g, options)
+        lines += [line] if line else []
+        if h.sum is None or h.count == 0:
+            position, sides = g.nearest(w)
+            order, note = None, f"gptq {g.placed}, no input seen"
+            lines.append(
+                f"gptq: {role}: no token of the calibration text came here; rounded by its own squared error"
+            )
+        else:
+            along = method.path(settings, g)
+            if along not in seen:
+                seen[along] = method.inputs(
+                    h.sum, along, settings, role, None if cross is None else cross.sum
+                )
+                lines += [f"gptq: {', '.join(roles)}: {n}" for n in seen[along].notes]
+            done = method.gptq(w, seen[along], g, settings, kept=kept, threads=threads)
+            position, sides, order = done.position, done.sides, done.order
+            note = f"gptq {g.placed}, loss {done.loss:.3e} of {done.nearest:.3e} to nearest"
+        q = g.qtensor(position, sides, entry.data)
+        if order is not None:
+            q = _in_groups(q, order, g.group)
+        block.set(role, g.values(position, sides) if order is None else _moved(g, position, sides, order))
+        yield replace(entry, data=q, provenance=(*entry.provenance, note)), lines
+
+
+def _mask(role: str, w: Any, g: DeploymentGrid, options: Options) -> tuple[Any, str]:
+    """Which weights are kept, of a pruned matrix; and a line where its zeros cannot be."""
+    zeros = float((w == 0).float().mean())
+    if not options.keep_zeros or zeros < _PRUNED:
+        return None, ""
+    if not g.holds_zero:
+        return (
+            None,
+            f"gptq: {role}: {zeros:.0%} of its weights are zero, which {g.placed} cannot keep exactly",
+        )
+    return w != 0, ""
+
+
+def _in_groups(q: QTensor, order: Any, group: int) -> QTensor:
+    """Codes whose groups follow an order of the columns: g_idx says which column is in which."""
+    import numpy as np
+
+    index = np.empty(len(order), np.int32)
+    index[order.cpu().numpy()] = np.arange(len(order)) // group
+    return replace(q, g_idx=dense(index))
+
+
+def _moved(g: DeploymentGrid, position: Any, sides: Any, order: Any) -> Any:
+    """Values where the sides' groups follow `order`."""
+    torch, _ = packages()
+    values = g.values(position[:, order], sides)
+    return values[:, torch.argsort(order)]
+
+
+def _need(model: Model, wanted: Mapping[str, Placed], options: Options) -> int:
+    """Bytes that a block's Hessians and their factors take at most."""
+    widest = max(model.entries[name].shape[1] for name in wanted)
+    return widest * widest * (4 + 3 * 8) * (2 if options.asymmetric else 1)
