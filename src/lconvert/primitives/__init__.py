@@ -2,6 +2,10 @@
 
     job          what all passes of one run share: text, device, memory, where finished layers are kept
     placement    which weights get which grid
+    text         calibration windows
+    sequential   one layer after another, fed by the compressed ones before it (skeleton, slots, listening, activations, budget, finished)
+    statistics   what is summed over a matrix's inputs
+    importance   mean squares of inputs in the uncompressed model
 
 Methods (lconvert.passes) are compositions of these; nothing here knows a file format or a target.
 """
