@@ -164,6 +164,17 @@ def test_slabs_of_a_change_of_all_rows_and_of_runs() -> None:
     assert np.allclose(vector.load(), w[:, 0] @ turn, atol=1e-5)
 
 
+def test_a_few_rows_of_many_matrices_hold_few_of_them() -> None:
+    """Plans measure errors on every 16th row of everything."""
+    change = folding.Change(rows=lambda x: x[..., ::-1], run=8)
+    w = np.arange(16, dtype=np.float32).reshape(8, 2)
+    made = [folding.changed(dense(w), change) for _ in range(20)]
+    for t in made:
+        assert (t.read(0, 2) == w[[7, 6]]).all()
+    assert sum(t.read._held is not None for t in made) <= 4  # type: ignore[attr-defined]
+    assert all((t.read(2, 8) == w[5::-1]).all() for t in made)
+
+
 # --- refusals --------------------------------------------------------------------------------------------
 
 

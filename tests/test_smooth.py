@@ -107,6 +107,31 @@ def test_the_heaviest_reader_counts_and_query_heads_share_a_value_head() -> None
     assert np.array_equal(smooth.heaviest(mixture, v)[: v.run], np.maximum(o[: v.run], o[v.run : 2 * v.run]))
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("phi3-plain", set()),
+        ("gpt2-tied", set()),
+        ("falcon-40b", set()),
+        ("cohere-gqa", set()),
+        ("gemma3_text-pattern", set()),
+        ("deepseek_v2-queries", {"experts"}),
+        ("mixtral-experts", {"experts"}),
+    ],
+)
+def test_every_activation_can_be_seen_but_those_inside_experts(name: str, hidden: set[str]) -> None:
+    model = lconvert.read(case_models.folder(name))
+    held = smooth.modules(Forward(model), model)
+    out = {
+        s.name for s in sites(model.decoder) if (s.name if s.kind == "norm" else s.consumers[0]) not in held
+    }
+    assert {n.split(".")[3] for n in out} == hidden
+    assert all(len(s.consumers) == 1 for s in sites(model.decoder) if s.name in out)
+    for site in sites(model.decoder):
+        if site.kind == "norm":
+            assert "norm" in type(held[site.name]).__name__.lower()
+
+
 # --- what it is for --------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lconvert.forward import Forward
+
 _NORMS = r"layers\.\d+\.(attn|mlp)_norm"
 _SLAB = 1 << 22  # values of a matrix that are read at once
 
@@ -111,8 +113,6 @@ def peaks(model: Model, chosen: Iterable[Site], job: Job) -> dict[str, NDArray[n
     for (experts held as one tensor). InputError where one is not finite."""
     import numpy as np
 
-    from lconvert.archs import find
-    from lconvert.archs.common import binds
     from lconvert.forward import Forward, packages
     from lconvert.passes import observe
 
@@ -120,14 +120,7 @@ def peaks(model: Model, chosen: Iterable[Site], job: Job) -> dict[str, NDArray[n
     batches = observe.windows(model, job.text("smooth"), given.context, given.windows)
     torch, _ = packages()
     forward = Forward(model)
-    modules = dict(forward.module.named_modules())
-    holders = {
-        role: modules[path]
-        for bind in binds(find(model.arch.family).names, model.arch)
-        for path in (name.removesuffix(".weight") for name in (bind.hf, bind.other))
-        if path and path in modules and len(bind.shape) < 3
-        for role, _ in bind.parts
-    }
+    holders = modules(forward, model)
     found: dict[str, NDArray[np.float32]] = {}
 
     def watch(site: Site) -> Any:
@@ -153,6 +146,21 @@ def peaks(model: Model, chosen: Iterable[Site], job: Job) -> dict[str, NDArray[n
             forward.module(torch.tensor([ids]), use_cache=False)
     job.tell("smooth", len(batches), len(batches))
     return found
+
+
+def modules(forward: Forward, model: Model) -> dict[str, Any]:
+    """Canonical name -> transformers' module that holds it; none for experts that are held as one tensor."""
+    from lconvert.archs import find
+    from lconvert.archs.common import binds
+
+    named = dict(forward.module.named_modules())
+    return {
+        role: named[path]
+        for bind in binds(find(model.arch.family).names, model.arch)
+        for path in (name.removesuffix(".weight") for name in (bind.hf, bind.other))
+        if path and path in named and len(bind.shape) < 3
+        for role, _ in bind.parts
+    }
 
 
 def _few(names: list[str]) -> str:

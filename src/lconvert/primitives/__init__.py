@@ -2,6 +2,9 @@
 
     job          what all passes of one run share: text, device, memory, where finished layers are kept
     placement    which weights get which grid
+    sites        where factors can move between what makes an activation and what reads it
+    folding      factors and rotations multiplied into weights
+    hadamard     rotations that spread outliers
 
 Methods (lconvert.passes) are compositions of these; nothing here knows a file format or a target.
 """

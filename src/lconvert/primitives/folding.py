@@ -7,6 +7,7 @@ rotations too: a `Change` multiplies the columns of a matrix by factors or turns
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     Linear = Callable[[Array], Array]
 
 _STRIP = 1 << 20  # values that rows are changed in at once where all rows are needed
+_KEPT = 4  # matrices that are held as wholes
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def _slab(t: Tensor, change: Change, start: int, stop: int) -> NDArray[np.float3
 
 
 class _Whole:
-    """Rows of a matrix each of which depends on all rows: computed once, held until as many rows were handed out as there are."""
+    """Rows of a matrix each of which depends on all rows: computed once, held until as many rows were handed out as there are, or
+    until others need the place: who reads a few rows of every matrix holds no more than a few matrices."""
 
     def __init__(self, t: Tensor, change: Change) -> None:
         self._t, self._change = t, change
@@ -79,14 +82,17 @@ class _Whole:
 
     def __call__(self, start: int, stop: int) -> NDArray[np.float32]:
         with self._lock:
-            if self._held is None:
-                self._held, self._left = self._compute(), self._t.rows
-            out = self._held[start:stop]
+            held = self._held
+            if held is None:
+                held, self._left = self._compute(), self._t.rows
+                self._held = held
+                _RECENT.append(self)
+                if len(_RECENT) > _KEPT:
+                    _RECENT.popleft()._held = None
             self._left -= stop - start
-            if self._left > 0:
-                return out.copy()
-            self._held = None
-            return out
+            if self._left <= 0:
+                self._held = None
+            return held[start:stop].copy()
 
     def _compute(self) -> NDArray[np.float32]:
         import numpy as np
@@ -101,6 +107,10 @@ class _Whole:
             strip = np.ascontiguousarray(x[:, a : a + step].T, np.float64)
             out[:, a : a + step] = change.rows(strip).T
         return out
+
+
+#: Matrices that slabs in flight read from: neighbours in a file.
+_RECENT: deque[_Whole] = deque()
 
 
 # --- entries ---------------------------------------------------------------------------------------------

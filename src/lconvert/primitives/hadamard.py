@@ -86,7 +86,10 @@ def _product(x: NDArray[np.float64], factors: list[NDArray[np.float64]]) -> NDAr
     shape, after = x.shape, x.shape[-1]
     for part in factors:
         after //= len(part)
-        x = np.matmul(part.T, x.reshape(-1, len(part), after))
+        if after == 1:  # one product of matrices, not one for each row
+            x = x.reshape(-1, len(part)) @ part
+        else:
+            x = np.matmul(part.T, x.reshape(-1, len(part), after))
     return x.reshape(shape)
 
 
@@ -97,7 +100,7 @@ def _factors(size: int) -> list[NDArray[np.int8]] | None:
     for used in range(twos + 1):
         last = _paley(odd << used)
         if last is not None:
-            return [*_sylvester(twos - used), last]
+            return [part for part in (*_sylvester(twos - used), last) if len(part) > 1]
     return None
 
 
