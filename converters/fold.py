@@ -2,8 +2,8 @@
 
 A target without such a scale can hold the same function if the scale moves: y = W (x * p) with x = norm(h) * n has
 the norm n * p; with x the rows of another matrix (up_proj before down_proj, v_proj before o_proj where every query head of a
-group agrees) that matrix takes p; not where values are clipped or cached with a scale that was measured on them as they
-are. A product that its new home cannot represent is rounded, and the verdict says so.
+group agrees) that matrix takes p. Where that is possible is said in primitives/sites.py; what was cached with a scale measured on it
+stays as it is. A product that its new home cannot represent is rounded, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -15,14 +15,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from lconvert.ir import Entry, Layer, Mlp, Model, Tensor, as_f32, dense, row_blocks
+from lconvert.ir import Entry, Model, Tensor, as_f32, dense, row_blocks
 from lconvert.kernels.qtensor import effective, values
-
-#: Which norm feeds which matrices, by the block kinds in which nothing comes between.
-_NORMS = {
-    "pre": {"attn_norm": ("attn.q", "attn.k", "attn.v"), "mlp_norm": ("mlp.gate", "mlp.up")},
-    "sandwich": {"attn_norm": ("attn.q", "attn.k", "attn.v"), "mlp_norm": ("mlp.gate", "mlp.up")},
-}
+from lconvert.primitives.sites import Site, cached, sites
 
 
 def _param(entry: Entry) -> NDArray[np.float32] | None:
@@ -36,27 +31,32 @@ def _without(entry: Entry, note: str) -> Entry:
     return replace(entry, transform=None, provenance=(*entry.provenance, note))
 
 
-def _into_norm(model: Model, new: dict[str, Entry], i: int, layer: Layer) -> None:
-    for norm, users in _NORMS.get(layer.block, {}).items():
-        if norm == "attn_norm" and layer.attention.mla is not None:
-            continue  # it feeds the latents' matrices as well
-        entries = [model.entries[name] for u in users if (name := f"layers.{i}.{u}") in model.entries]
-        params = [_param(e) for e in entries]
-        first = params[0] if params else None
-        if first is None or any(p is None or not np.array_equal(p, first) for p in params):
-            continue
-        home = model.entries[f"layers.{i}.{norm}"]
-        offset = np.float32(model.decoder.norm_offset)
-        product = (values(home.data) + offset) * first
-        stored = dense((product - offset).astype(np.float32), "F32", home.data.origin)
-        new[home.name] = replace(
-            home, data=stored, provenance=(*home.provenance, "times the inputs' scale of " + ", ".join(users))
+def _shared(model: Model, site: Site) -> NDArray[np.float32] | None:
+    """The scale that every consumer of `site` has, by channel; None where one has none or another, or repeats disagree."""
+    params = [_param(model.entries[name]) for name in site.consumers]
+    first = params[0]
+    if first is None or any(p is None or not np.array_equal(p, first) for p in params):
+        return None
+    channels = site.seen(first)
+    return channels[:, 0] if (channels == channels[:, :1]).all() else None
+
+
+def _into_norm(model: Model, new: dict[str, Entry], site: Site, p: NDArray[np.float32]) -> None:
+    home = model.entries[site.name]
+    offset = np.float32(model.decoder.norm_offset)
+    product = (values(home.data) + offset) * p
+    stored = dense((product - offset).astype(np.float32), "F32", home.data.origin)
+    users = ", ".join(name.split(".", 2)[-1] for name in site.consumers[:3])
+    more = ", ..." if len(site.consumers) > 3 else ""
+    note = f"times the inputs' scale of {users}{more}"
+    new[home.name] = replace(home, data=stored, provenance=(*home.provenance, note))
+    bias = model.entries.get(f"{site.name}.bias")
+    if bias is not None:
+        new[bias.name] = replace(bias, data=dense(values(bias.data) * p))
+    for name in site.consumers:
+        new[name] = _without(
+            new.get(name) or model.entries[name], f"scale of its input folded into {site.name}"
         )
-        bias = model.entries.get(f"layers.{i}.{norm}.bias")
-        if bias is not None:
-            new[bias.name] = replace(bias, data=dense(values(bias.data) * first))
-        for e in entries:
-            new[e.name] = _without(e, f"scale of its input folded into {norm}")
 
 
 def _into_rows(
@@ -127,21 +127,14 @@ def transforms(model: Model, *, norms_only: bool = False) -> Folded:
         return Folded(model)
     new: dict[str, Entry] = {}
     rounded: list[str] = []
-    for i, layer in model.decoder.each():
-        _into_norm(model, new, i, layer)
-        if norms_only:
+    for site in sites(model.decoder):
+        p = None if cached(model, site) else _shared(model, site)
+        if p is None:
             continue
-        down = model.entries.get(f"layers.{i}.mlp.down")
-        gated = isinstance(layer.mlp, Mlp) and layer.mlp.kind == "gated"  # else an activation comes between
-        if gated and down is not None and (p := _param(down)) is not None:
-            _into_rows(model, new, rounded, f"layers.{i}.mlp.up", down.name, p)
-        o, a = model.entries.get(f"layers.{i}.attn.o"), layer.attention
-        linear = a.mla is None and a.clip_qkv is None and (model.kv is None or model.kv.v.scale is None)
-        if linear and o is not None and (p := _param(o)) is not None:
-            heads = p.reshape(a.kv_heads, a.heads // a.kv_heads, a.head_dim)
-            if not (heads == heads[:, :1]).all():
-                continue  # query heads that share a value head disagree
-            _into_rows(model, new, rounded, f"layers.{i}.attn.v", o.name, heads[:, 0].reshape(-1))
+        if site.kind == "norm":
+            _into_norm(model, new, site, p)
+        elif not norms_only:
+            _into_rows(model, new, rounded, site.name, site.consumers[0], p)
     out = model.with_entries(new)
     said = "scales of inputs (pre_quant_scale) folded into the norms and matrices before them"
     return Folded(out, (said,) if new else (), tuple(rounded))

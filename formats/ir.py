@@ -12,6 +12,7 @@ lcir.json, schema "lcir/1":
                "zero": node?, "offset": node?, "g_idx": node?, "divisor": true?, "packed": 4?}    a QTensor
               an entry's node may also have "activation": spec and "transform": {"kind", "where", "param": node?}
   kv          {"k": spec, "v": spec, ...}?       the KV cache
+  transforms  [{"kind", "where", "param": node?}]?    what was folded into the weights, in order
   spec        {"grid", "per", "dynamic", "group", "divisor", "scale": node?, "zero": node?}    an ActSpec
 Codes of up to 4 bits are stored two to a byte, first code in the low half ("packed": 4), when rows are even.
 Masks, outliers and low-rank parts are refused: no pass makes them yet.
@@ -127,9 +128,13 @@ def _extras(entry: Entry, out: dict[str, Stored]) -> dict[str, Any]:
     if entry.activation is not None:
         node["activation"] = _spec(f"{entry.name}.activation", entry.activation, out)
     if (t := entry.transform) is not None:
-        param = {} if t.param is None else {"param": _node(f"{entry.name}.transform", t.param, out)}
-        node["transform"] = {"kind": t.kind, "where": t.where} | param
+        node["transform"] = _transform(f"{entry.name}.transform", t, out)
     return node
+
+
+def _transform(name: str, t: Transform, out: dict[str, Stored]) -> dict[str, Any]:
+    param = {} if t.param is None else {"param": _node(name, t.param, out)}
+    return {"kind": t.kind, "where": t.where} | param
 
 
 def _described(traits: Traits) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def describe(model: Model) -> tuple[dict[str, Any], dict[str, Stored]]:
         }
         kv |= {"sinks": c.sinks, "pre_rope": c.pre_rope}
     arch = _described(model.arch)
-    meta = {
+    meta: dict[str, Any] = {
         "schema": SCHEMA,
         "lconvert": __version__,
         "arch": arch,
@@ -178,6 +183,9 @@ def describe(model: Model) -> tuple[dict[str, Any], dict[str, Stored]]:
     }
     if kv is not None:
         meta["kv"] = kv
+    if model.transforms:
+        numbered = enumerate(model.transforms)
+        meta["transforms"] = [_transform(f"transforms.{i}", t, stored) for i, t in numbered]
     return meta, stored
 
 
@@ -321,11 +329,14 @@ class _Reader:
         assert isinstance(spec, ActSpec)
         return spec
 
-    def transform(self, data: Any) -> Transform:
+    def transform(self, data: Any, *, folded: bool) -> Transform:
+        """A transform; whether it is folded is said by where it stands, never by itself."""
         param = {"param": self.plain(data["param"])} if isinstance(data, dict) and "param" in data else {}
         if isinstance(data, dict) and "folded" in data:
-            raise InputError(f"{self.where}: a stored transform is never folded, but one says so")
-        made = _build(Transform, data, self.where, folded=False, **param)
+            raise InputError(
+                f"{self.where}: a stored transform never says whether it is folded, but one does"
+            )
+        made = _build(Transform, data, self.where, folded=folded, **param)
         assert isinstance(made, Transform)
         return made
 
@@ -399,7 +410,7 @@ def _entries(reader: _Reader, listed: Any, path: Path) -> dict[str, Entry]:
     for name, node in listed.items():
         data = reader.node(node)
         spec = reader.spec(node["activation"]) if "activation" in node else None
-        transform = reader.transform(node["transform"]) if "transform" in node else None
+        transform = reader.transform(node["transform"], folded=False) if "transform" in node else None
         entries[name] = Entry(name, data, spec, transform, _texts(node, "provenance", path))
     return entries
 
@@ -423,6 +434,10 @@ def read(folder: Path) -> Model:
     reader = _Reader(str(path), safetensors.read_header(folder / DATA))
     entries = _entries(reader, meta.get("entries"), path)
     kv = reader.kv(meta["kv"]) if meta.get("kv") is not None else None
+    listed = meta.get("transforms", [])
+    if not isinstance(listed, list):
+        raise InputError(f"{path}: transforms is {show(listed)}, expected a list")
+    transforms = tuple(reader.transform(t, folded=True) for t in listed)
     if reader.left:
         raise InputError(f"{path}: {DATA} holds tensors that no entry uses: {sorted(reader.left)[:3]}")
     tokenizer = meta.get("tokenizer")
@@ -433,6 +448,7 @@ def read(folder: Path) -> Model:
             config=_mapping(meta, "config", path),
             entries=entries,
             tokenizer=None if tokenizer is None else _tokenizer(tokenizer, str(path)),
+            transforms=transforms,
             generation=_mapping(meta, "generation", path),
             name=str(meta.get("name", folder.stem)),
             source=str(folder),

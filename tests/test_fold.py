@@ -18,6 +18,7 @@ from lconvert.ir import E4M3, ActSpec, KVSpec, Model, QTensor, Transform, dense
 from lconvert.kernels.qtensor import effective, values
 from lconvert.passes import rtn
 from lconvert.plan import refusals
+from lconvert.primitives.sites import sites
 from tests import case_models
 from tests.conftest import DEMO
 
@@ -88,15 +89,51 @@ def test_the_function_stays_and_what_has_no_place_stays_unfolded(case: str, rema
     agree(source, folded.model)
 
 
-@pytest.mark.parametrize("case", ["deepseek_v2-lite", "deepseek_v2-queries", "mixtral-experts"])
-def test_latent_attention_and_experts(case: str) -> None:
-    """The norm before latent attention feeds the latents as well, o reads values of another width, a router shares its norm."""
+@pytest.mark.parametrize(
+    ("case", "remaining"),
+    [
+        ("deepseek_v2-lite", {"attn.q", "attn.kv_a"}),  # the latent of keys takes another scale than q
+        ("deepseek_v2-queries", set()),
+        ("mixtral-experts", set()),
+    ],
+)
+def test_latent_attention_and_experts(case: str, remaining: set[str]) -> None:
+    """Latents have norms of their own, o reads values of another width; a router shares its norm and has no scale here."""
     source = scaled(lconvert.read(case_models.folder(case)))
     folded = fold.transforms(source)
     agree(source, folded.model)
-    for name, e in source.entries.items():
-        if ".moe." in name or (".attn." in name and case.startswith("deepseek")):
-            assert folded.model.entries[name].transform == e.transform, name
+    found = {role for role in left(folded.model) if not role.endswith((".gate", ".up"))}
+    assert found == remaining
+    assert {r for r in left(source) if ".moe." in r and r.endswith((".gate", ".up"))} <= left(folded.model)
+
+
+def test_every_reader_of_a_norm_must_have_its_scale() -> None:
+    """Experts, the shared expert and the router, or attention and MLP after one norm."""
+    for case in ("mixtral-experts", "deepseek_v2-lite", "cohere-gqa"):
+        model = lconvert.read(case_models.folder(case))
+        site = next(
+            s for s in sites(model.decoder) if s.name.startswith("layers.1.") and len(s.consumers) > 3
+        )
+        p = _scales(site.channels, 5)
+        full = model.with_entries(
+            {
+                n: replace(
+                    e,
+                    data=dense((values(e.data) / p).astype(np.float32)),
+                    transform=Transform("scale", "input", dense(p), folded=False),
+                )
+                for n in site.consumers
+                for e in (model.entries[n],)
+            }
+        )
+        folded = fold.transforms(full).model
+        assert not left(folded)
+        agree(full, folded)
+        but = site.consumers[-1]
+        some = full.with_entries({but: model.entries[but]})
+        assert len(left(fold.transforms(some).model)) == len(
+            {n.split(".", 2)[2] for n in site.consumers[:-1]}
+        )
 
 
 def test_only_norms_where_the_format_stores_the_others() -> None:

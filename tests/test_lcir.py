@@ -339,7 +339,7 @@ def _down(meta: Any) -> Any:
         ),
         (lambda m: _down(m).pop("transform"), "no entry uses"),
         (lambda m: _down(m)["transform"].update(kind="twist"), "Transform.kind"),
-        (lambda m: _down(m)["transform"].update(folded=True), "never folded"),
+        (lambda m: _down(m)["transform"].update(folded=True), "never says"),
         (lambda m: _down(m)["transform"].pop("param"), "param|no entry uses"),
         (lambda m: _down(m)["transform"]["param"].update(tensor="norm"), "512|no entry uses"),
         (lambda m: m.pop("kv"), "no entry uses"),

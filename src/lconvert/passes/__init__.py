@@ -15,6 +15,8 @@ from lconvert.errors import OptionError
 PASSES: Mapping[str, str] = {
     "rtn": "Round to nearest on any grid, weights only, no calibration.",
     "gptq": "GPTQ on any deployment grid, calibrated on a text; GPTAQ by option.",
+    "rotate": "Rotations of the residual stream and of values, folded into the weights: outliers are spread.",
+    "smooth": "SmoothQuant: factors between norms and the matrices after them, from a calibration text.",
     "activations": "Quantized inputs of matrices: int8, FP8 or NVFP4, dynamic or calibrated on a text.",
     "static": "Static int8 weights and inputs of encoders and convolutional networks, calibrated on examples.",
     "kv": "The KV cache in FP8, calibrated on a text or with scale 1.",
@@ -27,6 +29,8 @@ Stage = Literal["transforms", "masks", "rounds", "inputs", "cache"]
 STAGES: Mapping[str, tuple[Stage, ...]] = {
     "rtn": ("rounds",),
     "gptq": ("rounds",),
+    "rotate": ("transforms",),
+    "smooth": ("transforms",),
     "activations": ("inputs",),
     "static": ("rounds", "inputs"),
     "kv": ("cache",),

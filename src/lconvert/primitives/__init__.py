@@ -6,6 +6,9 @@
     sequential   one layer after another, fed by the compressed ones before it (skeleton, slots, listening, activations, budget, finished)
     statistics   what is summed over a matrix's inputs
     importance   mean squares of inputs in the uncompressed model
+    sites        where factors can move between what makes an activation and what reads it
+    folding      factors and rotations multiplied into weights
+    hadamard     rotations that spread outliers
 
 Methods (lconvert.passes) are compositions of these; nothing here knows a file format or a target.
 """
