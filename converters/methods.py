@@ -90,7 +90,9 @@ def _restated(rtn: Step, method: Method) -> list[Step]:
     tables = [name for name in TABLES if rtn.options.of(name) is not None]
     if not tables:
         return [step(method.rounder, {**placed, **method.options})]
-    placed["grids"] = dict.fromkeys(tables, NONE) | {k: v for k, v in placed["grids"].items() if k not in tables}
+    placed["grids"] = dict.fromkeys(tables, NONE) | {
+        k: v for k, v in placed["grids"].items() if k not in tables
+    }
     left = replace(rtn.options, targets="|".join(tables), ignore="", grids=_of(tables, rtn.options))
     return [step(method.rounder, {**placed, **method.options}), replace(rtn, options=left)]
 
@@ -103,7 +105,7 @@ def _of(names: list[str], options: Placement) -> dict[str, str]:
 def something_to_round(name: str, recipe: Recipe, model: Model) -> None:
     """OptionError where a model is quantized already and the method finds nothing to round."""
     rounding = [s.options for s in recipe.steps if "rounds" in passes.STAGES[s.name]]
-    if any(isinstance(o, Placement) and any(True for _ in o.chosen(model)) for o in rounding):
+    if any(not isinstance(o, Placement) or any(True for _ in o.chosen(model)) for o in rounding):
         return
     quantized = sum(isinstance(e.data, QTensor) for e in model.entries.values())
     what = f"{quantized} matrices are quantized already" if quantized else "no dense matrix matches"

@@ -342,6 +342,7 @@ def test_a_dry_run_calibrates_nothing(slow: Slow, text: Path, tmp_path: Path) ->
         (["compress", DEMO, "--recipe", "R", "--method", "slow", "--calibrate", "TEXT"], "--method slow: R rounds by slow already; leave one of them out"),
         (["compress", DEMO, "--recipe", "K", "--method", "slow", "--calibrate", "TEXT"], "--method slow: K rounds no weights; choose something that does"),
         (["hf-to-onnx", DEMO, "--recipe", "R", "--method", "slow", "--calibrate", "TEXT"], "rounds by slow already"),
+        (["compress", DEMO, "--recipe", "T"], "gone.txt: no such file; check the path"),
         (["compress", DEMO, "--recipe", "R"], "slow: needs a calibration text; name one (--calibrate TEXT)"),
         (["hf-to-vllm", DEMO, "--calibrate", "missing.txt"], "missing.txt: no such file; check the path"),
         (["hf-to-gguf", DEMO, "--q4_0", "--calibrate", "."], ".: is a folder; check the path"),
@@ -368,6 +369,7 @@ def test_refused(slow: Slow, text: Path, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "EMPTY").write_bytes(b" \n")
     (tmp_path / "R").write_text("schema: lconvert.recipe/1\npasses: [slow]\n")
     (tmp_path / "K").write_text("schema: lconvert.recipe/1\npasses: [kv]\n")
+    (tmp_path / "T").write_text("schema: lconvert.recipe/1\ncalibration: {text: gone.txt}\npasses: [slow]\n")
     if "Q" in args:
         ok("hf-to-vllm", DEMO, "--w4a16", "-o", "Q", "--no-validate", "--no-card")
     before = sorted(tmp_path.iterdir())
@@ -404,6 +406,8 @@ def test_methods_are_for_language_models(slow: Slow, text: Path, tmp_path: Path)
     )
     assert said == f"--method slow: {tmp_path / 'bert'} is a bert; methods are for language models"
     ok("hf-to-onnx", tmp_path / "bert", "--int8", "--method", "rtn", "-o", tmp_path / "o", "--no-validate")
+    static = recipe.Recipe("static", (recipe.step("static", {}),))
+    methods.something_to_round("rtn", static, lconvert.read(tmp_path / "bert"))
 
 
 # --- finished layers -------------------------------------------------------------------------------------

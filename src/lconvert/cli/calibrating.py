@@ -49,8 +49,7 @@ class How:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise OptionError(f"--device {self.device!r}: expected cpu, cuda or cuda:N")
         parse_size(self.memory)
-        fail_fast_files(read=[self.calibration])
-        if self.calibration is not None and self.calibration.suffix.lower() not in _ARRAYS:
+        if self.calibration is not None:
             _check_text(self.calibration)
 
     def calibrated(self, recipe: Recipe) -> Calibration:
@@ -92,7 +91,10 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_text(path: Path) -> None:
-    """InputError for a file that is no text."""
+    """InputError for a file that is not there, or neither a text nor arrays."""
+    fail_fast_files(read=[path])
+    if path.suffix.lower() in _ARRAYS:
+        return
     try:
         content = path.read_bytes()
     except OSError as e:
@@ -127,6 +129,8 @@ def run(
     if not any(passes.calibrates(s.name, s.options) for s in recipe.steps):
         yield job
         return
+    if calibration.text:
+        _check_text(Path(calibration.text))  # the recipe's own
     folder = how.work or output.with_name(output.name + ".work")
     workplace.begin(folder, _identity(recipe, job, model), resume=resume)
     try:
