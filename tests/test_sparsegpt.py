@@ -152,7 +152,7 @@ def test_channels_without_input_go_first_and_change_nothing() -> None:
     h[3], h[:, 3] = 0, 0
     f = factor(h)
     assert f.dead.tolist() == [j == 3 for j in range(16)]
-    v, mask = sweep(w, f, FREE, 0.25)
+    _, mask = sweep(w, f, FREE, 0.25)
     assert not bool(mask[:, 3].any()) and int((~mask).sum()) == 24
     keep, everything = sweep(w, f, FREE, 0.0)
     assert torch.equal(keep, w) and bool(everything.all())

@@ -85,16 +85,21 @@ def masked(t: Tensor, mask: Bits) -> Tensor:
     return replace(t, read=read)
 
 
+def refuse(q: QTensor, name: str) -> None:
+    """OptionError for a grid on which nothing can be pruned."""
+    if not holds_zero(q):
+        raise OptionError(
+            f"{name}: no code of its grid means 0 whatever the scales are, so it cannot be pruned as it is; "
+            "quantize onto intN, uintN, Q4_0, Q5_0, Q8_0, Q3_K, Q6_K, fp8, nf4, MXFP4 or NVFP4 instead"
+        )
+
+
 def pruned(q: QTensor, mask: Bits, name: str = "") -> QTensor:
     """A quantized matrix whose masked codes mean 0; scales and the other codes stay. OptionError where its grid holds no 0."""
     import numpy as np
 
+    refuse(q, name or q.origin)
     code = zero_code(q)
-    if code is None:
-        raise OptionError(
-            f"{name or q.origin}: no code of its grid means 0 whatever the scales are, so it cannot be pruned as it is; "
-            "prune the dense weights first, or quantize onto intN, uintN, Q4_0, Q8_0, Q6_K, fp8, nf4, MXFP4 or NVFP4"
-        )
 
     def read(start: int, stop: int) -> NDArray[Any]:
         codes = q.codes.read(start, stop)
