@@ -17,7 +17,7 @@ quantized. A matrix that is quantized already is pruned on its codes, by magnitu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -112,28 +112,28 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
 
     def visit(block: Any) -> Mapping[str, Entry]:
         found: dict[str, Entry] = {}
-        for wave in _waves(block.stages):
-            seen = {role: _statistics(options) for stage in wave if (role := _first(stage, wanted))}
-            shared = {
-                role: seen[first]
-                for stage in wave
-                if (first := _first(stage, wanted))
-                for role in stage
-                if role in wanted
-            }
-            if not shared:
-                continue
-            block.observe(shared)
-            factors: dict[int, Any] = {}
-            for role, statistics in shared.items():
-                entry, weight, notes = _pruned(wanted[role], block.weight(role), statistics, options, factors)
-                block.set(role, weight)
-                block.report(*notes)
-                found[role] = entry
+        for wave in _waves(block.stages, wanted):
+            seen = [_statistics(options) for _ in wave]
+            block.observe({role: s for stage, s in zip(wave, seen, strict=True) for role in stage})
+            for stage in wave:
+                statistics = seen.pop(0)
+                fitting = _fitting(stage[0], statistics, options, block.say)
+                for role in stage:
+                    entry, weight = _pruned(
+                        wanted[role], block.weight(role), statistics, fitting, options, block.say
+                    )
+                    block.set(role, weight)
+                    found[role] = entry
         return found
 
-    key = identity("sparse", options)
-    made = sequential.walk(model, job, visit, what="pruning", key=key)
+    made = sequential.walk(
+        model,
+        job,
+        visit,
+        what="sparse",
+        key=identity("sparse", options),
+        statistics=_held(model, wanted, options),
+    )
     return check(made.with_entries({}, _summary(options, len(wanted))))
 
 
@@ -167,17 +167,31 @@ def _chosen(model: Model, options: Options) -> Iterator[tuple[str, Entry]]:
         raise OptionError(f"sparse: no matrix matches targets {options.targets!r}")
 
 
-def _waves(stages: Iterable[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
-    """Stages in order; those of experts that do the same together, as no expert's input depends on another expert."""
+def _waves(stages: Iterable[tuple[str, ...]], wanted: Mapping[str, Entry]) -> list[list[tuple[str, ...]]]:
+    """What is pruned, by stages in order; those of experts that do the same together, as no expert's input depends on another expert."""
     out: dict[str, list[tuple[str, ...]]] = {}
     for stage in stages:
-        out.setdefault(re.sub(r"\.experts\.[0-9]+\.", ".experts.", stage[0]), []).append(stage)
+        if mine := tuple(role for role in stage if role in wanted):
+            out.setdefault(re.sub(r"\.experts\.[0-9]+\.", ".experts.", stage[0]), []).append(mine)
     return list(out.values())
 
 
-def _first(stage: tuple[str, ...], wanted: Mapping[str, Entry]) -> str:
-    """The first matrix of a stage that is pruned; empty where none is."""
-    return next((role for role in stage if role in wanted), "")
+def _held(model: Model, wanted: Mapping[str, Entry], options: Options) -> int:
+    """Bytes of statistics and of one factor with its temporaries, for the layer that needs most."""
+    from lconvert.primitives.slots import stages
+
+    def bytes_of(wave: list[tuple[str, ...]]) -> int:
+        widths = [wanted[stage[0]].shape[1] for stage in wave]
+        return (
+            sum(4 * n * n for n in widths) + 32 * max(widths) ** 2
+            if options.refits
+            else sum(40 * n for n in widths)
+        )
+
+    layers = range(model.decoder.layers)
+    return max(
+        (bytes_of(wave) for i in layers for wave in _waves(stages(model.decoder, i), wanted)), default=0
+    )
 
 
 def _statistics(options: Options) -> Any:
@@ -201,50 +215,64 @@ def _zeroed(entry: Entry, mask: Any, options: Options, method: str) -> Entry:
     bits = zeros.Bits.of(mask)
     data = entry.data
     changed = zeros.pruned(data, bits, entry.name) if isinstance(data, QTensor) else zeros.masked(data, bits)
-    share = 1 - float(mask.sum()) / mask.numel()
-    note = f"sparse: {method}, {options.kind}, {share:.2%} pruned"
+    note = f"sparse: {method}, {options.kind}, {_share(mask)} pruned"
     return replace(entry, data=changed, provenance=(*entry.provenance, note))
 
 
-def _pruned(
-    entry: Entry, w: Any, statistics: Any, options: Options, factors: dict[int, Any]
-) -> tuple[Entry, Any, list[str]]:
-    """The pruned entry, what its layer computes with from now on, and lines for the report. factors: of statistics that matrices share."""
+def _fitting(name: str, statistics: Any, options: Options, say: Callable[[str], None]) -> Any:
+    """The factor that the matrices of a stage share; None where nothing is re-fitted."""
     from lconvert.primitives import sparsegpt
 
+    if not options.refits or not statistics.count:
+        return None
+    f = sparsegpt.factor(statistics.sum, options.damping, name)
+    if f.damping != options.damping:
+        say(f"sparse: {name}: its Hessian needed a damping of {f.damping:g}")
+    if bool(f.dead.any()):
+        say(
+            f"sparse: {name}: {int(f.dead.sum())} of {len(f.dead)} inputs are always 0; their weights go first"
+        )
+    return f
+
+
+def _pruned(
+    entry: Entry, w: Any, statistics: Any, fitting: Any, options: Options, say: Callable[[str], None]
+) -> tuple[Entry, Any]:
+    """The pruned entry, and what its layer computes with from now on."""
     name, kind, share = entry.name, options.kind, options.share
     if not statistics.count:
+        say(f"sparse: {name}: no calibration token reached it; pruned by magnitude")
         mask = masks.kept(masks.magnitude(w), kind, share, name)
-        line = f"sparse: {name}: no calibration token reached it; pruned by magnitude"
-        return _zeroed(entry, mask, options, "magnitude"), w * mask, [line]
-    if not options.refits:
+        return _zeroed(entry, mask, options, "magnitude"), w * mask
+    if fitting is None:
         mask = masks.kept(masks.wanda(w, statistics.squares.sqrt().to(w.dtype)), kind, share, name)
-        return _zeroed(entry, mask, options, "wanda"), w * mask, []
-    notes = []
-    first = id(statistics) not in factors
-    if first:
-        factors[id(statistics)] = sparsegpt.factor(statistics.sum, options.damping, name)
-    f = factors[id(statistics)]
-    if first and f.damping != options.damping:
-        notes.append(f"sparse: {name}: its Hessian needed a damping of {f.damping:g}")
-    if first and bool(f.dead.any()):
-        notes.append(
-            f"sparse: {name}: {int(f.dead.sum())} of {len(f.dead)} inputs are always 0; their weights went first"
-        )
+        return _zeroed(entry, mask, options, "wanda"), w * mask
     assert isinstance(entry.data, Tensor)
-    stored = _storage(entry.data.dtype)
-    norms = statistics.sum.diagonal().sqrt().to(w.dtype)
-    v, mask = w, None
+    v, mask = _in_steps(
+        w, statistics.sum.diagonal().sqrt(), fitting, options, _storage(entry.data.dtype), name
+    )
+    note = f"sparse: {options.method}, {kind}, {_share(mask)} pruned, survivors re-fitted"
+    return replace(entry, data=_dense(v, entry.data), provenance=(*entry.provenance, note)), v
+
+
+def _in_steps(w: Any, norms: Any, fitting: Any, options: Options, stored: Any, name: str) -> tuple[Any, Any]:
+    """Values and mask after all steps of the schedule; those of the last one are rounded to the dtype `stored`."""
+    from lconvert.primitives import sparsegpt
+
+    kind, v, mask = options.kind, w, None
     for step in range(1, options.steps + 1):
-        now = masks.cubic(step, options.steps, share)
-        rounded = (lambda x, j: x.to(stored).to(x.dtype)) if step == options.steps else None
-        chosen = None
+        now, chosen = masks.cubic(step, options.steps, options.share), None
         if options.method != "sparsegpt":
             score = masks.magnitude(v) if options.method == "magnitude" else masks.wanda(v, norms)
             chosen = masks.kept(score if mask is None else score.where(mask, -1.0), kind, now, name)
-        v, mask = sparsegpt.sweep(v, f, kind, now, mask=chosen, within=mask, rounded=rounded, name=name)
-    note = f"sparse: {options.method}, {kind}, {1 - float(mask.sum()) / mask.numel():.2%} pruned, survivors re-fitted"
-    return replace(entry, data=_dense(v, entry.data), provenance=(*entry.provenance, note)), v, notes
+        last = step == options.steps
+        rounded = (lambda x, j: x.to(stored).to(x.dtype)) if last else None
+        v, mask = sparsegpt.sweep(v, fitting, kind, now, mask=chosen, within=mask, rounded=rounded, name=name)
+    return v, mask
+
+
+def _share(mask: Any) -> str:
+    return f"{1 - float(mask.sum()) / mask.numel():.2%}"
 
 
 def _storage(dtype: str) -> Any:
