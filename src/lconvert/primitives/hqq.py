@@ -64,7 +64,7 @@ def coded(x: Any, scale: Any, zero: Any, top: int) -> Any:
     return (x * (scale > 0).unsqueeze(-1) / s + zero.unsqueeze(-1)).round().clamp(0, top)
 
 
-def fit(x: Any, top: int, store: Store, settings: Settings = Settings()) -> tuple[Any, Any]:  # noqa: B008 - immutable
+def fit(x: Any, top: int, store: Store, settings: Settings = Settings()) -> tuple[Any, Any]:
     """Stored scales and zeros, both (n,), with the least |error|^p that was found; codes lie in 0 .. top."""
     p = settings.p
     low, high = x.amin(-1), x.amax(-1)
