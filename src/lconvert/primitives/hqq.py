@@ -25,6 +25,9 @@ from lconvert.errors import OptionError
 #: (scales, zeros in code units) as a format stores them.
 Store = Callable[[Any, Any], tuple[Any, Any]]
 
+#: Iterations in a row without a better group after which a descent ends.
+_PATIENCE = 3
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -87,7 +90,7 @@ def fit(x: Any, top: int, store: Store, settings: Settings = Settings()) -> tupl
     keep(wide, -low.clamp(max=0) / wide.clamp(min=1e-30))
     for unit in (None, usable):
         for both in (False, True)[: 1 + settings.scale]:
-            s, z, beta = usable, -low / usable, settings.beta
+            s, z, beta, idle = usable, -low / usable, settings.beta, 0
             for _ in range(settings.iterations):
                 q = coded(x, s, z, top)
                 r = x - (q - z.unsqueeze(-1)) * s.unsqueeze(-1)
@@ -100,6 +103,7 @@ def fit(x: Any, top: int, store: Store, settings: Settings = Settings()) -> tupl
                     s = slope.where((spread > 0) & (slope > 0), s)
                 z = (q - kept / s.unsqueeze(-1)).mean(-1)
                 beta *= settings.kappa
-                if not keep(s, z):
+                idle = 0 if keep(s, z) else idle + 1
+                if idle == _PATIENCE:
                     break
     return scale, zero
