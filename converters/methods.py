@@ -41,7 +41,12 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method("round to nearest", text=False),
     "gptq": Method("GPTQ", "gptq"),
     "gptaq": Method("GPTQ that aims at the uncompressed model's outputs", "gptq", {"asymmetric": True}),
-}
+    "smoothquant": Method("SmoothQuant, then to nearest", first=(("smooth", {"alpha": 0.8}),), scheme="w8a8"),
+    "quarot": Method("QuaRot's rotations folded into the weights, then GPTQ", "gptq", first=(("rotate", {}),)),
+    "sparsegpt": Method("half of the weights zero by SparseGPT, then GPTQ", "gptq", first=(("sparse", {"method": "sparsegpt", "sparsity": 0.5}),)),
+    "wanda": Method("half of the weights zero by Wanda, then GPTQ", "gptq", first=(("sparse", {"method": "wanda", "sparsity": 0.5}),)),
+    "magnitude": Method("the smaller half of the weights zero, then to nearest", first=(("sparse", {"method": "magnitude", "sparsity": 0.5}),), text=False),
+}  # fmt: skip
 #: What flags and recipes do without a method.
 PLAIN = "rtn"
 

@@ -44,6 +44,11 @@ class Options:
             raise OptionError("rotate: neither r1 nor r2 is asked for")
 
 
+def calibrated(options: Options) -> bool:
+    """Rotations are the same whatever the text."""
+    return False
+
+
 def obstacles(model: Model, options: Options) -> list[str]:
     """Why `model` cannot take these rotations, in words; empty where it can."""
     d, found = model.decoder, []

@@ -101,6 +101,11 @@ class Options:
         return self.method == "sparsegpt" or self.steps > 1
 
 
+def calibrated(options: Options) -> bool:
+    """Magnitudes in one shot are looked at alone."""
+    return options.calibrated
+
+
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
     """The model with every matching matrix pruned. What no calibration token reached is pruned by magnitude, and the report says so."""
     wanted = dict(_chosen(model, options))
