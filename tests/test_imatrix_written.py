@@ -62,6 +62,8 @@ class Multiplied:
         params.n_threads = params.n_threads_batch = 2
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._see)
         params.cb_eval = self._callback
+        params.type_k = params.type_v = 0  # F32: a cache in F16 moves what attn_output meets by 1e-4
+        params.flash_attn_type = 0
         made = llama_cpp.llama_init_from_model(model, params)
         try:
             for ids in windows:

@@ -128,7 +128,7 @@ def test_passes_that_share_the_weights_between_them() -> None:
         ("passes: {rtn: {}}", "expected a list of passes"),
         ("passes: [3]", "each pass is one mapping such as 'rtn: {grid: int4}', found 3"),
         ("passes: [{rtn: {}, kv: {}}]", "each pass is one mapping"),
-        ("passes: [rtm]", "unknown pass 'rtm'; did you mean rtn? passes: rtn, activations"),
+        ("passes: [rtm]", "unknown pass 'rtm'; did you mean rtn? passes: rtn, "),
         ("passes: [{7: {}}]", "unknown pass 7; passes: rtn"),
         ("passes: [{rtn: [1]}]", "rtn: options are a mapping such as {grid: int4}, found [1]"),
         ("passes: [{rtn: {groups: 3}}]", "rtn: unknown option 'groups'; did you mean group? options: grid, group, "),

@@ -219,11 +219,11 @@ def test_both_orders_with_quantization(demo_model: Model, job: Job, grid: str) -
 
 def test_bad_options() -> None:
     for given, words in (
-        ({"method": "lottery"}, "method 'lottery'; choose magnitude, wanda, sparsegpt"),
+        ({"method": "lottery"}, "method 'lottery': expected one of magnitude, wanda, sparsegpt"),
         ({"sparsity": 1.0}, "sparsity 1.0; expected a share between 0 and 1"),
         ({"sparsity": 0.6, "pattern": "2:4"}, "sparsity 0.6 with 2:4, which is 0.5"),
         ({"pattern": "2:4", "per": "row"}, "per row with 2:4"),
-        ({"per": "layer"}, "per 'layer'; choose row or tensor"),
+        ({"per": "layer"}, "per 'layer': expected one of"),
         ({"steps": 0}, "steps 0; expected a whole number"),
         ({"damping": 0}, "damping 0; expected a share above 0"),
         ({"targets": "("}, "not a regular expression"),

@@ -1,0 +1,275 @@
+"""GPTQ against the exact sweep it approximates nothing of, and against rounding to nearest, which it never loses to; the compiled sweep against
+its specification; the pass on whole models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import lconvert
+from lconvert import kernels
+from lconvert.converters import targets
+from lconvert.errors import InputError, OptionError
+from lconvert.forward import Forward
+from lconvert.ir import QTensor, dense
+from lconvert.kernels.qtensor import dequantize
+from lconvert.passes import gptq as pass_
+from lconvert.passes import rtn
+from lconvert.primitives import gptq, grids, sweep
+from lconvert.primitives.gptq import Settings
+from lconvert.primitives.job import Calibration, Job
+from lconvert.primitives.placement import Placed
+from tests import arch_cases, case_models
+from tests.conftest import DEMO, ROOT
+from tests.test_grids import ALL, found
+
+TEXT = ROOT / "validators" / "text" / "excerpt.txt"
+PLAIN = Settings(refine=0, damping=1e-9)
+
+
+def problem(rows: int, cols: int, seed: int = 0, tokens: int = 600) -> tuple[Any, Any]:
+    """Weights and the Hessian of correlated inputs of different strength, fp32."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, cols, generator=g) * 0.02
+    mix = (
+        torch.randn(cols, cols, generator=g)
+        * torch.logspace(0, -1.5, cols)[torch.randperm(cols, generator=g)]
+    )
+    x = torch.randn(tokens, cols, generator=g) @ mix
+    return w, x.T @ x
+
+
+def solved(w: Any, h: Any, g: grids.DeploymentGrid, sides: Any, order: Any) -> Any:
+    """Optimal brain quantization in this order: the columns that are left solved again, exactly, after every column that was rounded."""
+    w, h = w.double(), h.double()
+    q = torch.zeros_like(w)
+    for n, j in enumerate(order.tolist()):
+        done, left = order[:n], order[n:]
+        now = w[:, left] + torch.linalg.solve(h[left][:, left], ((w - q)[:, done] @ h[done][:, left]).T).T
+        column = w.float().clone()
+        column[:, j] = now[:, 0].float()
+        q[:, j] = g.values(g.round(column, sides), sides)[:, j].double()
+    return q.float()
+
+
+@pytest.mark.parametrize("name", ["int4", "int2", "uint3"])
+@pytest.mark.parametrize("order", ["none", "weight"])
+def test_it_is_the_exact_sweep(name: str, order: str) -> None:
+    w, h = problem(5, 16)
+    g = grids.find(Placed(name, -1), 16)
+    settings = replace(PLAIN, order=order)
+    seen = gptq.inputs(h, order, settings, "w")
+    done = gptq.gptq(w, seen, g, settings)
+    path = torch.arange(16) if seen.order is None else seen.order
+    sides = g.fit(w, seen.importance)
+    exact = solved(w, h, g, sides, path)
+    mine = g.values(gptq._sweep(w, seen.order, seen, g, sides, None, 1), sides)
+    assert torch.equal(mine, exact)
+    assert done.loss <= done.nearest
+
+
+@pytest.mark.parametrize("placed", ALL, ids=str)
+def test_no_row_is_worse_than_rounded_to_nearest(placed: Placed) -> None:
+    w, h = problem(16, 512, tokens=900)
+    g = found(placed, w)
+    losses = []
+    for refine in (0, 3):
+        settings = Settings(refine=refine)
+        seen = gptq.inputs(h, gptq.path(settings, g), settings, "w")
+        done = gptq.gptq(w, seen, g, settings)
+        near, sides = g.nearest(w, seen.importance)
+        mine = gptq.objective(w, g.values(done.position, done.sides), h)
+        assert (mine <= gptq.objective(w, g.values(near, sides), h) * (1 + 1e-5)).all()
+        assert np.array_equal(
+            dequantize(g.qtensor(done.position, done.sides, dense(w.numpy()))),
+            g.values(done.position, done.sides).numpy(),
+        )
+        losses.append(done.loss)
+    assert losses[1] <= losses[0] * 1.001 < done.nearest
+
+
+def test_refining_never_raises_the_objective() -> None:
+    w, h = problem(12, 256)
+    for placed in (Placed("int3", 64), Placed("Q3_K", -1), Placed("fp4", -1), Placed("uint2", 64)):
+        g = found(placed, w)
+        settings = Settings(order="weight", refine=0)
+        seen = gptq.inputs(h, "weight", settings, "w")
+        sides = g.fit(w, seen.importance)
+        position = gptq._sweep(w, seen.order, seen, g, sides, None, 1)
+        before = gptq.objective(w, g.values(position, sides), h)
+        for _ in range(3):
+            sides = g.rescaled(w, position, sides, h)
+            middle = gptq.objective(w, g.values(position, sides), h)
+            position = gptq._descend(w, position, sides, h, g, None, 1)
+            after = gptq.objective(w, g.values(position, sides), h)
+            assert (middle <= before * (1 + 1e-5)).all() and (after <= middle * (1 + 1e-5)).all()
+            before = after
+
+
+@pytest.mark.parametrize("placed", ALL, ids=str)
+def test_the_compiled_sweep_is_its_specification(placed: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = problem(37, 512)
+    g = found(placed, w)
+    sides = g.fit(w)
+    seen = gptq.inputs(h, "none", Settings(), "w")
+    part, upper = w[:, :96].contiguous(), seen.upper[:96, :96].contiguous()
+    group = torch.arange(96) // g.group
+    extra = (torch.randn(96, 96, generator=torch.Generator().manual_seed(1)) * 0.01).triu(1)
+    old = g.values(g.round(w, sides), sides)[:, :96].contiguous()
+    kept = (torch.rand(37, 96, generator=torch.Generator().manual_seed(2)) > 0.5).to(torch.uint8)
+    cases: list[dict[str, Any]] = [{}, {"extra": extra}, {"kept": kept}, {"old": old}]
+    for case in cases:
+        matrix = h[:96, :96].contiguous() if "old" in case else upper
+        spec = sweep.in_torch(part, matrix, g.levels, sides, group, **case)
+        for isa in kernels.isas()[:-1]:
+            monkeypatch.setenv("LCONVERT_ISA", isa)
+            for threads in (1, 3):
+                done = sweep.columns(part, matrix, g.levels, sides, group, threads=threads, **case)
+                assert torch.equal(done.position, spec.position) and torch.equal(done.error, spec.error), (
+                    isa,
+                    list(case),
+                )
+                assert "extra" not in case or torch.equal(done.weight, spec.weight)
+
+
+def test_groups_that_follow_the_order_say_so() -> None:
+    w, h = problem(8, 256)
+    g = grids.find(Placed("int4", 64), 256)
+    settings = Settings(order="group")
+    seen = gptq.inputs(h, "group", settings, "w")
+    done = gptq.gptq(w, seen, g, settings)
+    q = pass_._in_groups(g.qtensor(done.position, done.sides, dense(w.numpy())), done.order, 64)
+    y = torch.from_numpy(dequantize(q))
+    assert float(gptq.objective(w, y, h).sum()) == pytest.approx(
+        done.loss * float(gptq.objective(w, w * 0, h).sum()), rel=1e-3
+    )
+    assert sorted(q.g_idx.load().tolist()) == sorted(list(range(4)) * 64)  # type: ignore[union-attr]
+    with pytest.raises(OptionError, match="super-blocks"):
+        gptq.path(settings, grids.find(Placed("Q4_K", -1), 256))
+
+
+def test_gptaq_comes_closer_to_the_uncompressed_outputs() -> None:
+    g = torch.Generator().manual_seed(3)
+    w, h = problem(24, 128, tokens=2000)
+    x = torch.linalg.cholesky(h.double() + 1e-3 * torch.eye(128)).T.float()  # inputs with this Hessian
+    original = x + 0.3 * torch.randn(x.shape, generator=g) * x.std() + 0.2 * x.roll(1, 1)
+    cross = (original - x).T @ x
+    grid = grids.find(Placed("int3", 64), 128)
+    wanted = original @ w.T
+
+    def distance(cross: Any) -> float:
+        settings = Settings(alpha=1.0, refine=0, order="none")
+        done = gptq.gptq(w, gptq.inputs(h, "none", settings, "w", cross), grid, settings)
+        return float((x @ grid.values(done.position, done.sides).T - wanted).square().sum())
+
+    assert distance(cross) < 0.9 * distance(None)
+
+
+def test_dead_inputs_are_rounded_to_nearest_and_named() -> None:
+    w, h = problem(6, 64)
+    dead = torch.tensor([3, 40])
+    h[dead] = 0
+    h[:, dead] = 0
+    g = grids.find(Placed("int4", 32), 64)
+    seen = gptq.inputs(h, "weight", Settings(), "w")
+    assert seen.notes == ("2 of 64 inputs are always zero; their weights are rounded to nearest",)
+    done = gptq.gptq(w, seen, g, Settings(refine=0))
+    position, _ = g.round(w, done.sides), None
+    assert torch.equal(done.position[:, dead], position[:, dead])
+
+
+def test_hessians_that_are_singular_or_no_numbers() -> None:
+    _, h = problem(2, 32)
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    seen = gptq.inputs(x.T @ x, "none", Settings(damping=1e-18), "w")
+    assert "singular at a damping of 1e-18; took" in seen.notes[0] and torch.isfinite(seen.upper).all()
+    h[1, 1] = float("nan")
+    with pytest.raises(InputError, match=r"layers\.0\.attn\.q: the sum of its inputs' squares is not finite"):
+        gptq.inputs(h, "none", Settings(), "layers.0.attn.q")
+    with pytest.raises(InputError, match="stays singular"):
+        gptq.inputs(torch.eye(8) + 1e6 * (1 - torch.eye(8)), "none", Settings(), "w")
+
+
+def test_pruned_weights_stay_zero() -> None:
+    w, h = problem(16, 256)
+    kept = torch.rand(16, 256, generator=torch.Generator().manual_seed(5)) > 0.5
+    w = w * kept
+    for name in ("int4", "uint4", "Q6_K", "fp4"):
+        g = found(Placed(name, 64), w)
+        settings = Settings()
+        seen = gptq.inputs(h, gptq.path(settings, g), settings, "w")
+        done = gptq.gptq(w, seen, g, settings, kept=kept)
+        y = g.values(done.position, done.sides)
+        assert not y[~kept].any() and done.loss < done.nearest
+
+
+# --- the pass ---------------------------------------------------------------------------------------------
+
+
+def calibration() -> Job:
+    return Job(Calibration(str(TEXT), windows=24, context=128))
+
+
+def cost(model: Any, original: Any) -> float:
+    """Mean KL divergence on tokens that were not calibrated on."""
+    ids = Tokenizer.from_str(json.dumps(original.tokenizer.json)).encode(TEXT.read_text()[-4000:]).ids[:256]
+    p = torch.log_softmax(torch.from_numpy(Forward(original).logits(ids)), -1)
+    q = torch.log_softmax(torch.from_numpy(Forward(model).logits(ids)), -1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("grid", "target"), [("int4", "vllm"), ("Q4_K", "gguf"), ("Q3_K", "gguf"), ("fp4", "vllm")]
+)
+def test_a_model_costs_less_than_rounded_to_nearest(grid: str, target: str) -> None:
+    model = lconvert.read(DEMO)
+    done = pass_.run(model, pass_.Options(grid, 64), calibration())
+    near = rtn.run(model, rtn.Options(grid, 64))
+    assert cost(done, model) < cost(near, model)
+    rounded = {n for n, e in done.entries.items() if isinstance(e.data, QTensor)}
+    assert rounded == {n for n, e in near.entries.items() if isinstance(e.data, QTensor)}
+    for name in rounded:
+        assert "gptq" in done.entries[name].provenance[-1]
+    plan = targets.plan(done, target, "out")
+    verdicts = {i.verdict.kind for i in plan.items() if i.held or any(n in rounded for n in i.name.split())}
+    assert verdicts <= {"exact", "widened"}
+
+
+def test_experts_that_no_token_chose_are_rounded_by_themselves() -> None:
+    case = next(c.name for c in arch_cases.load() if c.model_type == "mixtral")
+    model = lconvert.read(case_models.folder(case))
+    router = model.entries["layers.0.moe.router"]
+    rows = router.data.load().copy()
+    rows[1] = rows[0]  # the first of two equal ones is chosen
+    weights = rows.astype(np.float32) if router.data.dtype != "BF16" else rows
+    model = model.with_entries({router.name: replace(router, data=dense(weights, router.data.dtype))})
+    done = pass_.run(
+        model,
+        pass_.Options("int4", 32),
+        replace(calibration(), calibration=replace(calibration().calibration, windows=1, context=64)),
+    )
+    experts = [n for n in done.entries if ".experts." in n and not n.endswith(".bias")]
+    assert experts and all(isinstance(done.entries[n].data, QTensor) for n in experts)
+    alone = [line for line in done.report if "no token of the calibration text came here" in line]
+    assert {n for n in experts if "no input seen" in done.entries[n].provenance[-1]} == {
+        line.split(": ")[1] for line in alone
+    }
+
+
+def test_options_that_cannot_be() -> None:
+    model = lconvert.read(DEMO)
+    with pytest.raises(OptionError, match="embed is a table that is looked up"):
+        pass_.run(model, pass_.Options("int4", 32, targets=".*"), calibration())
+    with pytest.raises(OptionError, match="no dense matrix matches"):
+        pass_.run(model, pass_.Options("int4", 32, targets="nothing"), calibration())
+    with pytest.raises(OptionError, match="needs a calibration text"):
+        pass_.run(model, pass_.Options("int4", 32))
+    for wrong in ({"order": "random"}, {"damping": 0}, {"refine": -1}, {"alpha": 2}):
+        with pytest.raises(OptionError, match="gptq: "):
+            pass_.Options("int4", 32, **wrong)  # type: ignore[arg-type]
