@@ -225,7 +225,7 @@ def test_bad_options() -> None:
         ({"pattern": "2:4", "per": "row"}, "per row with 2:4"),
         ({"per": "layer"}, "per 'layer': expected one of"),
         ({"steps": 0}, "steps 0; expected a whole number"),
-        ({"damping": 0}, "damping 0; expected a share above 0"),
+        ({"damping": 0}, "damping 0.0; expected a share above 0"),
         ({"targets": "("}, "not a regular expression"),
         ({"pattern": "4:2"}, "expected unstructured, or N:M"),
     ):

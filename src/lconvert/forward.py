@@ -100,8 +100,8 @@ def hf_tensor(model: Model, bind: Bind) -> NDArray[np.float32]:
     return np.ascontiguousarray(out.swapaxes(-1, -2)) if bind.transpose else out
 
 
-def plain_attention(model: Model) -> bool:
-    """Whether attention is a softmax of scaled products and nothing more, which torch computes in one go."""
+def _plain_attention(model: Model) -> bool:
+    """Whether attention is a softmax of scaled products and nothing more."""
     if not isinstance(model.arch, Decoder):
         return False
     return not any(layer.attention.softcap or layer.attention.sinks for _, layer in model.arch.each())
@@ -111,22 +111,23 @@ class Forward:
     """A transformers model whose weights come out of `model` while it runs.
 
     lazily: nothing is loaded before somebody calls `fill`, and what was filled stays until `drop`; otherwise everything outside
-    of the layers is there at once, and layers come and go by themselves. attention: transformers' implementation; "sdpa" is several times
-    faster than "eager", rounds a little differently, and is for models without soft caps and sinks (`plain_attention`).
+    of the layers is there at once, and layers come and go by themselves. fused: attention in one go (torch's
+    scaled_dot_product_attention), several times faster and rounded a little differently, where it is a plain softmax and the class has it.
 
     >>> import lconvert
     >>> Forward(lconvert.read("examples/demo_model")).logits([1, 2, 3]).shape
     (3, 2048)
     """
 
-    def __init__(self, model: Model, *, lazily: bool = False, attention: str = "eager") -> None:
+    def __init__(self, model: Model, *, lazily: bool = False, fused: bool = False) -> None:
         self._torch, transformers = packages()
         arch = find(model.arch.family)
         config = dict(model.config) or arch.config(model.arch)
         with explained(model.source or "the model"):
             hf_config = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
-            hf_config._attn_implementation = attention
             module = getattr(transformers, arch.hf_class)
+            one = fused and getattr(module, "_supports_sdpa", False) and _plain_attention(model)
+            hf_config._attn_implementation = "sdpa" if one else "eager"
             with _parameters_on_meta(self._torch), self._torch.no_grad():
                 self.module = module(hf_config).eval()
         self._model = model

@@ -52,3 +52,11 @@ def load() -> list[Case]:
     """The cases of every file in this folder, in order of file name."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__))
     return [c for n in names for c in importlib.import_module(f"{__name__}.{n}").CASES]
+
+
+def some(per: int) -> list[str]:
+    """Names of the first `per` cases of every architecture: the plainest, and what it is known for."""
+    seen: dict[str, list[str]] = {}
+    for case in load():
+        seen.setdefault(case.model_type, []).append(case.name)
+    return [name for names in seen.values() for name in names[:per]]

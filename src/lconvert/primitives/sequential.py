@@ -18,7 +18,7 @@ from typing import Any
 
 from lconvert import __version__
 from lconvert.errors import InputError, OptionError
-from lconvert.forward import Forward, packages, plain_attention
+from lconvert.forward import Forward, packages
 from lconvert.ir import Entry, Model
 from lconvert.kernels.qtensor import effective
 from lconvert.primitives import budget, text
@@ -213,7 +213,7 @@ class _Run:
     def __init__(self, model: Model, job: Job, shown: text.Windows, device: Any, reference: bool) -> None:
         self.torch, _ = packages()
         self.model, self.shown, self.device, self.reference = model, shown, device, reference
-        self.forward = Forward(model, lazily=True, attention="sdpa" if plain_attention(model) else "eager")
+        self.forward = Forward(model, lazily=True, fused=True)
         self.batch = 1
         self.kwargs: list[Mapping[str, Any]] = []
         self.hidden: Activations
