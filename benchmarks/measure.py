@@ -19,6 +19,8 @@ from lconvert.validators.logits import compare
 from lconvert.validators.logits import windows as split
 from lconvert.validators.rounded_forward import RoundedForward, rounds
 
+_BATCH = 8
+
 
 def encode(model: Model, text: Path) -> list[int]:
     from tokenizers import Tokenizer
@@ -29,6 +31,21 @@ def encode(model: Model, text: Path) -> list[int]:
     return ids
 
 
+def _logits(forward: Forward, texts: list[list[int]]) -> dict[tuple[int, ...], Any]:
+    """Of every window; several at a time, because the weights are put together anew for each call. A dynamic scale of a whole
+    input would span a batch, so rounded inputs go alone."""
+    import torch
+
+    step = 1 if isinstance(forward, RoundedForward) else _BATCH
+    found = {}
+    with torch.no_grad():
+        for i in range(0, len(texts), step):
+            batch = texts[i : i + step]
+            logits = forward.module(torch.tensor(batch), use_cache=False).logits.float().numpy()
+            found |= {tuple(ids): x for ids, x in zip(batch, logits, strict=True)}
+    return found
+
+
 class Yardstick:
     """The source's logits on `windows` windows of a text, BOS first, kept in memory."""
 
@@ -37,13 +54,13 @@ class Yardstick:
         assert model.tokenizer is not None
         bos = next(iter(model.tokenizer.special.get("bos", ())), None)
         self.texts = split(encode(model, text), model.decoder.context, bos, windows)
-        forward = Forward(model)
-        self._logits = {tuple(ids): forward.logits(ids) for ids in self.texts}
+        self._logits = _logits(Forward(model), self.texts)
 
     def __call__(self, candidate: Path) -> dict[str, Any]:
         model = lconvert.read(str(candidate))
         forward = RoundedForward(model) if rounds(model) else Forward(model)
-        models = {"source": lambda ids: self._logits[tuple(ids)], "candidate": forward.logits}
+        got = _logits(forward, self.texts)
+        models = {"source": lambda ids: self._logits[tuple(ids)], "candidate": lambda ids: got[tuple(ids)]}
         found = compare(models, [("source", "candidate")], self.texts)["source", "candidate"].data
         return {
             "kld_mean": found["kld"]["mean"],

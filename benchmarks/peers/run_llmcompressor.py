@@ -22,6 +22,8 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 if not torch.accelerator.is_available():
     IntermediatesCache.pin_memory = lambda self, *_, **__: None
 
+BATCH = 8
+
 
 def integer(bits: int, group: int, *, symmetric: bool = True, observer: str | None = None) -> dict[str, Any]:
     """A weight-only integer scheme of every linear layer but the head."""
@@ -58,10 +60,11 @@ def case(*stages: tuple[Callable[..., Any], dict[str, Any]]) -> Case:
                 recipe=[modifier(**arguments) for modifier, arguments in stages],
                 num_calibration_samples=len(ids),
                 max_seq_length=ids.shape[1],
+                batch_size=BATCH,
             )
         loaded.save_pretrained(task.folder, save_compressed=True)
 
-    return Case(run, {modifier.__name__: arguments for modifier, arguments in stages})
+    return Case(run, {**{modifier.__name__: arguments for modifier, arguments in stages}, "batch": BATCH})
 
 
 SMOOTH = (SmoothQuantModifier, {"smoothing_strength": 0.8})
