@@ -70,10 +70,15 @@ def cases(only: str) -> Iterator[tuple[Method, str, str]]:
                     yield method, maker, case
 
 
+def complete(about: Path) -> bool:
+    """Whether a case is there; one that failed is tried again."""
+    return about.exists() and "error" not in json.loads(about.read_text())
+
+
 def compress(run: Run, maker: str, names: Sequence[str], python: str) -> None:
     """The cases that are not there yet, in the maker's interpreter."""
     wanted = [
-        c for c in dict.fromkeys(names) if run.options.fresh or not run.path(maker, c, ".json").exists()
+        c for c in dict.fromkeys(names) if run.options.fresh or not complete(run.path(maker, c, ".json"))
     ]
     if not wanted:
         return
