@@ -21,7 +21,7 @@ ORDER = {
             ("archs", "kernels"),
             ("formats",),
             ("plan", "forward"),
-            ("interrupt", "written", "executor"),
+            ("interpreters", "interrupt", "written", "executor"),
             ("primitives",),
             ("passes", "recipe", "recipe_check"),
             ("converters",),
@@ -35,6 +35,7 @@ ORDER = {
 HEAVY = {
     "datasets",
     "lm_eval",
+    "modelopt",
     "matplotlib",
     "mlflow",
     "onnx",

@@ -23,9 +23,10 @@ import pytest
 
 import lconvert
 from lconvert.errors import InputError, LconvertError, MissingPackageError, OptionError, RuntimeFailure
+from lconvert.interpreters import interpreter
 from lconvert.validators.runtimes import open_runtime, remote, worker
 from lconvert.validators.runtimes.config import FILE, VARIABLE, RuntimeSettings, load, settings
-from lconvert.validators.runtimes.remote import Remote, close_all, interpreter, probe, workers
+from lconvert.validators.runtimes.remote import Remote, close_all, probe, workers
 from tests.conftest import DEMO
 
 for name in ("torch", "transformers", "llama_cpp"):

@@ -29,6 +29,7 @@ from lconvert.formats import safetensors
 from lconvert.formats.json_object import read_object
 from lconvert.formats.scheme import Held
 from lconvert.forward import hf_tensor
+from lconvert.interpreters import interpreter
 from lconvert.ir import Model, QTensor, Tensor
 from lconvert.kernels.qtensor import values
 from lconvert.passes import fused
@@ -36,7 +37,6 @@ from lconvert.plan import Plan, refusals
 from lconvert.validators import ct_worker, foreign, second_experts, second_reading
 from lconvert.validators.proof import Proof, quantization_config
 from lconvert.validators.runtimes.config import settings
-from lconvert.validators.runtimes.remote import interpreter
 
 #: Names of converters.checkpoint.FORMATS by quant_method, where they are another.
 _FORMAT_OF: Mapping[str, str] = {"modelopt_fp4": "modelopt"}

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lconvert.interpreters import interpreter
 from lconvert.validators import foreign, vllm_config_worker
 from lconvert.validators.proof import Proof, quantization_config
 from lconvert.validators.runtimes.config import settings
-from lconvert.validators.runtimes.remote import interpreter
 
 _BUILDS = {"CpuPlatform": "CPU build", "CudaPlatform": "CUDA build", "UnspecifiedPlatform": "not run here"}
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import lconvert
 from lconvert import errors
 from lconvert.errors import LconvertError, MissingPackageError, OptionError, RuntimeFailure
+from lconvert.interpreters import interpreter
 from lconvert.validators.runtimes import Generation, Purpose, worker
 
 if TYPE_CHECKING:
@@ -34,21 +34,6 @@ if TYPE_CHECKING:
 
 _TAIL = 12  # lines of the process's output in an error message
 _GRACE = 5.0  # seconds that a process gets to end by itself
-
-
-def interpreter(python: str | Path) -> str:
-    """The path of an interpreter given by path or by name; OptionError where there is none.
-
-    Links are kept: an environment's interpreter is a link to the one that it was made from.
-    """
-    wanted = os.path.expanduser(python)
-    found = shutil.which(wanted) or shutil.which(os.path.abspath(wanted))
-    if found is None:
-        what = "is not executable" if Path(python).expanduser().exists() else "does not exist"
-        raise OptionError(
-            f"{python}: this interpreter {what}; give the path of a Python, such as venv/bin/python"
-        )
-    return os.path.abspath(found)
 
 
 class _Log:

