@@ -44,6 +44,26 @@ def test_compress_once(tmp_path: Path) -> None:
     assert lconvert.read(tmp_path / "model.lcir").arch == lconvert.read(DEMO).arch
 
 
+def test_one_model_three_runtimes(tmp_path: Path) -> None:
+    """Compressed tensors arrive as they are, and every runtime measures the same cost but for its own arithmetic."""
+    for name in ("llama_cpp", "onnx", "onnxruntime", "torch", "transformers"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    example = _load("one_model_three_runtimes")
+    folder = example.compressed(DEMO, example.TEXT, tmp_path / "model.lcir", windows=16, context=128)
+    given = os.environ.get("LCONVERT_VLLM_PYTHON") or str(ROOT / ".venv-vllm" / "bin" / "python")
+    rows = example.carry(DEMO, folder, tmp_path, {"vllm": Path(given)}, max_windows=2)
+    assert [r.target for r in rows] == ["gguf", "vllm", "onnx"]
+    for row in rows:
+        assert set(row.verdicts) <= {"exact", "widened"} and sum(row.verdicts.values()) >= 21, row
+    proven = [r for r in rows if r.cost is not None]
+    assert len(proven) == 3 or (os.environ.get("LCONVERT_WITHOUT_VLLM") and len(proven) == 2)
+    exact = next(r for r in proven if r.target == "onnx")
+    assert exact.fidelity < 1e-9 and all(r.passed for r in proven)
+    for row in proven:
+        # a KL divergence is a squared distance: what a runtime adds to the model's own is at most this
+        assert abs(row.cost**0.5 - exact.cost**0.5) <= 1.2 * row.fidelity**0.5 + 1e-6, row
+
+
 @pytest.mark.parametrize(
     "chosen",
     [{}, {"static_cache": True}, {"prefill_only": True}, {"last_logit": True}, {"dialect": "genai"}],
