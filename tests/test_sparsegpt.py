@@ -9,7 +9,8 @@ import torch
 
 from lconvert.errors import InputError, OptionError
 from lconvert.primitives import masks
-from lconvert.primitives.sparsegpt import factor, loss, sweep
+from lconvert.primitives.factor import factor
+from lconvert.primitives.sparsegpt import loss, sweep
 
 HALF, FREE = 0.5, masks.parse("unstructured", "tensor")
 

@@ -8,7 +8,6 @@ chose has no inputs; its weights are rounded with the least squared error of the
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.job import Job, identity
 from lconvert.primitives.placement import Placed, Placement
 from lconvert.primitives.sequential import Block, walk
+from lconvert.primitives.slots import waves
 from lconvert.primitives.statistics import Accumulator, Cross, Hessian, Together
 from lconvert.spec import check
 
@@ -80,10 +80,11 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     for g in made.values():
         method.path(options.settings(), g)
     threads = job.threads or os.cpu_count() or 1
+    most = _HELD if job.memory is None else max(1, job.memory // 4)
 
     def visit(block: Block) -> Mapping[str, Entry]:
         new: dict[str, Entry] = {}
-        for stages in _together(block, wanted, job.memory):
+        for stages in waves(block.stages, wanted, lambda role: 4 * model.entries[role].shape[1] ** 2, most):
             watch: dict[str, Accumulator] = {}
             hessians: list[tuple[tuple[str, ...], Hessian, Cross | None]] = []
             for roles in stages:
@@ -120,26 +121,6 @@ def _grid(entry: Entry, placed: Placed, options: Options, shared: Mapping[str, P
         assert isinstance(entry.data, Tensor)
         peak = Peak((entry.data,)).value()
     return grids.find(placed, entry.shape[1], peak=peak, signed=options.signed, what=entry.name)
-
-
-def _together(block: Block, wanted: Mapping[str, Any], memory: int | None) -> Iterator[list[tuple[str, ...]]]:
-    """Stages that are observed in one pass: one at a time, but experts' of one kind at once, as many as fit."""
-    most = _HELD if memory is None else max(1, memory // 4)
-    held: list[tuple[str, ...]] = []
-    kind, size = "", 0
-    for stage in block.stages:
-        roles = tuple(r for r in stage if r in wanted)
-        if not roles:
-            continue
-        level = re.sub(r"\.experts\.\d+\.", ".experts.", roles[0])
-        need = 4 * block.weight(roles[0]).shape[1] ** 2
-        if held and (level != kind or size + need > most):
-            yield held
-            held, size = [], 0
-        held.append(roles)
-        kind, size = level, size + need
-    if held:
-        yield held
 
 
 def _rounded(

@@ -10,14 +10,14 @@ sweep with the mask given, so that the next step's scores are of re-fitted weigh
 one step does. A matrix's own weights do not change its input, so the statistics hold for all its steps.
 
 The result is dense, in the dtype it had, with exact zeros: that is all a mask is (primitives/zeros.py). Re-fitted weights are rounded to that
-dtype inside the sweep, which makes up for this too. With `grid` the sweep rounds survivors onto it instead, and the result is
-quantized. A matrix that is quantized already is pruned on its codes, by magnitude or wanda.
+dtype inside the sweep, which makes up for this too.
+A matrix that is quantized already is pruned on its codes, by magnitude or wanda.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -114,10 +114,11 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         return check(model.with_entries(new, _summary(options, len(new))))
 
     from lconvert.primitives import sequential
+    from lconvert.primitives.slots import waves
 
     def visit(block: Any) -> Mapping[str, Entry]:
         found: dict[str, Entry] = {}
-        for wave in _waves(block.stages, wanted):
+        for wave in waves(block.stages, wanted, lambda role: 0):
             seen = [_statistics(options) for _ in wave]
             block.observe({role: s for stage, s in zip(wave, seen, strict=True) for role in stage})
             for stage in wave:
@@ -172,18 +173,9 @@ def _chosen(model: Model, options: Options) -> Iterator[tuple[str, Entry]]:
         raise OptionError(f"sparse: no matrix matches targets {options.targets!r}")
 
 
-def _waves(stages: Iterable[tuple[str, ...]], wanted: Mapping[str, Entry]) -> list[list[tuple[str, ...]]]:
-    """What is pruned, by stages in order; those of experts that do the same together, as no expert's input depends on another expert."""
-    out: dict[str, list[tuple[str, ...]]] = {}
-    for stage in stages:
-        if mine := tuple(role for role in stage if role in wanted):
-            out.setdefault(re.sub(r"\.experts\.[0-9]+\.", ".experts.", stage[0]), []).append(mine)
-    return list(out.values())
-
-
 def _held(model: Model, wanted: Mapping[str, Entry], options: Options) -> int:
     """Bytes of statistics and of one factor with its temporaries, for the layer that needs most."""
-    from lconvert.primitives.slots import stages
+    from lconvert.primitives.slots import stages, waves
 
     def bytes_of(wave: list[tuple[str, ...]]) -> int:
         widths = [wanted[stage[0]].shape[1] for stage in wave]
@@ -195,7 +187,8 @@ def _held(model: Model, wanted: Mapping[str, Entry], options: Options) -> int:
 
     layers = range(model.decoder.layers)
     return max(
-        (bytes_of(wave) for i in layers for wave in _waves(stages(model.decoder, i), wanted)), default=0
+        (bytes_of(wave) for i in layers for wave in waves(stages(model.decoder, i), wanted, lambda role: 0)),
+        default=0,
     )
 
 
@@ -226,11 +219,11 @@ def _zeroed(entry: Entry, mask: Any, options: Options, method: str) -> Entry:
 
 def _fitting(name: str, statistics: Any, options: Options, say: Callable[[str], None]) -> Any:
     """The factor that the matrices of a stage share; None where nothing is re-fitted."""
-    from lconvert.primitives import sparsegpt
+    from lconvert.primitives.factor import factor
 
     if not options.refits or not statistics.count:
         return None
-    f = sparsegpt.factor(statistics.sum, options.damping, name)
+    f = factor(statistics.sum, options.damping, name)
     if f.damping != options.damping:
         say(f"sparse: {name}: its Hessian needed a damping of {f.damping:g}")
     if bool(f.dead.any()):

@@ -29,15 +29,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lconvert.errors import InputError, OptionError
+from lconvert.errors import OptionError
 from lconvert.forward import packages
 from lconvert.primitives import sweep
+from lconvert.primitives.factor import factor
 from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.sides import Sides, joined, picked
 
 #: Columns whose errors are gathered before the rest of the matrix hears of them (lazy batches of the paper's 3.3).
 BLOCK = 128
-_RETRIES = 6
 #: Columns per scale from which on the order of columns gains more than fresh scales.
 _WIDE = 64
 
@@ -96,10 +96,9 @@ def inputs(h: Any, order: str, settings: Settings, what: str, cross: Any = None)
     """From h = sum x x^T (cols, cols) fp32, and for GPTAQ cross = sum (x_original - x) x^T. InputError for a Hessian that is no number, or
     singular whatever is added."""
     torch, _ = packages()
-    if not bool(torch.isfinite(h).all()):
-        raise InputError(f"{what}: the sum of its inputs' squares is not finite; a layer before it overflows")
-    notes = []
-    importance = h.diagonal().clone()
+    along = torch.argsort(h.diagonal(), descending=True, stable=True) if order != "none" else None
+    f = factor(h if along is None else h[along][:, along], settings.damping, what)
+    notes, importance = [], h.diagonal().clone()
     dead = importance <= 0
     if bool(dead.any()):
         notes.append(
@@ -109,40 +108,13 @@ def inputs(h: Any, order: str, settings: Settings, what: str, cross: Any = None)
         h = h.clone()
         h.diagonal()[dead] = typical
         importance = torch.where(dead, typical * 1e-3, importance)
-    along = torch.argsort(importance, descending=True, stable=True) if order != "none" else None
-    upper, used = factor(h if along is None else h[along][:, along], settings.damping, what)
-    if used != settings.damping:
-        notes.append(f"its Hessian is singular at a damping of {settings.damping:g}; took {used:g}")
+    if f.damping != settings.damping:
+        notes.append(f"its Hessian is singular at a damping of {settings.damping:g}; took {f.damping:g}")
     extra = None
     if cross is not None:
         c = cross.double() if along is None else cross.double()[along][:, along]
-        wide = upper.double()
-        extra = settings.alpha * ((c @ wide.T).triu(1) @ wide).float()
-    return Inputs(h, importance, along, upper, extra, used, tuple(notes))
-
-
-def factor(h: Any, damping: float, what: str) -> tuple[Any, float]:
-    """U (cols, cols) upper triangular, fp32, with H^-1 = U^T U for the damped H; and the damping that it took.
-
-    Reversing rows and columns turns the one Cholesky factor into the other: H = R R^T with R upper triangular, U = R^-1.
-    """
-    torch, _ = packages()
-    h = h.double()
-    mean = max(float(h.diagonal().mean()), 1e-30)
-    used = damping
-    for _ in range(_RETRIES):
-        damped = h.clone()
-        damped.diagonal().add_(used * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(failed) == 0:
-            eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-            if bool(torch.isfinite(upper).all()):
-                return upper.float(), used
-        used = max(used, 1e-4) * 10
-    raise InputError(
-        f"{what}: its Hessian stays singular at a damping of {used:g}; use more calibration text"
-    )
+        extra = settings.alpha * ((c @ f.upper.T).triu(1) @ f.upper).float()
+    return Inputs(h, importance, along, f.upper.float(), extra, f.damping, tuple(notes))
 
 
 def objective(w: Any, q: Any, h: Any) -> Any:

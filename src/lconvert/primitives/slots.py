@@ -6,8 +6,10 @@ is (out, in). A `Slot` is the pieces of one weight, in the order of its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from lconvert.archs.common import Bind
@@ -102,3 +104,27 @@ def stages(d: Decoder, i: int) -> tuple[tuple[str, ...], ...]:
     else:
         after.append(entering)
     return tuple(tuple(f"layers.{i}.{r}" for r in stage) for stage in (*out, *after, *leaving))
+
+
+def waves(
+    stages: Iterable[tuple[str, ...]], wanted: Container[str], size: Callable[[str], int], most: float = inf
+) -> list[list[tuple[str, ...]]]:
+    """What can be observed in one pass and then changed, in order: the wanted matrices of one stage, or those of all experts that do the same, as no
+    expert's input depends on another one. size: bytes that the statistics of a stage take, by its first matrix; a wave of more than `most` is
+    cut."""
+    levels: dict[str, list[tuple[str, ...]]] = {}
+    for stage in stages:
+        if mine := tuple(role for role in stage if role in wanted):
+            levels.setdefault(re.sub(r"\.experts\.[0-9]+\.", ".experts.", stage[0]), []).append(mine)
+    out: list[list[tuple[str, ...]]] = []
+    for level in levels.values():
+        wave: list[tuple[str, ...]] = []
+        held = 0
+        for stage in level:
+            if wave and held + size(stage[0]) > most:
+                out.append(wave)
+                wave, held = [], 0
+            wave.append(stage)
+            held += size(stage[0])
+        out.append(wave)
+    return out

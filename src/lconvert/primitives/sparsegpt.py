@@ -12,62 +12,25 @@ The mask is chosen as the sweep goes, from the updated weights, by w^2 / U_jj^2:
 rows together (algorithm 1 of the paper), for N:M per group of M columns. Updates are collected per block and applied to the columns
 behind it at once.
 
-The factor is computed in fp64 from H + damp mean(diag H) I; where that is not positive definite the damping grows tenfold. A channel
+The factor is primitives/factor.py's. A channel
 that calibration never drove (H_jj = 0) has nothing to say: its weights are pruned first, and those that stay keep their values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from lconvert.errors import InputError
+from lconvert.primitives.factor import Factor
 from lconvert.primitives.masks import Pattern, count, fits, kept, least
 
 #: Columns whose updates are applied together, and among which an unstructured mask is chosen (the paper's B and Bs).
 BLOCK = 128
 DAMPING = 0.01
-_RETRIES = 3
 
 #: (values of column j as they are now, j) -> values that the column can hold.
 Round = Callable[[Any, int], Any]
-
-
-@dataclass(frozen=True)
-class Factor:
-    """upper: U (in, in) fp64 with H^-1 = U^T U. dead: bool (in,), channels without any input. damping: the one that was needed."""
-
-    upper: Any
-    dead: Any
-    damping: float
-
-
-def factor(h: Any, damping: float = DAMPING, name: str = "weight") -> Factor:
-    """Of a Hessian (in, in), a sum over tokens in any scale. InputError for NaN, and where 1000 times the damping does not help."""
-    torch = _torch()
-    h = h.to(torch.float64).clone()
-    if not bool(h.isfinite().all()):
-        raise InputError(
-            f"{name}: the Hessian of its inputs holds NaN or infinity; look at the calibration text"
-        )
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    diagonal[dead] = mean
-    for attempt in range(_RETRIES + 1):
-        now = damping * 10**attempt
-        damped = h.clone()
-        damped.diagonal().add_(now * mean)
-        # H = R R^T with R upper, the Cholesky factor of the matrix turned around; U is its inverse
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(failed) == 0:
-            eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
-            return Factor(upper, dead, now)
-    raise InputError(
-        f"{name}: the Hessian of its inputs is not positive definite even at {now:g} of its mean diagonal; raise the damping"
-    )
 
 
 def sweep(
