@@ -50,11 +50,15 @@ CASES: Mapping[str, Case] = {
         name: case(name)
         for name in (
             "fp8-dynamic", "fp8-static", "nvfp4", "mxfp4", "nf4", "gptq-w4g128", "gptq-w4g32", "gptq-w3g128", "gptaq-w4g128",
-            "gptaq-w4g32", "gptaq-w3g128", "gptq-nvfp4", "gptq-mxfp4", "gptq-q4_k", "gptq-q3_k", "gptq-q2_k", "awq-w4g128",
-            "autoround-w4g128", "autoround-w4g32", "autoround-w3g128", "autoround-w2g32", "hqq-w4g128", "smoothquant-w8a8",
-            "sparsegpt-50", "sparsegpt-2of4", "wanda-50", "wanda-2of4", "magnitude-50", "magnitude-2of4",
+            "gptq-nvfp4", "gptq-mxfp4", "gptq-q4_k", "smoothquant-w8a8", "sparsegpt-50", "sparsegpt-2of4", "wanda-2of4", "magnitude-50",
         )
     },
+    "gptaq-w4g32": case([{"gptq": {"grid": "int4", "group": 32, "asymmetric": True}}]),
+    "gptaq-w3g128": case([{"gptq": {"grid": "int3", "group": 128, "asymmetric": True}}]),
+    "gptq-q3_k": case([{"gptq": {"grid": "Q3_K"}}]),
+    "gptq-q2_k": case([{"gptq": {"grid": "Q2_K"}}]),
+    "wanda-50": case([{"sparse": {"method": "wanda"}}]),
+    "magnitude-2of4": case([{"sparse": {"method": "magnitude", "pattern": "2:4"}}]),
 }  # fmt: skip
 
 if __name__ == "__main__":

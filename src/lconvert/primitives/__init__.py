@@ -9,6 +9,12 @@
     sites        where factors can move between what makes an activation and what reads it
     folding      factors and rotations multiplied into weights
     hadamard     rotations that spread outliers
+    grids        where weights may lie in the format that will be served (levels, scales, families, sides)
+    gptq         errors of a column made up for by those to come (factor, sweep)
+    masks        which weights are kept, by magnitude or Wanda's score, unstructured or N of every M
+    sparsegpt    masks chosen, and survivors re-fitted, in one sweep
+    hqq          zero points by half-quadratic splitting, without data
+    zeros        which grids hold an exact 0
 
 Methods (lconvert.passes) are compositions of these; nothing here knows a file format or a target.
 """
