@@ -13,6 +13,7 @@ from lconvert.errors import OptionError
 
 PASSES: Mapping[str, str] = {
     "rtn": "Round to nearest on any grid, weights only, no calibration.",
+    "allocate": "A type per matrix under a budget of size or KL divergence, and importance-weighted rounding to it.",
     "activations": "Quantized inputs of matrices: int8, FP8 or NVFP4, dynamic or calibrated on a text.",
     "static": "Static int8 weights and inputs of encoders and convolutional networks, calibrated on examples.",
     "kv": "The KV cache in FP8, calibrated on a text or with scale 1.",

@@ -51,13 +51,14 @@ class Probe:
 
     # --- running ------------------------------------------------------------------------------------------
 
-    def logits(self, batch: int, start: int = 0) -> Any:
-        """Logits (windows, tokens, vocab) of a batch; from layer `start` on, with what entered that layer in the original."""
-        ids = self.batches[batch]
-        if start == 0:
-            return self.module(ids, use_cache=False).logits
-        with self._skipping(self._entering[batch][start], start):
-            return self.module(ids, use_cache=False).logits
+    def logits(self, ids: Any) -> Any:
+        """Logits (windows, tokens, vocab) of token ids (windows, tokens), with gradients where weights want them."""
+        return self.module(ids, use_cache=False).logits
+
+    def windows(self) -> Iterator[Any]:
+        """Every window by itself, ids (1, tokens)."""
+        for batch in self.batches:
+            yield from batch.split(1)
 
     def kld(self, changed: Changed) -> float:
         """Mean KLD of the model with these weights instead of its own."""
@@ -67,7 +68,7 @@ class Probe:
             try:
                 start, total = self._first(changed), 0.0
                 for n in range(len(self.batches)):
-                    total += float(_divergence(self.torch, self._original(n), self.logits(n, start)))
+                    total += float(_divergence(self.torch, self._original(n), self._from(n, start)))
             finally:
                 self._put({}, restore=changed)
         if not math.isfinite(total):
@@ -94,8 +95,8 @@ class Probe:
         hooks = [m.register_forward_pre_hook(watch(roles)) for m, roles in self._watched()]
         try:
             with torch.no_grad():
-                for n in range(len(self.batches)):
-                    self.logits(n)
+                for ids in self.batches:
+                    self.logits(ids)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -137,7 +138,7 @@ class Probe:
         if self._entering:
             return
         kept = sum(b.numel() for b in self.batches) * self.model.decoder.vocab * 4 <= _KEPT
-        for n in range(len(self.batches)):
+        for ids in self.batches:
             entering: list[Any] = []
             hooks = [
                 layer.register_forward_pre_hook(
@@ -154,7 +155,7 @@ class Probe:
                 lambda m, args, out: setattr(self, "_tuples", isinstance(out, tuple))
             )
             try:
-                logits = self.logits(n)
+                logits = self.logits(ids)
             finally:
                 for hook in (*hooks, last, form):
                     hook.remove()
@@ -165,7 +166,14 @@ class Probe:
 
     def _original(self, batch: int) -> Any:
         found = self._logits[batch]
-        return self.logits(batch, len(self.forward.layers)) if found is None else found
+        return self._from(batch, len(self.forward.layers)) if found is None else found
+
+    def _from(self, batch: int, start: int) -> Any:
+        """Logits of a batch, from layer `start` on, with what entered that layer in the original."""
+        if start == 0:
+            return self.logits(self.batches[batch])
+        with self._skipping(self._entering[batch][start], start):
+            return self.logits(self.batches[batch])
 
     def _first(self, changed: Changed) -> int:
         """The first layer that feels the change."""
