@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lconvert
-from lconvert.converters import gguf_names
 from lconvert.archs import find
+from lconvert.converters import gguf_names
 from lconvert.ir import Model
 from lconvert.passes import allocate, observe
 from lconvert.primitives.job import Calibration, Job
@@ -29,7 +31,9 @@ def stock_types(model: Model, ftype: str) -> tuple[dict[str, str], int]:
     """Types by role of a stock mixture, and the size of its file."""
     plan = lconvert.plan_gguf(model, "stock.gguf", ftype=ftype)
     held = {s.name: s.roles for s in gguf_names.layout(find(model.arch.family), model.decoder)}
-    types = {r: i.type for i in plan.items() for r in held.get(i.name, ()) if i.type not in ("F32", "F16", "BF16")}
+    types = {
+        r: i.type for i in plan.items() for r in held.get(i.name, ()) if i.type not in ("F32", "F16", "BF16")
+    }
     return types, plan.size
 
 
@@ -37,6 +41,16 @@ def overhead(model: Model) -> int:
     """Bytes of the file that are no tensors."""
     plan = lconvert.plan_gguf(model, "dense.gguf", ftype="Q8_0")
     return plan.size - sum(-(-i.nbytes // 32) * 32 for i in plan.items())
+
+
+def _short(more: dict[str, Any]) -> str:
+    if not more:
+        return ""
+    types = Counter(more["types"].values())
+    ends = {r: more["types"][r] for r in ("embed", "head") if r in more["types"]}
+    return (
+        f"predicted {more['predicted']:.5f}, on calibration {more['calibration']:.5f}, {dict(types)}, {ends}"
+    )
 
 
 def main() -> None:
@@ -57,33 +71,43 @@ def main() -> None:
     test = Probe(model, observe.windows(model, args.text, 256, args.windows))
     head = overhead(model)
 
-    def search(types: tuple[str, ...]) -> allocate.Search:
-        options = allocate.Options(
-            "gguf", bpw=16, sensitivity=args.sensitivity, types=types, windows=args.calibration_windows, refine=args.refine
-        )  # fmt: skip
-        return allocate.Search(model, options, job)
-
+    options = allocate.Options(
+        "gguf",
+        bpw=16,
+        sensitivity=args.sensitivity,
+        windows=args.calibration_windows,
+        refine=args.refine,
+    )
     start = time.perf_counter()
-    ours = {"allocated, all types": search(()), "allocated, K-quants": search(K_QUANTS)}
+    first = allocate.Search(model, options, job)
     print(f"losses of all options: {time.perf_counter() - start:.0f} s", flush=True)
-    first = next(iter(ours.values()))
+    every = first.items
+    kept = [replace(i, options=tuple(o for o in i.options if o.name in K_QUANTS)) for i in every]
+    ours = {"allocated, all types": every, "allocated, K-quants": kept}
     plain = allocate.Rounding(model, {})
     rows: list[dict[str, Any]] = []
 
     def row(ftype: str, what: str, size: int, kld: float, **more: Any) -> None:
         rows.append({"type": ftype, "label": what, "size": size, "kld_mean": kld, **more})
-        print(f"{ftype:8} {what:22} {size:>10} {kld:.5f}  {more or ''}", flush=True)
+        print(f"{ftype:8} {what:22} {size:>10} {kld:.5f}  {_short(more)}", flush=True)
 
     for ftype in args.types:
         types, size = stock_types(model, ftype)
         row(ftype, "stock", size, test.kld({r: plain.values(r, t) for r, t in types.items()}))
-        row(ftype, "stock + imatrix", size, test.kld({r: first.rounding.values(r, t) for r, t in types.items()}))
-        for what, s in ours.items():
-            found = s.outcome(size - head - s.menu.fixed)
-            chosen = {r: t for i in s.items for r in i.members for t in [found.allocation.chosen[i.name].name]}
-            more = {"predicted": round(found.allocation.loss, 5), "calibration": round(found.measured, 5)}
-            row(ftype, what, found.size + head, test.kld({r: s._values(r, t) for r, t in chosen.items()}), **more)
-            print("   ", {t: sum(v == t for v in chosen.values()) for t in sorted(set(chosen.values()))}, {r: chosen[r] for r in ("embed", "head") if r in chosen})
+        row(
+            ftype,
+            "stock + imatrix",
+            size,
+            test.kld({r: first.rounding.values(r, t) for r, t in types.items()}),
+        )
+        for what, items in ours.items():
+            first.items = items
+            found = first.outcome(size - head - first.menu.fixed)
+            names = found.allocation.names()
+            chosen = {r: names[i.name] for i in items for r in i.members}
+            kld = test.kld({r: first.values(r, t) for r, t in chosen.items()})
+            said = {"predicted": found.allocation.loss, "calibration": found.measured, "types": names}
+            row(ftype, what, found.size + head, kld, **said)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

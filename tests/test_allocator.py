@@ -97,7 +97,13 @@ def test_the_front_ascends_in_size_and_descends_in_loss() -> None:
 
 
 def test_what_an_optimum_cannot_need_is_left_out() -> None:
-    options = (Option("a", 4, 1.0), Option("b", 4, 0.5), Option("c", 6, 0.7), Option("d", 8, 0.5), Option("e", 9, 0.1))
+    options = (
+        Option("a", 4, 1.0),
+        Option("b", 4, 0.5),
+        Option("c", 6, 0.7),
+        Option("d", 8, 0.5),
+        Option("e", 9, 0.1),
+    )
     assert [o.name for o in allocator.useful(options)] == ["b", "e"]
 
 
@@ -115,7 +121,10 @@ def test_what_an_optimum_cannot_need_is_left_out() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_met_says_what_can(call: object, message: str) -> None:
-    items = [Item("a", ("a",), (Option("s", 4, 1.0), Option("l", 8, 0.1))), Item("b", ("b",), (Option("s", 6, 0.2),))]
+    items = [
+        Item("a", ("a",), (Option("s", 4, 1.0), Option("l", 8, 0.1))),
+        Item("b", ("b",), (Option("s", 6, 0.2),)),
+    ]
     with pytest.raises(OptionError, match=message):
         call(items)  # type: ignore[operator]
 

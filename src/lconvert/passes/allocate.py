@@ -12,7 +12,7 @@ that is how a recipe repeats a result, on another text too. The methods of sensi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,9 @@ class Options:
         find_target(self.target)
         given = [n for n in ("bpw", "size", "max_kld") if getattr(self, n) is not None]
         if self.grids and given:
-            raise OptionError(f"allocate: grids say every type, so {given[0]} has no effect; give one of them")
+            raise OptionError(
+                f"allocate: grids say every type, so {given[0]} has no effect; give one of them"
+            )
         if not self.grids and len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise OptionError(f"allocate: needs one of bpw, size and max_kld, found {found}")
@@ -75,7 +77,9 @@ class Options:
         if self.driver not in evolve.DRIVERS:
             raise OptionError(f"allocate: driver {self.driver!r}; choose {', '.join(evolve.DRIVERS)}")
         if self.refine and self.max_kld is not None:
-            raise OptionError("allocate: refine lowers the KLD of a size; it goes with bpw or size, not with max_kld")
+            raise OptionError(
+                "allocate: refine lowers the KLD of a size; it goes with bpw or size, not with max_kld"
+            )
         if self.windows < 1 or self.context < 2 or self.refine < 0:
             raise OptionError("allocate: windows from 1 on, context from 2, refine from 0")
         try:
@@ -119,7 +123,9 @@ def applied(model: Model, grids: Mapping[str, str], options: Options, job: Job) 
         importance = probe.inputs()
     round_ = Rounding(model, importance)
     entries = {e.name: round_.entry(e.name, str(p)) for e, p in placed}
-    return check(model.with_entries(entries, f"allocate: {len(entries)} tensors to types of {options.target}"))
+    return check(
+        model.with_entries(entries, f"allocate: {len(entries)} tensors to types of {options.target}")
+    )
 
 
 def _windows(model: Model, options: Options, job: Job) -> list[list[int]]:
@@ -150,9 +156,17 @@ class Rounding:
 
     def values(self, role: str, type_: str) -> NDArray[np.float32]:
         """fp32 (out, in) of a matrix on a type."""
+        from lconvert import kernels
         from lconvert.kernels.qtensor import values
 
-        return values(self.model.entries[role].data if type_ == NONE else self.tensor(role, type_))
+        data = self.model.entries[role].data
+        if type_ == NONE:
+            return values(data)
+        if type_ in kernels.BLOCKS:  # ggml's own dequantizer is faster than codes and scales one by one
+            assert isinstance(data, Tensor)
+            blocks = block_rows(data, type_, self.importance.get(role))(0, data.rows)
+            return kernels.dequantize(type_, blocks, data.shape[1])
+        return values(self.tensor(role, type_))
 
     def entry(self, role: str, type_: str) -> Entry:
         entry = self.model.entries[role]
@@ -161,21 +175,24 @@ class Rounding:
 
 
 def weighted_blocks(t: Tensor, type_: str, importance: NDArray[np.float32] | None) -> QTensor:
-    """A dense matrix in a GGUF block type, lazily; importance (in,) as ggml's imatrix, ones where a type needs some."""
+    """A dense matrix in a GGUF block type, lazily; importance (in,) as ggml's imatrix."""
+    from lconvert import kernels
+    from lconvert.formats.gguf_blocks import raised
+
+    shape = (t.rows, kernels.BLOCKS[type_].row_bytes(t.shape[1]))
+    return raised(type_, Tensor(shape, "U8", block_rows(t, type_, importance), t.origin, t.files))
+
+
+def block_rows(t: Tensor, type_: str, importance: NDArray[np.float32] | None) -> Callable[[int, int], Any]:
+    """What reads rows of a matrix as blocks; without importances they are ones where a type needs some."""
     import numpy as np
 
     from lconvert import kernels
-    from lconvert.formats.gguf_blocks import raised
     from lconvert.kernels.reference import NEEDS_WEIGHTS
 
-    block = kernels.BLOCKS[type_]
     if importance is None and type_ in NEEDS_WEIGHTS:
         importance = np.ones(t.shape[1], np.float32)
-
-    def read(start: int, stop: int) -> Any:
-        return kernels.quantize(type_, t.read(start, stop), t.dtype, importance)
-
-    return raised(type_, Tensor((t.rows, block.row_bytes(t.shape[1])), "U8", read, t.origin, t.files))
+    return lambda start, stop: kernels.quantize(type_, t.read(start, stop), t.dtype, importance)
 
 
 class Search:
@@ -190,14 +207,12 @@ class Search:
         self.rounding = Rounding(model, self.probe.inputs())
         self._cached: dict[tuple[str, str], NDArray[np.float32]] = {}
         self._bytes = 0
-        self.costs = sensitivity.costs(
-            options.sensitivity, self.probe, job.calibration.seed, tell=job.tell
-        )
+        self.costs = sensitivity.costs(options.sensitivity, self.probe, job.calibration.seed, tell=job.tell)
         self.items = [self._item(c, n) for n, c in enumerate(self.menu.choices)]
 
     # --- losses ----------------------------------------------------------------------------------------------
 
-    def _values(self, role: str, type_: str) -> NDArray[np.float32]:
+    def values(self, role: str, type_: str) -> NDArray[np.float32]:
         key = role, type_
         if key in self._cached:
             return self._cached[key]
@@ -211,7 +226,7 @@ class Search:
         original = {r: self.rounding.values(r, NONE) for r in choice.roles}
         options = []
         for name, size in choice.sizes.items():
-            rounded = {r: self._values(r, name) for r in choice.roles if name != NONE}
+            rounded = {r: self.values(r, name) for r in choice.roles if name != NONE}
             loss = self.costs.loss(original, rounded) if rounded else 0.0
             options.append(Option(name, size, loss))
         self.job.tell("losses of types", done + 1, len(self.menu.choices))
@@ -221,7 +236,7 @@ class Search:
         """KLD of the whole allocated model on the calibration windows."""
         roles = {i.name: i.members for i in self.items}
         types = allocation.names()
-        return self.probe.kld({r: self._values(r, t) for n, t in types.items() for r in roles[n] if t != NONE})
+        return self.probe.kld({r: self.values(r, t) for n, t in types.items() for r in roles[n] if t != NONE})
 
     # --- budgets -----------------------------------------------------------------------------------------------
 
@@ -288,7 +303,9 @@ class Search:
         size = best.size + self.menu.fixed
         front = tuple((a.size + self.menu.fixed, a.loss, a.names()) for a in allocator.front(self.items))
         unseen = [r for r in self.costs.unseen if r not in self.rounding.importance]
-        notes = (f"allocate: the text never met {', '.join(unseen)}; costed without inputs",) if unseen else ()
+        notes = (
+            (f"allocate: the text never met {', '.join(unseen)}; costed without inputs",) if unseen else ()
+        )
         return Outcome(best, size, 8 * size / self.menu.weights, measured, self.grids(best), front, notes)
 
     def grids(self, allocation: Allocation) -> dict[str, str]:
@@ -301,7 +318,11 @@ class Search:
                 name = re.escape(role)
                 if experts and len(experts) > 1:
                     name = re.sub(r"experts\\\.\d+", r"experts\\.\\d+", name)
-                layer, _, rest = name.removeprefix(r"layers\.").partition(r"\.") if role.startswith("layers.") else ("", "", name)
+                layer, _, rest = (
+                    name.removeprefix(r"layers\.").partition(r"\.")
+                    if role.startswith("layers.")
+                    else ("", "", name)
+                )
                 members = found.setdefault((rest, types[item.name]), [])
                 if layer not in members:
                     members.append(layer)
@@ -315,7 +336,10 @@ class Search:
         """The model on the types of an outcome."""
         types = outcome.allocation.names()
         entries = {
-            r: self.rounding.entry(r, types[i.name]) for i in self.items for r in i.members if types[i.name] != NONE
+            r: self.rounding.entry(r, types[i.name])
+            for i in self.items
+            for r in i.members
+            if types[i.name] != NONE
         }
         note = f"allocate: {len(entries)} tensors, {outcome.bpw:.3f} bits per weight, KLD {outcome.measured:.3g} on the calibration text"
         told = replace(self.model, report=(*self.model.report, *outcome.notes))

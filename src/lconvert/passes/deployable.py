@@ -119,7 +119,10 @@ def menu(model: Model, target: str, types: tuple[str, ...] = (), only: str = "")
     chosen = [
         r
         for r, e in model.entries.items()
-        if isinstance(e.data, Tensor) and len(e.shape) == 2 and re.fullmatch(t.roles, r) and (not only or re.fullmatch(only, r))
+        if isinstance(e.data, Tensor)
+        and len(e.shape) == 2
+        and re.fullmatch(t.roles, r)
+        and (not only or re.fullmatch(only, r))
     ]
     together = {role: group for group in t.fused(d) for role in group}
     choices: dict[str, Choice] = {}

@@ -77,7 +77,9 @@ def within(items: Sequence[Item], budget: int) -> Allocation:
     sizes, losses = _columns(kept)
     unit = math.gcd(*map(int, sizes)) or 1
     room = (budget - smallest) // unit
-    at = _solve(kept, losses, [s / unit for s in sizes], room + 0.5)  # half a unit: no rounding of the solver reaches it
+    at = _solve(
+        kept, losses, [s / unit for s in sizes], room + 0.5
+    )  # half a unit: no rounding of the solver reaches it
     return _allocation(items, kept, at)
 
 

@@ -90,7 +90,11 @@ def _mutated(
 
 
 def _step(
-    chosen: dict[str, Option], options: Mapping[str, Sequence[Option]], name: str, way: int, chance: random.Random
+    chosen: dict[str, Option],
+    options: Mapping[str, Sequence[Option]],
+    name: str,
+    way: int,
+    chance: random.Random,
 ) -> None:
     """The next option of an item in size, up or down, if there is one; types of equal size are taken by chance."""
     size = chosen[name].size
@@ -112,7 +116,9 @@ def _optuna(
     try:
         import optuna
     except ImportError:
-        raise MissingPackageError("optuna is not installed: pip install optuna, or choose the driver evolve") from None
+        raise MissingPackageError(
+            "optuna is not installed: pip install optuna, or choose the driver evolve"
+        ) from None
     best, value = start, before
     by_name = {item.name: {o.name: o for o in item.options} for item in items}
 

@@ -46,8 +46,11 @@ class Probe:
         self._parameters = {
             name: (p, roles_of(self.forward, model, name)) for name, p in self.module.named_parameters()
         }
-        self._entering: list[list[Any]] = []  # per batch: the input of every layer, then the output of the last
+        self._entering: list[
+            list[Any]
+        ] = []  # per batch: the input of every layer, then the output of the last
         self._logits: list[Any] = []
+        self._tuples = False  # whether layers return their output in a tuple
 
     # --- running ------------------------------------------------------------------------------------------
 
@@ -72,7 +75,9 @@ class Probe:
             finally:
                 self._put({}, restore=changed)
         if not math.isfinite(total):
-            raise InputError(f"{self.model.source}: logits are not finite after rounding {', '.join(changed)}")
+            raise InputError(
+                f"{self.model.source}: logits are not finite after rounding {', '.join(changed)}"
+            )
         return max(0.0, total / self.tokens)
 
     def inputs(self) -> dict[str, NDArray[np.float32]]:
@@ -139,30 +144,32 @@ class Probe:
             return
         kept = sum(b.numel() for b in self.batches) * self.model.decoder.vocab * 4 <= _KEPT
         for ids in self.batches:
-            entering: list[Any] = []
-            hooks = [
-                layer.register_forward_pre_hook(
-                    lambda m, args, kwargs: entering.append(args[0] if args else kwargs["hidden_states"]),
-                    with_kwargs=True,
-                )
-                for layer in self.forward.layers
-            ]
-            last = self.forward.layers[-1].register_forward_hook(
-                lambda m, args, out: entering.append(out[0] if isinstance(out, tuple) else out)
-            )
-            self._tuples = False
-            form = self.forward.layers[0].register_forward_hook(
-                lambda m, args, out: setattr(self, "_tuples", isinstance(out, tuple))
-            )
-            try:
-                logits = self.logits(ids)
-            finally:
-                for hook in (*hooks, last, form):
-                    hook.remove()
+            logits, entering = self._watched_run(ids)
             if not bool(logits.isfinite().all()):
-                raise InputError(f"{self.model.source}: its logits are not finite; nothing can be compared with them")
+                raise InputError(
+                    f"{self.model.source}: its logits are not finite; nothing can be compared with them"
+                )
             self._entering.append(entering)
             self._logits.append(logits if kept else None)
+
+    def _watched_run(self, ids: Any) -> tuple[Any, list[Any]]:
+        """Logits of the original, and what enters every layer and leaves the last."""
+        entering: list[Any] = []
+
+        def before(layer: Any, args: Any, kwargs: Any) -> None:
+            entering.append(args[0] if args else kwargs["hidden_states"])
+
+        def after(layer: Any, args: Any, out: Any) -> None:
+            self._tuples = isinstance(out, tuple)
+            entering.append(out[0] if self._tuples else out)
+
+        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self.forward.layers]
+        hooks.append(self.forward.layers[-1].register_forward_hook(after))
+        try:
+            return self.logits(ids), entering
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _original(self, batch: int) -> Any:
         found = self._logits[batch]

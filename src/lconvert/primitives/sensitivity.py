@@ -46,12 +46,16 @@ class Costs:
     unseen: tuple[str, ...] = ()
 
 
-def _added(one: Callable[[str, NDArray[np.float32], NDArray[np.float32]], float]) -> Callable[[Changed, Changed], float]:
+def _added(
+    one: Callable[[str, NDArray[np.float32], NDArray[np.float32]], float],
+) -> Callable[[Changed, Changed], float]:
     """The sum over matrices of what one costs: one(role, original, difference)."""
     return lambda original, rounded: sum(one(role, w, rounded[role] - w) for role, w in original.items())
 
 
-def costs(method: str, probe: Probe, seed: int = 0, *, probes: int = 8, tell: Progress | None = None) -> Costs:
+def costs(
+    method: str, probe: Probe, seed: int = 0, *, probes: int = 8, tell: Progress | None = None
+) -> Costs:
     """How to cost a rounding by `method`, with all that needs the model run once. probes: Rademacher vectors of `hessian`."""
     if method not in METHODS:
         raise OptionError(f"sensitivity {method!r}; choose {', '.join(METHODS)}")
@@ -71,7 +75,9 @@ def costs(method: str, probe: Probe, seed: int = 0, *, probes: int = 8, tell: Pr
         return Costs(_added(lambda role, w, delta: 0.5 * _weighted(delta, diagonal[role])))
     inputs, outputs = probe.inputs(), output_gradients(probe, seed, tell=say)
     stacked = fisher(probe, seed, tell=say, only=lambda role: role not in outputs and ".experts." in role)
-    used = tuple(r for r, e in probe.model.entries.items() if len(e.shape) == 2 and r not in ("embed", "pos_embed"))
+    used = tuple(
+        r for r, e in probe.model.entries.items() if len(e.shape) == 2 and r not in ("embed", "pos_embed")
+    )
 
     def factored(role: str, w: NDArray[np.float32], delta: NDArray[np.float32]) -> float:
         if role in stacked:
@@ -144,7 +150,9 @@ def fisher(
     with _requiring(p for _, p, _ in held):
         for n, ids in enumerate(windows):
             loss = _drawn_loss(probe, ids, generator)
-            for total, g in zip(sums, torch.autograd.grad(loss, [p for _, p, _ in held], allow_unused=True), strict=True):
+            for total, g in zip(
+                sums, torch.autograd.grad(loss, [p for _, p, _ in held], allow_unused=True), strict=True
+            ):
                 if g is not None:
                     total.addcmul_(g, g)
             if tell is not None:
@@ -227,9 +235,7 @@ def hessian_traces(
     found: dict[str, float] = {}
     with _requiring(p for _, p, _ in held):
         for k in range(probes):
-            signs = [
-                (torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1) for _, p, _ in held
-            ]
+            signs = [(torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1) for _, p, _ in held]
             for ids in probe.windows():
                 first = torch.autograd.grad(
                     _text_loss(probe, ids), [p for _, p, _ in held], create_graph=True, allow_unused=True
