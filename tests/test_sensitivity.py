@@ -42,7 +42,9 @@ def _moved(model: Model, role: str, by: float = 0.05, seed: int = 1) -> np.ndarr
     return (w + by * w.std() * np.random.default_rng(seed).normal(size=w.shape)).astype(np.float32)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma3_text", "phi3", "qwen3_moe", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mixtral", "gpt2", "gemma3_text", "phi3", "qwen3_moe", "gpt_neox"]
+)
 def test_a_measurement_equals_two_whole_models(family: str, tmp_path: Path) -> None:
     """Layers before the change are not run again, and nothing of the change stays."""
     case = importlib.import_module(f"tests.arch_cases.{family}").CASES[0]
@@ -102,7 +104,9 @@ def test_fisher_is_the_expected_square_of_the_gradient(tiny: Model) -> None:
     """Labels drawn by the model, a window at a time: unbiased, so many draws come near the exact sum."""
     window = _windows(24, 1, 6)
     exact = _exact_fisher(Probe(tiny, window), "model.layers.0.self_attn.v_proj.weight")
-    drawn = sensitivity.fisher(Probe(tiny, window * 800), only=lambda r: r == "layers.0.attn.v")["layers.0.attn.v"]
+    drawn = sensitivity.fisher(Probe(tiny, window * 800), only=lambda r: r == "layers.0.attn.v")[
+        "layers.0.attn.v"
+    ]
     assert drawn.sum() == pytest.approx(exact.sum(), rel=0.1)
     assert np.corrcoef(drawn.ravel(), exact.ravel())[0, 1] > 0.97
 
@@ -143,7 +147,9 @@ def test_estimates_are_near_what_is_measured(family: str, method: str, tmp_path:
         changed = {role: _moved(model, role, 0.02)}
         estimated.append(cost.loss({role: values(model.entries[role].data)}, changed))
         measured.append(probe.kld(changed))
-    print(family, method, [f"{r} {e:.2e} {m:.2e}" for r, e, m in zip(roles, estimated, measured, strict=True)])
+    print(
+        family, method, [f"{r} {e:.2e} {m:.2e}" for r, e, m in zip(roles, estimated, measured, strict=True)]
+    )
     assert sum(estimated) == pytest.approx(sum(measured), rel=0.4)
     for role, e, m in zip(roles, estimated, measured, strict=True):
         assert m < 3e-7 or 1 / 3 < e / m < 3, role

@@ -238,6 +238,10 @@ class Search:
         types = allocation.names()
         return self.probe.kld({r: self.values(r, t) for n, t in types.items() for r in roles[n] if t != NONE})
 
+    def measure_all(self, type_: str) -> float:
+        """KLD with every matrix on one type."""
+        return self.probe.kld({r: self.values(r, type_) for i in self.items for r in i.members})
+
     # --- budgets -----------------------------------------------------------------------------------------------
 
     def budget(self) -> int:
@@ -257,7 +261,7 @@ class Search:
         """The best allocation for the options' budget, or for `budget` bytes of items."""
         measured = None
         if budget is None and self.options.max_kld is not None:
-            best, measured = self._below(self.options.max_kld)
+            best, measured = self.below(self.options.max_kld)
         else:
             budget = self.budget() if budget is None else budget
             best = allocator.within(self.items, budget)
@@ -269,7 +273,7 @@ class Search:
             best, measured = found.allocation, found.measured
         return self._told(best, self.measure(best) if measured is None else measured)
 
-    def _below(self, bound: float) -> tuple[Allocation, float]:
+    def below(self, bound: float) -> tuple[Allocation, float]:
         """The smallest allocation, of optima by predicted loss, that measures at most `bound`: bisection on the budget."""
         points = allocator.front(self.items, 33)
         low, high = 0, len(points) - 1
@@ -302,35 +306,13 @@ class Search:
     def _told(self, best: Allocation, measured: float) -> Outcome:
         size = best.size + self.menu.fixed
         front = tuple((a.size + self.menu.fixed, a.loss, a.names()) for a in allocator.front(self.items))
+        types = best.names()
+        roles = {r: types[i.name] for i in self.items for r in i.members}
         unseen = [r for r in self.costs.unseen if r not in self.rounding.importance]
         notes = (
             (f"allocate: the text never met {', '.join(unseen)}; costed without inputs",) if unseen else ()
         )
-        return Outcome(best, size, 8 * size / self.menu.weights, measured, self.grids(best), front, notes)
-
-    def grids(self, allocation: Allocation) -> dict[str, str]:
-        """Regular expression -> type: layers of one role and type together."""
-        types = allocation.names()
-        found: dict[tuple[str, str], list[str]] = {}
-        for item in self.items:
-            experts = {r.split(".experts.")[1].split(".")[0] for r in item.members if ".experts." in r}
-            for role in item.members:
-                name = re.escape(role)
-                if experts and len(experts) > 1:
-                    name = re.sub(r"experts\\\.\d+", r"experts\\.\\d+", name)
-                layer, _, rest = (
-                    name.removeprefix(r"layers\.").partition(r"\.")
-                    if role.startswith("layers.")
-                    else ("", "", name)
-                )
-                members = found.setdefault((rest, types[item.name]), [])
-                if layer not in members:
-                    members.append(layer)
-        out = {}
-        for (rest, type_), layers in found.items():
-            at = layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
-            out[rf"layers\.{at}\.{rest}" if layers != [""] else rest] = type_
-        return out
+        return Outcome(best, size, 8 * size / self.menu.weights, measured, patterns(roles), front, notes)
 
     def model_of(self, outcome: Outcome) -> Model:
         """The model on the types of an outcome."""
@@ -344,3 +326,29 @@ class Search:
         note = f"allocate: {len(entries)} tensors, {outcome.bpw:.3f} bits per weight, KLD {outcome.measured:.3g} on the calibration text"
         told = replace(self.model, report=(*self.model.report, *outcome.notes))
         return check(told.with_entries(entries, note))
+
+
+def patterns(types: Mapping[str, str]) -> dict[str, str]:
+    """Types by role as regular expression -> type: layers of one role and type together, and all experts of a layer where they agree."""
+    experts: dict[str, set[str]] = {}
+    for role, type_ in types.items():
+        experts.setdefault(_any_expert(role), set()).add(type_)
+    found: dict[tuple[str, str], list[str]] = {}
+    for role, type_ in types.items():
+        name = _any_expert(role) if len(experts[_any_expert(role)]) == 1 else re.escape(role)
+        layer, rest = "", name
+        if name.startswith(r"layers\."):
+            layer, _, rest = name.removeprefix(r"layers\.").partition(r"\.")
+        layers = found.setdefault((rest, type_), [])
+        if layer not in layers:
+            layers.append(layer)
+    out = {}
+    for (rest, type_), layers in found.items():
+        at = layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
+        out[rf"layers\.{at}\.{rest}" if layers != [""] else rest] = type_
+    return out
+
+
+def _any_expert(role: str) -> str:
+    """The pattern of a role in whichever expert of its layer."""
+    return re.sub(r"experts\\\.\d+", lambda m: r"experts\.\d+", re.escape(role))

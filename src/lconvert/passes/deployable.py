@@ -112,7 +112,7 @@ def find_target(name: str) -> Target:
 def menu(model: Model, target: str, types: tuple[str, ...] = (), only: str = "") -> Menu:
     """types: instead of the target's own. only: regular expression of the matrices that get a choice. OptionError where there is none."""
     t, d = find_target(target), model.decoder
-    wanted = types or t.types
+    wanted = tuple(n.upper() if n.upper() in BLOCKS else n for n in types) or t.types
     for name in wanted:
         if name != NONE:
             check("allocate", parse("allocate", name, -1))
