@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lconvert.cli import calibrating
+from lconvert.cli import allocating, calibrating
 from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     no_card_option,
@@ -21,12 +21,11 @@ from lconvert.cli.common import (
 
 @click.command("compress")
 @click.argument("source")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder, NAME.lcir."
-)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder, NAME.lcir.")
 @click.option(
     "--recipe", help="Recipe file (YAML) or name; see `lconvert recipes`. Without one, a plain copy."
 )
+@allocating.options
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
@@ -36,7 +35,7 @@ from lconvert.cli.common import (
 @threads_option
 def command(
     source: str,
-    output: Path,
+    output: Path | None,
     recipe: str | None,
     dry_run: bool,
     as_json: bool,
@@ -45,8 +44,10 @@ def command(
     no_card: bool,
     threads: int | None,
     how: How,
+    **given: Any,
 ) -> int:
-    """Compress SOURCE by a recipe and write it as an .lcir folder, which every converter reads.
+    """Compress SOURCE by a recipe, or by choosing a type per matrix under a budget (--target), and write it as an .lcir folder, which
+    every converter reads.
 
     --method takes the place of round-to-nearest in the recipe; without one it rounds to int4 in groups of 128.
 
@@ -55,6 +56,8 @@ def command(
       lconvert compress ./my-model -o my-model.lcir --recipe int4-g128
       lconvert compress ./my-model -o my-model.lcir --recipe fp8-static --calibrate text.txt
       lconvert compress ./my-model -o my-model.lcir --recipe recipe.yaml
+      lconvert compress ./my-model -o my-model.lcir --target gguf --bpw 4.25 --calibrate text.txt
+      lconvert compress ./my-model --target gguf --max-kld 0.02 --calibrate text.txt --recipe-out small.yaml
       lconvert hf-to-gguf my-model.lcir -o my-model.gguf
     """
     import lconvert
@@ -64,8 +67,15 @@ def command(
     from lconvert.executor import execute
     from lconvert.primitives.job import Job
 
-    if output.suffix != ".lcir":
+    wanted = allocating.request(given)
+    if output is None and wanted.recipe_out is None:
+        raise OptionError(
+            "nothing to write: give an output with -o NAME.lcir, or --recipe-out FILE with --target"
+        )
+    if output is not None and output.suffix != ".lcir":
         raise OptionError(f"{output}: the output must end in .lcir")
+    if wanted.wanted and (recipe or how.method):
+        raise OptionError("--recipe, --method and --target all say what becomes of each matrix; give one")
     passes = recipes.load(recipe) if recipe else recipes.Recipe("", ())
     if how.method is not None:
         passes = methods.applied(
@@ -74,6 +84,11 @@ def command(
     model = lconvert.read(source)
     if how.method is not None:
         methods.something_to_round(how.method, passes, model)
+    if wanted.wanted:
+        job = Job(how.calibrated(passes), how.device, threads=threads)
+        model = allocating.run(model, wanted, job, quiet=as_json)
+    if output is None:
+        return 0
     if dry_run:
         outline = methods.outline(passes)
         plan = lcir.plan(outline.apply(model, Job(how.calibrated(passes))), {})

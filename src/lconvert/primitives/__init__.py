@@ -15,6 +15,10 @@
     sparsegpt    masks chosen, and survivors re-fitted, in one sweep
     hqq          zero points by half-quadratic splitting, without data
     zeros        which grids hold an exact 0
+    allocator    one choice per item under a budget, exactly
+    probe        what changing some weights does to a model's predictions
+    sensitivity  what rounding a matrix costs: imatrix, Fisher, Hessian trace, measured
+    evolve       improving an allocation on what it measures
 
 Methods (lconvert.passes) are compositions of these; nothing here knows a file format or a target.
 """

@@ -1,0 +1,171 @@
+"""What rounding costs: the probe against two whole models, estimates against exact sums and against what is measured."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import lconvert
+from lconvert.errors import OptionError
+from lconvert.forward import Forward
+from lconvert.ir import Model, dense
+from lconvert.kernels.qtensor import values
+from lconvert.primitives import sensitivity
+from lconvert.primitives.probe import Probe
+from tests import random_models
+from tests.arch_cases import Case
+from tests.built_models import kld
+
+_TINY = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 24, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def _windows(vocab: int, count: int = 2, length: int = 24) -> list[list[int]]:
+    return np.random.default_rng(0).integers(0, vocab, (count, length)).tolist()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Few enough weights for exact sums over all of them."""
+    return lconvert.read(random_models.build(Case("tiny", "llama", _TINY), tmp_path_factory.mktemp("tiny")))
+
+
+def _moved(model: Model, role: str, by: float = 0.05, seed: int = 1) -> np.ndarray:
+    w = values(model.entries[role].data)
+    return (w + by * w.std() * np.random.default_rng(seed).normal(size=w.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mixtral", "gpt2", "gemma3_text", "phi3", "qwen3_moe", "gpt_neox"]
+)
+def test_a_measurement_equals_two_whole_models(family: str, tmp_path: Path) -> None:
+    """Layers before the change are not run again, and nothing of the change stays."""
+    case = importlib.import_module(f"tests.arch_cases.{family}").CASES[0]
+    model = lconvert.read(random_models.build(case, tmp_path / "m"))
+    windows = _windows(model.decoder.vocab)
+    probe = Probe(model, windows)
+    reference = np.concatenate([Forward(model).logits(w) for w in windows])
+    wanted = ("layers.0.attn.q", f"layers.{model.decoder.layers - 1}.attn.o", "embed", "head",
+              *(r for r in model.entries if r.endswith(("0.mlp.down", "experts.1.up"))))  # fmt: skip
+    assert probe.kld({}) == 0.0
+    for role in (r for r in wanted if r in model.entries):
+        changed = _moved(model, role)
+        other = model.with_entries({role: replace(model.entries[role], data=dense(changed))})
+        logits = np.concatenate([Forward(other).logits(w) for w in windows])
+        assert probe.kld({role: changed}) == pytest.approx(kld(reference, logits).mean(), rel=0.02, abs=3e-8)
+        assert probe.kld({}) == 0.0
+    for name, parameter, roles in probe.matrices():
+        for role in roles:
+            np.testing.assert_array_equal(probe.part(name, parameter, role), values(model.entries[role].data))
+
+
+def test_logits_that_are_not_kept_are_computed_again(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows, changed = _windows(24), {"layers.1.mlp.up": _moved(tiny, "layers.1.mlp.up")}
+    kept = Probe(tiny, windows).kld(changed)
+    monkeypatch.setattr("lconvert.primitives.probe._KEPT", 0)
+    assert Probe(tiny, windows).kld(changed) == pytest.approx(kept, rel=1e-5)
+
+
+def test_importances_are_mean_squares_of_inputs(tiny: Model) -> None:
+    windows = _windows(24)
+    probe = Probe(tiny, windows)
+    seen: list[np.ndarray] = []
+    forward = Forward(tiny)
+    forward.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0].numpy()[0]))
+    for w in windows:
+        forward.logits(w)
+    found = probe.inputs()
+    np.testing.assert_allclose(found["layers.1.mlp.down"], np.square(np.concatenate(seen)).mean(0), rtol=1e-5)
+    assert set(found) == {r for r, e in tiny.entries.items() if len(e.shape) == 2} - {"embed"}
+
+
+def _exact_fisher(probe: Probe, name: str) -> np.ndarray:
+    """sum over tokens and labels of p(y) (d ln p(y) / dw)^2, per token."""
+    parameter = dict(probe.module.named_parameters())[name].requires_grad_(True)
+    total = torch.zeros_like(parameter)
+    for ids in probe.windows():
+        logp = torch.log_softmax(probe.logits(ids), -1)[0]
+        for row in logp:
+            for y in range(len(row)):
+                (g,) = torch.autograd.grad(row[y], parameter, retain_graph=True)
+                total += row[y].exp().detach() * g * g
+    parameter.requires_grad_(False)
+    return (total / probe.tokens).numpy()
+
+
+def test_fisher_is_the_expected_square_of_the_gradient(tiny: Model) -> None:
+    """Labels drawn by the model, a window at a time: unbiased, so many draws come near the exact sum."""
+    window = _windows(24, 1, 6)
+    exact = _exact_fisher(Probe(tiny, window), "model.layers.0.self_attn.v_proj.weight")
+    drawn = sensitivity.fisher(Probe(tiny, window * 800), only=lambda r: r == "layers.0.attn.v")[
+        "layers.0.attn.v"
+    ]
+    assert drawn.sum() == pytest.approx(exact.sum(), rel=0.1)
+    assert np.corrcoef(drawn.ravel(), exact.ravel())[0, 1] > 0.97
+
+
+def test_hutchinson_agrees_with_the_exact_trace(tiny: Model) -> None:
+    """v^T H v with v one unit vector after another is the trace; random signs give it in the mean."""
+    probe = Probe(tiny, _windows(24, 1, 12))
+    (ids,) = probe.windows()
+    wanted = {"layers.0.attn.v": "model.layers.0.self_attn.v_proj.weight", "layers.1.mlp.down": "model.layers.1.mlp.down_proj.weight"}  # fmt: skip
+    found = sensitivity.hessian_traces(probe, probes=400)
+    for role, name in wanted.items():
+        parameter = dict(probe.module.named_parameters())[name].requires_grad_(True)
+        loss = sensitivity._text_loss(probe, ids) / probe.tokens
+        (first,) = torch.autograd.grad(loss, parameter, create_graph=True)
+        exact = sum(
+            float(torch.autograd.grad(g, parameter, retain_graph=True)[0].reshape(-1)[i])
+            for i, g in enumerate(first.reshape(-1))
+        )
+        parameter.requires_grad_(False)
+        assert found[role] == pytest.approx(exact, rel=0.2)
+    assert set(found) == {r for r, e in tiny.entries.items() if len(e.shape) == 2}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "gpt2"])
+@pytest.mark.parametrize("method", ["imatrix", "fisher"])
+def test_estimates_are_near_what_is_measured(family: str, method: str, tmp_path: Path) -> None:
+    """Small random errors in every kind of matrix; the sum over kinds is within 40%, each kind within a factor of 3."""
+    case = importlib.import_module(f"tests.arch_cases.{family}").CASES[0]
+    model = lconvert.read(random_models.build(case, tmp_path / "m"))
+    probe = Probe(model, _windows(model.decoder.vocab, 12, 32))
+    cost = sensitivity.costs(method, probe)
+    assert cost.unseen == ()
+    kinds = ("attn.q", "attn.v", "attn.o", "mlp.up", "mlp.down", "experts.0.up", "experts.0.down")
+    roles = [r for r in model.entries if r.startswith("layers.1.") and r.endswith(kinds)]
+    roles += [r for r in ("embed", "head") if r in model.entries]
+    estimated, measured = [], []
+    for role in roles:
+        changed = {role: _moved(model, role, 0.02)}
+        estimated.append(cost.loss({role: values(model.entries[role].data)}, changed))
+        measured.append(probe.kld(changed))
+    print(
+        family, method, [f"{r} {e:.2e} {m:.2e}" for r, e, m in zip(roles, estimated, measured, strict=True)]
+    )
+    assert sum(estimated) == pytest.approx(sum(measured), rel=0.4)
+    for role, e, m in zip(roles, estimated, measured, strict=True):
+        assert m < 3e-7 or 1 / 3 < e / m < 3, role
+
+
+def test_one_seed_one_result(tiny: Model) -> None:
+    probe = Probe(tiny, _windows(24))
+    role = "layers.0.mlp.gate"
+    args = {role: values(tiny.entries[role].data)}, {role: _moved(tiny, role)}
+    for method in ("imatrix", "fisher", "hessian"):
+        first, again, other = (sensitivity.costs(method, probe, seed).loss(*args) for seed in (3, 3, 4))
+        assert first == again != other
+
+
+def test_mistakes(tiny: Model) -> None:
+    with pytest.raises(OptionError, match=r"sensitivity 'guess'; choose imatrix, fisher, hessian, kld"):
+        sensitivity.costs("guess", Probe(tiny, _windows(24)))
+    with pytest.raises(OptionError, match="a calibration text of at least one token"):
+        Probe(tiny, [])
