@@ -112,11 +112,12 @@ def test_fisher_is_the_expected_square_of_the_gradient(tiny: Model) -> None:
 
 
 def test_hutchinson_agrees_with_the_exact_trace(tiny: Model) -> None:
-    """v^T H v with v one unit vector after another is the trace; random signs give it in the mean."""
+    """v^T H v with v one unit vector after another is the trace; random signs give it in the mean, within what their number allows."""
     probe = Probe(tiny, _windows(24, 1, 12))
     (ids,) = probe.windows()
     wanted = {"layers.0.attn.v": "model.layers.0.self_attn.v_proj.weight", "layers.1.mlp.down": "model.layers.1.mlp.down_proj.weight"}  # fmt: skip
-    found = sensitivity.hessian_traces(probe, probes=400)
+    one = [sensitivity.hessian_traces(probe, probes=1, seed=n) for n in range(200)]
+    found = sensitivity.hessian_traces(probe, probes=3, seed=5)
     for role, name in wanted.items():
         parameter = dict(probe.module.named_parameters())[name].requires_grad_(True)
         loss = sensitivity._text_loss(probe, ids) / probe.tokens
@@ -126,7 +127,9 @@ def test_hutchinson_agrees_with_the_exact_trace(tiny: Model) -> None:
             for i, g in enumerate(first.reshape(-1))
         )
         parameter.requires_grad_(False)
-        assert found[role] == pytest.approx(exact, rel=0.2)
+        drawn = np.array([o[role] for o in one])
+        error = float(drawn.std(ddof=1) / len(drawn) ** 0.5)
+        assert abs(float(drawn.mean()) - exact) <= 4 * error and error < 4 * abs(exact), (exact, error)
     assert set(found) == {r for r, e in tiny.entries.items() if len(e.shape) == 2}
 
 

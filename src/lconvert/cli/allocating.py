@@ -209,7 +209,7 @@ def front(search: Search, found: Outcome, path: Path) -> None:
     """The front as data or as a plot: predicted losses, and the measured KLD of every point."""
     from lconvert.primitives import allocator
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for best in allocator.front(search.items):
         size = best.size + search.menu.fixed
         rows.append(

@@ -230,11 +230,10 @@ def _resident(model: Model) -> Forward:
     """Forward with all weights in memory: nothing is loaded or dropped while it runs."""
     _ = model.decoder  # which refuses a model of another kind
     forward = Forward(model)
-    names = {id(m): n for n, m in forward.module.named_modules()}
     for layer in forward.layers:
         layer._forward_pre_hooks.clear()
         layer._forward_hooks.clear()
-        forward._fill(names[id(layer)] + ".", layer)
+        forward.fill(layer)
     return forward
 
 
