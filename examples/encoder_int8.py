@@ -153,7 +153,7 @@ def compare(kind: str, out: Path) -> list[dict[str, Any]]:
         errors = {}
         for scale in ("tensor", "channel"):
             for observer in OBSERVERS:
-                rounded = static.run(model, static.Options(scale, observer=observer), examples)  # type: ignore[arg-type]
+                rounded = static.run(model, static.Options(scale, observer=observer), examples=examples)  # type: ignore[arg-type]
                 got = logits(rounded, arrays, Path(work) / "int8")
                 error = float(np.sqrt(np.square(got - want).mean() / np.square(want).mean()))
                 rows.append({"model": kind, "weights": scale, "observer": observer})

@@ -88,7 +88,7 @@ class Artifacts:
         np.savez(folder / "examples.npz", **shown)
         read = lconvert.read(folder / "m")
         if type_ in _STATIC:
-            read = static.run(read, _STATIC[type_], arrays(read, folder / "examples.npz").batches())
+            read = static.run(read, _STATIC[type_], examples=arrays(read, folder / "examples.npz").batches())
         if type_ == "weights":
             read = onnx_presets.recipe("int8", "ort").apply(read)
         execute(onnx.plan(read, onnx.Options("trt" if type_ == "trt" else "ort")), folder / "o")

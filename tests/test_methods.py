@@ -450,17 +450,14 @@ def test_a_run_is_continued_where_it_was_interrupted(slow: Slow, text: Path, tmp
     assert seen == stamps and not work.exists() and out.is_dir()
 
 
+def slowly(folder: Path, text: Path) -> list[str]:
+    """Arguments of a run of the slow pass."""
+    output = str(folder / "m.lcir")
+    return ["compress", str(DEMO), "-o", output, "--method", "slow", "--calibrate", str(text)]
+
+
 def test_a_run_that_is_not_continued_begins_anew(slow: Slow, text: Path, tmp_path: Path) -> None:
-    args = [
-        "compress",
-        str(DEMO),
-        "-o",
-        str(tmp_path / "m.lcir"),
-        "--method",
-        "slow",
-        "--calibrate",
-        str(text),
-    ]
+    args = slowly(tmp_path, text)
     slow.fail_after = 2
     assert inside(args)[0] == 130
     slow.fail_after = 1
@@ -470,23 +467,13 @@ def test_a_run_that_is_not_continued_begins_anew(slow: Slow, text: Path, tmp_pat
 
 def test_an_interrupt_before_the_first_layer_leaves_nothing(slow: Slow, text: Path, tmp_path: Path) -> None:
     slow.fail_after = 0
-    args = [
-        "compress",
-        str(DEMO),
-        "-o",
-        str(tmp_path / "m.lcir"),
-        "--method",
-        "slow",
-        "--calibrate",
-        str(text),
-    ]
+    args = slowly(tmp_path, text)
     assert inside(args) == (130, "", "lconvert: interrupted\n") and not list(tmp_path.iterdir())
 
 
 def test_a_pass_that_fails_leaves_its_finished_layers(slow: Slow, text: Path, tmp_path: Path) -> None:
     slow.fail_after, slow.fails = 1, OptionError("memory is not enough")
-    args = ["compress", DEMO, "-o", tmp_path / "m.lcir", "--method", "slow", "--calibrate", text]
-    assert fails(*args) == "memory is not enough"
+    assert fails(*slowly(tmp_path, text)) == "memory is not enough"
     assert workplace.holds_layers(tmp_path / "m.lcir.work")
 
 

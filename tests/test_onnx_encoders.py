@@ -140,7 +140,7 @@ def test_int8_is_what_torch_makes_of_the_same_codes(kind: str, scale: Any, tmp_p
     """And every product is one of integers in ONNX Runtime's optimized graph."""
     bert(kind, tmp_path / "m")
     model, feed = lconvert.read(tmp_path / "m"), sentences(kind)
-    q = static.run(model, static.Options(scale), [sentences(kind, seed=s) for s in range(4)])
+    q = static.run(model, static.Options(scale), examples=[sentences(kind, seed=s) for s in range(4)])
     forward = Forward(q)
     for module, roles in forward.linears():
         f = rounding(q, roles[0])
@@ -159,7 +159,7 @@ def test_the_graph_holds_the_codes_of_the_model(tmp_path: Path) -> None:
     bert("bert", tmp_path / "m")
     model = lconvert.read(tmp_path / "m")
     for scale in ("channel", "tensor"):
-        q = static.run(model, static.Options(scale), [sentences("bert")])  # type: ignore[arg-type]
+        q = static.run(model, static.Options(scale), examples=[sentences("bert")])  # type: ignore[arg-type]
         made = onnx_package.load(exported(q, tmp_path / scale))
         stored = {t.name: onnx_package.numpy_helper.to_array(t) for t in made.graph.initializer}
         quantized = {n: e.data for n, e in q.entries.items() if isinstance(e.data, QTensor)}
@@ -185,7 +185,7 @@ def test_trt_takes_the_symmetric_graph(tmp_path: Path) -> None:
         ),
     )
     for model, feed in made:
-        q = static.run(model, static.Options(symmetric=True), [feed])
+        q = static.run(model, static.Options(symmetric=True), examples=[feed])
         graph = onnx_package.load(exported(q, tmp_path / "o", dialect="trt")).graph
         types = {t.data_type for t in graph.initializer}
         proto = onnx_package.TensorProto
@@ -217,7 +217,7 @@ def test_trt_builds_it(tmp_path: Path) -> None:
         (lconvert.read(tmp_path / "m"), sentences("bert")),
         (convnet.from_torch(convolutions, (2, 12, 11)), {"images": x.numpy()}),
     ):
-        q = static.run(model, static.Options(symmetric=True), [feed])
+        q = static.run(model, static.Options(symmetric=True), examples=[feed])
         plan = onnx.plan(q, onnx.Options(dialect="trt"))
         assert trt_rules.check(trt_rules.planned(plan), [89]) == []
         path = exported(q, tmp_path / "o", dialect="trt")
@@ -238,7 +238,7 @@ def test_trt_builds_it(tmp_path: Path) -> None:
 
 def test_trt_refuses_zero_points(tmp_path: Path) -> None:
     bert("bert", tmp_path / "m")
-    q = static.run(lconvert.read(tmp_path / "m"), static.Options(), [sentences("bert")])
+    q = static.run(lconvert.read(tmp_path / "m"), static.Options(), examples=[sentences("bert")])
     with pytest.raises(UnsupportedError, match=r"zero point.*symmetric"):
         onnx.plan(q, onnx.Options(dialect="trt"))
     for wrong in ({"last_logit": True}, {"prefill_only": True}, {"static_cache": True}):
@@ -297,7 +297,7 @@ def test_accuracy_on_digits(kind: str, least: float, tmp_path: Path) -> None:
         assert (tmp_path / f"{kind}-{name}.png").stat().st_size > 10_000
     model = lconvert.read(tmp_path / kind)
     given = e.images(e.digits()[0][:64]) if kind == "cnn" else e.sentences(e.digits()[0][:64], kind == "bert")
-    found = {s: static.run(model, static.Options(s), [given]) for s in ("tensor", "channel")}
+    found = {s: static.run(model, static.Options(s), examples=[given]) for s in ("tensor", "channel")}
     errors = {s: static.errors(model, q) for s, q in found.items()}
     assert all(errors["channel"][n] <= errors["tensor"][n] for n in errors["tensor"])
     if kind != "cnn":
@@ -332,7 +332,7 @@ def test_a_mean_is_rounded_again(tmp_path: Path) -> None:
     body = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3))
     model = convnet.from_torch(nn.Sequential(*body).eval(), (1, 8, 8))
     x = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
-    q = static.run(model, static.Options(), [{"images": x}])
+    q = static.run(model, static.Options(), examples=[{"images": x}])
     run(exported(q, tmp_path / "o"), {"images": x}, tmp_path / "optimized.onnx")
     assert operators(tmp_path / "optimized.onnx")["QLinearAveragePool"] == 1
     seen = histograms.inputs(model, [{"images": x}])
@@ -467,7 +467,7 @@ def test_lcir_holds_them(others: dict[str, Model], tmp_path: Path) -> None:
     x = net("gelu")[1].numpy()
     for name, model in others.items():
         feed = sentences("bert") if name == "bert" else {"images": x}
-        q = static.run(model, static.Options(), [feed])
+        q = static.run(model, static.Options(), examples=[feed])
         execute(lcir.plan(q, {}), tmp_path / f"{name}.lcir")
         back = lconvert.read(tmp_path / f"{name}.lcir")
         assert back.arch == model.arch
@@ -549,12 +549,12 @@ def test_calibration_wants_examples(others: dict[str, Model], tmp_path: Path) ->
     with pytest.raises(OptionError, match="name as text a text with an example per line"):
         static.run(others["bert"], static.Options())
     with pytest.raises(OptionError, match="there are no examples"):
-        static.run(others["bert"], static.Options(), [])
+        static.run(others["bert"], static.Options(), examples=[])
     with pytest.raises(InputError, match="has no tokenizer"):
         static.run(others["bert"], static.Options(text=str(ROOT / "README.md")))
     bad = np.full((1, 2, 12, 11), np.nan, np.float32)
     with pytest.raises(InputError, match="NaN or infinite"):
-        static.run(others["convnet"], static.Options(), [{"images": bad}])
+        static.run(others["convnet"], static.Options(), examples=[{"images": bad}])
     for wrong in ({"observer": "best"}, {"weights": "group"}, {"weights": "tensor", "search": "mse"}):
         with pytest.raises(OptionError, match=r"choose|has none per tensor"):
             static.Options(**wrong)  # type: ignore[arg-type]

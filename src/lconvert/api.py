@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from lconvert.converters import read
 
@@ -49,47 +49,52 @@ if TYPE_CHECKING:
     from .ir import Model
 
 
-def plan_gguf(model: Model, out: str | Path, **options: Any) -> Plan:
-    """The plan of a GGUF file. `options` are those of `gguf_options`."""
+class GGUFOptions(TypedDict, total=False):
+    """How to lower to GGUF; see `lconvert hf-to-gguf --help` for the options' meaning."""
+
+    ftype: str | None
+    pure: bool
+    leave_output_tensor: bool
+    output_tensor_type: str | None
+    token_embedding_type: str | None
+    tensor_types: Sequence[tuple[str, str]]
+    imatrix: str | Path | Mapping[str, Any] | None
+    split_max_size: int | None
+    allow_requantize: bool
+    allow_loss: Sequence[str]
+    name: str | None
+
+
+def plan_gguf(model: Model, out: str | Path, **options: Unpack[GGUFOptions]) -> Plan:
+    """The plan of a GGUF file."""
     from lconvert.converters import gguf
 
     return gguf.plan(model, Path(out).name, gguf_options(**options))
 
 
-def gguf_options(
-    *,
-    ftype: str | None = None,
-    pure: bool = False,
-    leave_output_tensor: bool = False,
-    output_tensor_type: str | None = None,
-    token_embedding_type: str | None = None,
-    tensor_types: Sequence[tuple[str, str]] = (),
-    imatrix: str | Path | Mapping[str, Any] | None = None,
-    split_max_size: int | None = None,
-    allow_requantize: bool = False,
-    allow_loss: Sequence[str] = (),
-    name: str | None = None,
-) -> gguf.Options:
-    """How to lower to GGUF; see `lconvert hf-to-gguf --help` for the options' meaning."""
+def gguf_options(**options: Unpack[GGUFOptions]) -> gguf.Options:
+    """How to lower to GGUF, as the converter takes it."""
     from lconvert.converters import gguf, gguf_mixture
 
-    weights = _importances(imatrix)
+    if unknown := options.keys() - GGUFOptions.__annotations__.keys():
+        raise TypeError(f"unknown options of a GGUF file: {', '.join(sorted(unknown))}")
+    weights = _importances(options.get("imatrix"))
     types = gguf_mixture.Options(
-        ftype=ftype or "COPY",
-        pure=pure,
-        leave_output_tensor=leave_output_tensor,
-        output_tensor_type=output_tensor_type,
-        token_embedding_type=token_embedding_type,
-        tensor_types=tuple(tensor_types),
+        ftype=options.get("ftype") or "COPY",
+        pure=options.get("pure", False),
+        leave_output_tensor=options.get("leave_output_tensor", False),
+        output_tensor_type=options.get("output_tensor_type"),
+        token_embedding_type=options.get("token_embedding_type"),
+        tensor_types=tuple(options.get("tensor_types", ())),
         imatrix=None if weights is None else frozenset(weights),
     )
     return gguf.Options(
         types,
         imatrix=weights,
-        split_max_size=split_max_size,
-        allow_requantize=allow_requantize,
-        allow_loss=tuple(allow_loss),
-        name=name,
+        split_max_size=options.get("split_max_size"),
+        allow_requantize=options.get("allow_requantize", False),
+        allow_loss=tuple(options.get("allow_loss", ())),
+        name=options.get("name"),
     )
 
 
@@ -114,11 +119,11 @@ def convert(
     force: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[GGUFOptions],
 ) -> Result:
     """Convert to the format that `out` names (.gguf) and return what was written.
 
-    `options` are those of `gguf_options`. Nothing appears under the final name unless all of it is complete.
+    Nothing appears under the final name unless all of it is complete.
     """
     target = Path(out)
     if target.suffix != ".gguf":

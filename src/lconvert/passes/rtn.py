@@ -61,7 +61,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     """The model with every matching dense matrix as a QTensor; nothing is computed before it is read."""
     new: dict[str, Entry] = {}
     wanted = list(options.chosen(model))
-    peaks = rtn_float.peaks(model) if any(p.grid in ("fp4", "fp8") for _, p in wanted) else {}
+    peaks = rtn_float.peaks(model) if {options.grid, *(p.grid for _, p in wanted)} & {"fp4", "fp8"} else {}
     for entry, placed in wanted:
         assert isinstance(entry.data, Tensor)
         chosen = Options(placed.grid, placed.group, search=_search(options, placed))

@@ -118,7 +118,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
 
     def visit(block: Any) -> Mapping[str, Entry]:
         found: dict[str, Entry] = {}
-        for wave in waves(block.stages, wanted, lambda role: 0):
+        for wave in waves(block.stages, wanted):
             seen = [_statistics(options) for _ in wave]
             block.observe({role: s for stage, s in zip(wave, seen, strict=True) for role in stage})
             for stage in wave:
@@ -187,7 +187,7 @@ def _held(model: Model, wanted: Mapping[str, Entry], options: Options) -> int:
 
     layers = range(model.decoder.layers)
     return max(
-        (bytes_of(wave) for i in layers for wave in waves(stages(model.decoder, i), wanted, lambda role: 0)),
+        (bytes_of(wave) for i in layers for wave in waves(stages(model.decoder, i), wanted)),
         default=0,
     )
 

@@ -40,9 +40,8 @@ def factor(h: Any, damping: float = 0.01, name: str = "weight") -> Factor:
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     diagonal[dead] = mean
-    now = damping
-    for attempt in range(_RETRIES + 1):
-        now = damping if attempt == 0 else max(damping, 1e-4) * 10**attempt
+    more = (max(damping, 1e-4) * 10**attempt for attempt in range(1, _RETRIES + 1))
+    for now in (damping, *more):
         damped = h.clone()
         damped.diagonal().add_(now * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))

@@ -20,7 +20,7 @@ import numpy as np
 from lconvert.forward import packages
 from lconvert.ir import Grid, QTensor, Tensor, dense
 from lconvert.primitives import levels as of_levels
-from lconvert.primitives.scales import one_scale, scale_and_offset
+from lconvert.primitives.scales import one_scale, ratio, scale_and_offset
 from lconvert.primitives.sides import Sides
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class Super(Family):
         return 0 if not self.codes.signed else -(1 << (self.codes.bits - 1))
 
     def _coded(self, s: Any, d: Any) -> Any:
-        return (s / d.where(d != 0, d.new_ones(()))).round().clamp(self.least, self.most) * (d != 0)
+        return ratio(s, d).round().clamp(self.least, self.most) * (d != 0)
 
     def _search(self, g: DeploymentGrid, x: Any, h: Any, d: Any, dmin: Any) -> tuple[Any, Any]:
         """Codes of scales and minima (n,) for groups x (n, group) below d and dmin (n,)."""
@@ -351,9 +351,7 @@ class Coded(Family):
             better = e < best
             best, chosen = torch.where(better, e, best), torch.where(better, at, chosen)
         chosen = chosen.reshape(w.shape[0], -1)
-        return Sides(
-            worth[chosen] * top, stored={"scale": chosen.to(torch.int32), "top": top.expand(w.shape[0], 1)}
-        )
+        return Sides(worth[chosen] * top, stored={"scale": chosen.to(torch.int32)})
 
     def qtensor(self, g: DeploymentGrid, codes: Any, stored: dict[str, Any]) -> QTensor:
         local = dense(of_levels.of(self.scale).stored[stored["scale"].numpy()])

@@ -142,10 +142,11 @@ def gptq(
         h, weights, columns = h[seen.order][:, seen.order], weights[seen.order], columns[:, seen.order]
         mask = None if mask is None else mask[:, seen.order]
     order = None if moving else seen.order
+    near_sides = g.fit(columns, weights)
     if seen.order is None:
         position, sides = _in_order(columns, weights, seen, g, mask, threads)
     else:
-        sides = g.fit(columns, weights)
+        sides = near_sides
         position = _sweep(columns, order, seen, g, sides, mask, threads)
     if settings.refine:
         damped = h.clone()
@@ -153,7 +154,7 @@ def gptq(
         for _ in range(settings.refine):
             sides = g.rescaled(columns, position, sides, damped)
             position = _descend(columns, position, sides, damped, g, mask, threads)
-    near, near_sides = g.nearest(columns, weights)
+    near = g.round(columns, near_sides)
     mine = objective(columns, g.values(position, sides), h)
     theirs = objective(columns, g.values(near, near_sides), h)
     if seen.extra is None:

@@ -30,6 +30,7 @@ from lconvert.primitives import levels as of_levels
 from lconvert.primitives.families import Coded, Family, Minimum, Single, Super, ZeroPoint, half, short
 from lconvert.primitives.levels import NF4, Levels, power_of_two_above
 from lconvert.primitives.placement import Placed
+from lconvert.primitives.scales import over
 from lconvert.primitives.sides import Sides
 
 #: Values that a search looks at together: what fits a core's cache.
@@ -62,8 +63,7 @@ class DeploymentGrid:
         x = w.reshape(w.shape[0], -1, self.group)
         if sides.offset is not None:
             x = x + sides.offset.unsqueeze(-1)
-        s = sides.scale.unsqueeze(-1)
-        x = (x / s.where(s != 0, s.new_ones(()))) * (s != 0)
+        x = over(x, sides.scale)
         if sides.zero is not None:
             x = self.levels.nearest_from(x, sides.zero.unsqueeze(-1))
             return x.reshape(w.shape)

@@ -34,10 +34,14 @@ def error(x: Any, y: Any, h: Any) -> Any:
     return (d * d * h).sum(-1)
 
 
+def ratio(x: Any, scale: Any) -> Any:
+    """x / scale, 0 where the scale is 0."""
+    return (x / scale.where(scale != 0, scale.new_ones(()))) * (scale != 0)
+
+
 def over(x: Any, scale: Any) -> Any:
-    """x / scale, 0 where the scale is 0; scale (n,)."""
-    s = scale.unsqueeze(-1)
-    return (x / s.where(s != 0, s.new_ones(()))) * (s != 0)
+    """The same of groups x (..., group), which share a scale (...)."""
+    return ratio(x, scale.unsqueeze(-1))
 
 
 def cover(x: Any, levels: Levels, signed: bool) -> Any:

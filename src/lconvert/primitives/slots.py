@@ -107,7 +107,10 @@ def stages(d: Decoder, i: int) -> tuple[tuple[str, ...], ...]:
 
 
 def waves(
-    stages: Iterable[tuple[str, ...]], wanted: Container[str], size: Callable[[str], int], most: float = inf
+    stages: Iterable[tuple[str, ...]],
+    wanted: Container[str],
+    size: Callable[[str], int] = lambda role: 0,
+    most: float = inf,
 ) -> list[list[tuple[str, ...]]]:
     """What can be observed in one pass and then changed, in order: the wanted matrices of one stage, or those of all experts that do the same, as no
     expert's input depends on another one. size: bytes that the statistics of a stage take, by its first matrix; a wave of more than `most` is

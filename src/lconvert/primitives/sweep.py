@@ -14,6 +14,7 @@ from typing import Any
 
 from lconvert.forward import packages
 from lconvert.primitives.levels import Levels
+from lconvert.primitives.scales import ratio
 from lconvert.primitives.sides import Sides
 
 
@@ -98,7 +99,7 @@ def in_torch(
         k = int(group[i])
         s = sides.scale[:, k]
         y = x if sides.offset is None else x + sides.offset[:, k]
-        y = (y / s.where(s != 0, s.new_ones(()))) * (s != 0)
+        y = ratio(y, s)
         y = y if kept is None else y * (kept[:, i] != 0)
         p = levels.position(y) if sides.zero is None else levels.nearest_from(y, sides.zero[:, k])
         q = levels.at(p)
