@@ -7,15 +7,12 @@ whose codes no method chooses one by one; and k_b of MLA, which the file holds t
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-
 from lconvert.converters import gguf, gguf_mixture, methods
 from lconvert.converters.methods import TABLES
 from lconvert.errors import OptionError
 from lconvert.formats.gguf_blocks import SCHEMES
 from lconvert.ir import Model, QTensor, Tensor
-from lconvert.primitives.placement import NONE
+from lconvert.primitives.placement import NOTHING, patterns
 from lconvert.recipe import Recipe, step
 
 
@@ -35,25 +32,6 @@ def types(model: Model, options: gguf.Options) -> dict[str, str]:
     return out
 
 
-def grids(of: Mapping[str, str]) -> dict[str, str]:
-    """Roles and their types as the `grids` of a placement: a pattern per kind of matrix and type, nothing for all others."""
-    layers: dict[str, dict[str, set[int]]] = {}
-    out: dict[str, str] = {}
-    for role, type_ in of.items():
-        found = re.fullmatch(r"layers\.(\d+)\.(.*)", role)
-        if found is None:
-            out[re.escape(role)] = type_
-            continue
-        local = re.sub(r"experts\\\.\d+", r"experts\\.\\d+", re.escape(found[2]))
-        layers.setdefault(local, {}).setdefault(type_, set()).add(int(found[1]))
-    for local, types_ in layers.items():
-        every = set().union(*types_.values())
-        for type_, numbers in types_.items():
-            which = r"\d+" if numbers == every else f"({'|'.join(map(str, sorted(numbers)))})"
-            out[rf"layers\.{which}\.{local}"] = type_
-    return out | {".*": NONE}
-
-
 def recipe(method: str, model: Model, options: gguf.Options, text: str) -> Recipe:
     """The rounding of a file type by a method; no passes at all for rtn, which is the file type's own. text: for calibration.
 
@@ -68,7 +46,11 @@ def recipe(method: str, model: Model, options: gguf.Options, text: str) -> Recip
     if method == methods.PLAIN:
         return Recipe(name, ())
     found = types(model, options)
-    made = methods.applied(method, Recipe(name, (step("rtn", {"grids": grids(found)}),)), text)
+    made = methods.applied(
+        method,
+        Recipe(name, (step("rtn", {"targets": NOTHING, "grids": patterns(found, model.decoder.layers)}),)),
+        text,
+    )
     if not found and not any(isinstance(e.data, QTensor) for e in model.entries.values()):
         raise OptionError(
             f"--method {method}: {name} has no grid that it rounds onto; leave out --method, or choose a type such as --q4_k_m"

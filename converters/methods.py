@@ -9,7 +9,8 @@ Imports without NumPy: the help of verbs is made of this table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from lconvert import passes
 from lconvert.errors import OptionError
 from lconvert.ir import Model, QTensor
 from lconvert.primitives.job import Calibration
-from lconvert.primitives.placement import NONE, Placement
+from lconvert.primitives.placement import NONE, NOTHING, Placement
 from lconvert.recipe import Recipe, Step, step
 
 #: Tables of vectors.
@@ -71,7 +72,7 @@ def applied(name: str, recipe: Recipe, text: str) -> Recipe:
     if method.text and not (text or recipe.calibration.text):
         raise OptionError(f"--method {name} needs a calibration text; add --calibrate TEXT")
     rounding = [s.name for s in recipe.steps if "rounds" in passes.STAGES[s.name]]
-    other = next((r for r in rounding if r != "rtn"), None)
+    other = next((r for r in rounding if r not in _PLAINLY), None)
     if other is not None:
         raise OptionError(f"--method {name}: {recipe.name} rounds by {other} already; leave one of them out")
     if not rounding:
@@ -80,7 +81,7 @@ def applied(name: str, recipe: Recipe, text: str) -> Recipe:
         return recipe
     steps = [step(p, o) for p, o in method.first]
     for s in recipe.steps:
-        steps += _restated(s, method) if s.name == "rtn" else [s]
+        steps += _PLAINLY[s.name](s, method) if s.name in _PLAINLY else [s]
     calibration = (
         replace(recipe.calibration, windows=Calibration().windows) if method.text else recipe.calibration
     )
@@ -100,6 +101,37 @@ def _restated(rtn: Step, method: Method) -> list[Step]:
     }
     left = replace(rtn.options, targets="|".join(tables), ignore="", grids=_of(tables, rtn.options))
     return [step(method.rounder, {**placed, **method.options}), replace(rtn, options=left)]
+
+
+def _reallocated(allocate: Step, method: Method) -> list[Step]:
+    """An allocation whose types another method rounds to; tables and lattices stay with importance-weighted searches."""
+    if not allocate.options.grids:
+        raise OptionError(
+            "a method rounds to types that are known before; run lconvert compress --target with --recipe-out first, and give that recipe"
+        )
+    left = {
+        pattern: type_
+        for pattern, type_ in allocate.options.grids.items()
+        if any(re.fullmatch(pattern, t) for t in TABLES) or _lattice(type_)
+    }
+    mine = {k: v for k, v in allocate.options.grids.items() if k not in left}
+    steps = [step(method.rounder, {"targets": NOTHING, "grids": mine, **method.options})]
+    return [*steps, replace(allocate, options=replace(allocate.options, grids=left))] if left else steps
+
+
+def _lattice(type_: str) -> bool:
+    """Whether the codes of a block type are not chosen one by one."""
+    from lconvert.formats.gguf_blocks import SCHEMES
+
+    scheme = SCHEMES.get(type_)
+    return scheme is not None and bool(scheme.grid.lattice)
+
+
+#: Passes that round to nearest, and how another method does what they say.
+_PLAINLY: Mapping[str, Callable[[Step, Method], list[Step]]] = {
+    "rtn": _restated,
+    "allocate": _reallocated,
+}
 
 
 def _of(names: list[str], options: Placement) -> dict[str, str]:

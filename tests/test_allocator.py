@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -132,3 +134,21 @@ def test_what_cannot_be_met_says_what_can(call: object, message: str) -> None:
 def test_an_allocation_adds_up() -> None:
     a = Allocation({"a": Option("Q4_K", 10, 0.25), "b": Option("Q6_K", 20, 0.5)})
     assert (a.size, a.loss, a.names()) == (30, 0.75, {"a": "Q4_K", "b": "Q6_K"})
+
+
+def test_the_solver_prints_nothing() -> None:
+    """A process of its own, whose stdout is read to the end: C buffers are flushed when it goes."""
+    program = """
+import random
+from lconvert.primitives.allocator import Item, Option, front
+r = random.Random(0)
+bits = (2.6, 3.4, 3.5, 4.25, 4.5, 5.5, 6.5625, 8.5)
+items = []
+for i in range(58):
+    n, h = r.choice([65536, 196608, 1048576]), r.lognormvariate(0, 1.5)
+    items.append(Item(str(i), (str(i),), tuple(Option(str(b), int(n * b / 8), h * 4**-b * r.uniform(0.8, 1.2)) for b in bits)))
+front(items)
+print("done")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "done\n"

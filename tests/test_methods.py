@@ -28,7 +28,7 @@ from lconvert.ir import Model, QTensor
 from lconvert.passes import rtn
 from lconvert.primitives import workplace
 from lconvert.primitives.job import Job
-from lconvert.primitives.placement import Placement
+from lconvert.primitives.placement import NOTHING, Placement, patterns
 from tests import arch_cases, case_models
 from tests.conftest import DEMO, ROOT
 from tests.test_cli import inside
@@ -132,8 +132,8 @@ def test_rounding_beforehand_writes_the_bytes_of_the_stock_file(
     pytest.importorskip("transformers", reason="transformers is not installed")
     model = lconvert.read(case_models.folder(case.name))
     lowering = api.gguf_options(ftype=ftype, allow_loss=case.losses)
-    grids = gguf_grids.grids(gguf_grids.types(model, lowering))
-    rounded = rtn.run(model, rtn.Options(grids=grids))
+    grids = patterns(gguf_grids.types(model, lowering), model.decoder.layers)
+    rounded = rtn.run(model, rtn.Options(targets=NOTHING, grids=grids))
     stock, ours = (gguf.plan(m, "m.gguf", lowering) for m in (model, rounded))
     before, after = ({i.name: i for i in p.items()} for p in (stock, ours))
     assert {n: i.type for n, i in before.items()} == {n: i.type for n, i in after.items()}
@@ -149,9 +149,9 @@ def test_rounding_beforehand_writes_the_bytes_of_the_stock_file(
 def test_a_mixture_is_few_patterns() -> None:
     model = lconvert.read(DEMO)
     found = gguf_grids.types(model, api.gguf_options(ftype="Q4_K_M"))
-    grids = gguf_grids.grids(found)
-    assert len(grids) < 12 and list(grids.items())[-1] == (".*", "none")
-    options = Placement(grids=grids)
+    grids = patterns(found, model.decoder.layers)
+    assert len(grids) < 12
+    options = Placement(targets=NOTHING, grids=grids)
     for role, entry in model.entries.items():
         placed = options.of(role)
         assert (placed.grid if placed else None) == found.get(role), role
@@ -161,14 +161,13 @@ def test_a_mixture_is_few_patterns() -> None:
 
 def test_experts_of_a_layer_share_a_pattern() -> None:
     roles = {f"layers.{i}.moe.experts.{e}.down": "Q4_K" if i else "Q6_K" for i in range(3) for e in range(8)}
-    grids = gguf_grids.grids(roles | {"head": "Q6_K"})
+    grids = patterns(roles | {"head": "Q6_K"}, 3)
     assert grids == {
         "head": "Q6_K",
-        r"layers\.(0)\.moe\.experts\.\d+\.down": "Q6_K",
+        r"layers\.0\.moe\.experts\.\d+\.down": "Q6_K",
         r"layers\.(1|2)\.moe\.experts\.\d+\.down": "Q4_K",
-        ".*": "none",
     }
-    options = Placement(grids=grids)
+    options = Placement(targets=NOTHING, grids=grids)
     assert {r: options.of(r).grid for r in roles} == roles  # type: ignore[union-attr]
 
 

@@ -72,6 +72,16 @@ class Recipe:
         """The recipe as plain data, for manifests."""
         return {"name": self.name, "passes": [s.to_json() for s in self.steps]}
 
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load` reads; its calibration text is for the command line to name."""
+        import yaml
+
+        c = self.calibration
+        sizes = {"windows": c.windows, "context": c.context, "seed": c.seed}
+        said = {k: v for k, v in sizes.items() if v != getattr(Calibration(), k)}
+        data = {"schema": SCHEMA, "about": self.about, "calibration": said, **self.to_json()}
+        return yaml.safe_dump({k: v for k, v in data.items() if v}, sort_keys=False, width=1000)
+
 
 def step(name: str, options: Mapping[str, Any]) -> Step:
     """One pass with its options, checked."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lconvert.ir import Model
     from lconvert.passes.allocate import Options, Outcome, Search
     from lconvert.primitives.job import Job
+    from lconvert.recipe import Recipe
 
 #: Targets of passes/deployable.py by the names of converters/targets.py.
 _PLANNED: Mapping[str, str] = {"gguf": "gguf", "vllm": "vllm", "onnx": "onnx", "trt": "tensorrt-llm"}
@@ -90,8 +91,9 @@ def request(given: dict[str, Any]) -> Request:
     return found
 
 
-def run(model: Model, wanted: Request, job: Job, *, quiet: bool = False) -> Model:
-    """The model on the types that were chosen; prints what was, and writes the recipe and the front."""
+def run(model: Model, wanted: Request, job: Job, method: str | None, *, quiet: bool = False) -> Recipe:
+    """The recipe that rounds to the types that were chosen, by `method`; prints what was, and writes the recipe and the front."""
+    from lconvert.converters import methods
     from lconvert.passes.allocate import Options, Search
 
     assert wanted.target is not None
@@ -111,11 +113,14 @@ def run(model: Model, wanted: Request, job: Job, *, quiet: bool = False) -> Mode
     with status("allocating") as say:
         told = replace(job, progress=lambda what, done, total: say(f"{what} {done}/{total}"))
         search = Search(model, options, told)
-        found, made = _fitting(search, options, wanted)
+        found = _fitting(search, options, wanted)
     if not quiet:
         show(search, found)
+    made = recipe(search, found)
+    if method is not None:
+        made = methods.applied(method, made, job.calibration.text)
     if wanted.recipe_out is not None:
-        save(wanted.recipe_out, recipe(search, found))
+        save(wanted.recipe_out, _about(search, found) + made.to_yaml())
     if wanted.pareto is not None:
         front(search, found, wanted.pareto)
     return made
@@ -133,22 +138,21 @@ def _overhead(model: Model, wanted: Request) -> int:
     return max(0, targets.plan(model, _PLANNED[wanted.target], _name(wanted.target)).size - tensors)
 
 
-def _fitting(search: Search, options: Options, wanted: Request) -> tuple[Outcome, Model]:
-    """The outcome and its model; where --size counts, planned and tightened until the artifact keeps it."""
+def _fitting(search: Search, options: Options, wanted: Request) -> Outcome:
+    """The outcome; where --size counts, planned and tightened until the artifact keeps it."""
     from lconvert.converters import targets
 
     found = search.outcome()
-    made = search.model_of(found)
     if options.size is None:
-        return found, made
+        return found
     budget = search.budget()
     for _ in range(_TRIES):
+        made = search.model_of(found)
         planned = targets.plan(made, _PLANNED[options.target], _name(options.target), original=search.model)
         if planned.size <= options.size:
-            return found, made
+            return found
         budget -= planned.size - options.size
         found = search.outcome(budget)
-        made = search.model_of(found)
     raise OptionError(
         f"--size {wanted.size}: the headers of the artifact leave no room for the smallest types; raise it"
     )
@@ -184,25 +188,27 @@ def show(search: Search, found: Outcome) -> None:
         right=(1,),
     )
     click.echo(
-        f"measured KLD of the whole on the calibration text: {found.measured:.5f} nats; tensors {human(found.size)}, "
+        f"measured KLD of the whole on the calibration text, rounded to nearest: {found.measured:.5f} nats; tensors {human(found.size)}, "
         f"{found.bpw:.3f} bits per weight"
     )
     for note in found.notes:
         click.echo(f"note: {note}")
 
 
-def recipe(search: Search, found: Outcome) -> str:
-    """The choice as a recipe file. Another rounding pass takes the same `grids`."""
-    import yaml
+def recipe(search: Search, found: Outcome) -> Recipe:
+    """The choice as a recipe, which rounds to nearest with importances where a text is given."""
+    from lconvert.recipe import Recipe, step
 
-    from lconvert.recipe import SCHEMA
+    o = search.options
+    chosen = {"target": o.target, "grids": found.grids, "windows": o.windows, "context": o.context}
+    return Recipe("allocated", (step("allocate", chosen),))
 
-    step = {"allocate": {"target": search.options.target, "grids": dict(found.grids)}}
-    head = (
-        f"# {found.bpw:.3f} bits per weight, {found.size} bytes of tensors; mean KLD {found.measured:.5f} on the calibration text.\n"
-        f"# Chosen by {search.options.sensitivity} among the types of {search.options.target}. Rounds with importances where a text is given.\n"
+
+def _about(search: Search, found: Outcome) -> str:
+    return (
+        f"# {found.bpw:.3f} bits per weight, {found.size} bytes of tensors; mean KLD {found.measured:.5f} on the calibration text, rounded\n"
+        f"# to nearest with importances. Chosen by {search.options.sensitivity} among the types of {search.options.target}.\n"
     )
-    return head + yaml.safe_dump({"schema": SCHEMA, "passes": [step]}, sort_keys=False, width=1000)
 
 
 def front(search: Search, found: Outcome, path: Path) -> None:

@@ -50,7 +50,8 @@ def command(
     """Compress SOURCE by a recipe, or by choosing a type per matrix under a budget (--target), and write it as an .lcir folder, which
     every converter reads.
 
-    --method takes the place of round-to-nearest in the recipe; without one it rounds to int4 in groups of 128.
+    --method takes the place of round-to-nearest in the recipe, and in what --target chose; without either it rounds to int4 in groups of
+    128.
 
     \b
     Examples:
@@ -58,6 +59,7 @@ def command(
       lconvert compress ./my-model -o my-model.lcir --recipe fp8-static --calibrate text.txt
       lconvert compress ./my-model -o my-model.lcir --recipe recipe.yaml
       lconvert compress ./my-model -o my-model.lcir --target gguf --bpw 4.25 --calibrate text.txt
+      lconvert compress ./my-model -o my-model.lcir --target gguf --size 4G --method gptq --calibrate text.txt
       lconvert compress ./my-model --target gguf --max-kld 0.02 --calibrate text.txt --recipe-out small.yaml
       lconvert hf-to-gguf my-model.lcir -o my-model.gguf
     """
@@ -75,19 +77,19 @@ def command(
         )
     if output is not None and output.suffix != ".lcir":
         raise OptionError(f"{output}: the output must end in .lcir")
-    if wanted.wanted and (recipe or how.method):
-        raise OptionError("--recipe, --method and --target all say what becomes of each matrix; give one")
+    if wanted.wanted and recipe:
+        raise OptionError("--recipe and --target both say what becomes of each matrix; give one of them")
     passes = recipes.load(recipe) if recipe else recipes.Recipe("", ())
-    if how.method is not None:
+    if how.method is not None and not wanted.wanted:
         passes = methods.applied(
             how.method, passes if recipe else methods.without_preset("compress"), how.text
         )
     model = lconvert.read(source)
-    if how.method is not None:
-        methods.something_to_round(how.method, passes, model)
     if wanted.wanted:
         job = Job(how.calibrated(passes), how.device, threads=threads)
-        model = allocating.run(model, wanted, job, quiet=as_json)
+        passes = allocating.run(model, wanted, job, how.method, quiet=as_json)
+    if how.method is not None:
+        methods.something_to_round(how.method, passes, model)
     if output is None:
         return 0
     if dry_run:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import OptionError
 from lconvert.ir import Entry, Model, QTensor, Tensor
-from lconvert.passes import observe, rtn, rtn_float
+from lconvert.passes import rtn, rtn_float
 from lconvert.passes.deployable import Menu, find_target, menu
-from lconvert.primitives import allocator, evolve, sensitivity
+from lconvert.primitives import allocator, evolve, importance, sensitivity, text
 from lconvert.primitives.allocator import Allocation, Item, Option
 from lconvert.primitives.job import Job
-from lconvert.primitives.placement import NONE, Placement, parse
+from lconvert.primitives.placement import NONE, NOTHING, Placement, parse, patterns
 from lconvert.primitives.probe import Probe
 from lconvert.spec import check
 
@@ -50,7 +50,6 @@ class Options:
     types: Sequence[str] = ()
     only: str = ""
     grids: Mapping[str, str] = field(default_factory=dict)
-    text: str = ""
     windows: int = 16
     context: int = 256
     refine: int = 0
@@ -114,24 +113,32 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
 
 def applied(model: Model, grids: Mapping[str, str], options: Options, job: Job) -> Model:
     """The model rounded as `grids` say, weighted by importances of the job's text where it has one."""
-    placed = list(Placement(targets="(?!)", grids=grids).chosen(model))
+    placed = list(Placement(targets=NOTHING, grids=grids).chosen(model))
     if not placed:
         raise OptionError("allocate: no dense matrix matches the grids")
-    importance = {}
-    if options.text or job.calibration.text:
-        probe = Probe(model, _windows(model, options, job), job.device)
-        importance = probe.inputs()
-    round_ = Rounding(model, importance)
+    met: Mapping[str, NDArray[np.float32]] = {}
+    notes: tuple[str, ...] = ()
+    if job.calibration.text:
+        met, notes = importances(model, own(job, options))
+    round_ = Rounding(model, met)
     entries = {e.name: round_.entry(e.name, str(p)) for e, p in placed}
-    return check(
-        model.with_entries(entries, f"allocate: {len(entries)} tensors to types of {options.target}")
+    told = replace(model, report=(*model.report, *notes))
+    return check(told.with_entries(entries, f"allocate: {len(entries)} tensors to types of {options.target}"))
+
+
+def own(job: Job, options: Options) -> Job:
+    """The run with the windows of the options: fewer and shorter than what a rounder takes."""
+    return replace(
+        job, calibration=replace(job.calibration, windows=options.windows, context=options.context)
     )
 
 
-def _windows(model: Model, options: Options, job: Job) -> list[list[int]]:
-    text = job.text("allocate", options.text)
-    found = observe.windows(model, text, options.context, options.windows)
-    return [w for w in found if len(w) == len(found[0])]
+def importances(model: Model, job: Job) -> tuple[dict[str, NDArray[np.float32]], tuple[str, ...]]:
+    """Mean squares (in,) of what meets the columns of every matrix on the text, by role, and what the report should say: a matrix that no
+    token met has none."""
+    found = importance.measure(model, job)
+    met = {r: (m.squares / m.count).float().cpu().numpy() for r, m in found.moments.items() if m.count}
+    return met, found.notes
 
 
 class Rounding:
@@ -201,13 +208,19 @@ class Search:
     def __init__(self, model: Model, options: Options, job: Job = Job()) -> None:  # noqa: B008 - immutable
         self.model, self.options, self.job = model, options, job
         self.menu: Menu = menu(model, options.target, tuple(options.types), options.only)
-        self.probe = Probe(model, _windows(model, options, job), job.device)
+        job.text("allocate")
+        mine = own(job, options)
+        found = text.windows(model, mine.calibration)
+        self.probe = Probe(model, found.ids, job.device)
         if job.threads:
             self.probe.torch.set_num_threads(job.threads)
-        self.rounding = Rounding(model, self.probe.inputs())
+        met, self.notes = importances(model, mine)
+        self.rounding = Rounding(model, met)
         self._cached: dict[tuple[str, str], NDArray[np.float32]] = {}
         self._bytes = 0
-        self.costs = sensitivity.costs(options.sensitivity, self.probe, job.calibration.seed, tell=job.tell)
+        self.cost = sensitivity.costs(
+            options.sensitivity, self.probe, met, job.calibration.seed, tell=job.tell
+        )
         self.items = [self._item(c, n) for n, c in enumerate(self.menu.choices)]
 
     # --- losses ----------------------------------------------------------------------------------------------
@@ -227,7 +240,7 @@ class Search:
         options = []
         for name, size in choice.sizes.items():
             rounded = {r: self.values(r, name) for r in choice.roles if name != NONE}
-            loss = self.costs.loss(original, rounded) if rounded else 0.0
+            loss = self.cost(original, rounded) if rounded else 0.0
             options.append(Option(name, size, loss))
         self.job.tell("losses of types", done + 1, len(self.menu.choices))
         return Item(choice.name, choice.roles, tuple(options))
@@ -308,11 +321,15 @@ class Search:
         front = tuple((a.size + self.menu.fixed, a.loss, a.names()) for a in allocator.front(self.items))
         types = best.names()
         roles = {r: types[i.name] for i in self.items for r in i.members}
-        unseen = [r for r in self.costs.unseen if r not in self.rounding.importance]
-        notes = (
-            (f"allocate: the text never met {', '.join(unseen)}; costed without inputs",) if unseen else ()
+        return Outcome(
+            best,
+            size,
+            8 * size / self.menu.weights,
+            measured,
+            patterns(roles, self.model.decoder.layers),
+            front,
+            self.notes,
         )
-        return Outcome(best, size, 8 * size / self.menu.weights, measured, patterns(roles), front, notes)
 
     def model_of(self, outcome: Outcome) -> Model:
         """The model on the types of an outcome."""
@@ -326,29 +343,3 @@ class Search:
         note = f"allocate: {len(entries)} tensors, {outcome.bpw:.3f} bits per weight, KLD {outcome.measured:.3g} on the calibration text"
         told = replace(self.model, report=(*self.model.report, *outcome.notes))
         return check(told.with_entries(entries, note))
-
-
-def patterns(types: Mapping[str, str]) -> dict[str, str]:
-    """Types by role as regular expression -> type: layers of one role and type together, and all experts of a layer where they agree."""
-    experts: dict[str, set[str]] = {}
-    for role, type_ in types.items():
-        experts.setdefault(_any_expert(role), set()).add(type_)
-    found: dict[tuple[str, str], list[str]] = {}
-    for role, type_ in types.items():
-        name = _any_expert(role) if len(experts[_any_expert(role)]) == 1 else re.escape(role)
-        layer, rest = "", name
-        if name.startswith(r"layers\."):
-            layer, _, rest = name.removeprefix(r"layers\.").partition(r"\.")
-        layers = found.setdefault((rest, type_), [])
-        if layer not in layers:
-            layers.append(layer)
-    out = {}
-    for (rest, type_), layers in found.items():
-        at = layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
-        out[rf"layers\.{at}\.{rest}" if layers != [""] else rest] = type_
-    return out
-
-
-def _any_expert(role: str) -> str:
-    """The pattern of a role in whichever expert of its layer."""
-    return re.sub(r"experts\\\.\d+", lambda m: r"experts\.\d+", re.escape(role))

@@ -76,7 +76,7 @@ TARGETS: Mapping[str, Target] = {
     ),
     "trt": Target(
         "ModelOpt for TensorRT-LLM: weights alone",
-        ("int4:128", "fp4", "fp8:-1", NONE),
+        ("int4:128", "fp4", NONE),
         MATRICES,
         scale=4,
         fused=groups,
@@ -187,9 +187,9 @@ def _portable(placed: Placed, rows: int, cols: int, t: Target) -> int | None:
     group = cols if placed.group == -1 else placed.group
     if cols % group:
         return None
+    if placed.grid == "fp8":  # its scales are fp32 everywhere
+        return rows * cols + rows * 4
     scales = rows * (cols // group) * t.scale
-    if placed.grid == "fp8":
-        return rows * cols + scales
     bits = int(placed.grid[-1])
     if t.extra:  # compressed-tensors: 32-bit words along rows
         return rows * (-(-cols // (32 // bits)) * 4) + scales + t.extra

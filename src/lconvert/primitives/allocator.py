@@ -10,8 +10,12 @@ Sizes are whole numbers (bytes), so that a budget is kept to the byte; losses ar
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lconvert.errors import MissingPackageError, OptionError
@@ -155,16 +159,37 @@ def _solve(
     one = csr_array((np.ones(columns), (np.repeat(np.arange(len(kept)), counts), np.arange(columns))))
     costs, weights = np.asarray(cost), np.asarray(weight)
     unit = weights.max() or 1.0
-    found = milp(
-        costs * (_RANGE / (costs.max() or 1.0)),
-        integrality=np.ones(columns),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one, 1, 1),
-            LinearConstraint(weights[None] / unit, -np.inf, room / unit),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent():
+        found = milp(
+            costs * (_RANGE / (costs.max() or 1.0)),
+            integrality=np.ones(columns),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one, 1, 1),
+                LinearConstraint(weights[None] / unit, -np.inf, room / unit),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         raise OptionError(f"the allocation was not solved: {found.message}")
     return [int(found.x[end - n : end].argmax()) for end, n in zip(ends, counts, strict=True)]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS 1.12 (scipy 1.17) prints a line for debugging to stdout from C, whatever `disp` says: what it buffers goes nowhere."""
+    if os.name != "posix":
+        yield
+        return
+    sys.stdout.flush()
+    c = ctypes.CDLL(None)
+    c.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        c.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -16,6 +16,8 @@ from lconvert.ir import Entry, Model, Tensor
 #: The matrices of decoder layers.
 MATRICES = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)"
 NONE = "none"
+#: A pattern that nothing matches: targets of a placement whose grids say all.
+NOTHING = "(?!)"
 _PORTABLE = r"u?int[2-8]|fp8|fp4|nf4"
 
 
@@ -107,3 +109,30 @@ def check(who: str, placed: Placed) -> None:
             raise OptionError(f"{who}: group tensor with {grid}; one scale for all is for int8")
     elif isinstance(group, str) or (group != -1 and group < 1):
         raise OptionError(f"{who}: group {group}; expected a positive number, or -1 for a whole row")
+
+
+def patterns(types: Mapping[str, str], layers: int) -> dict[str, str]:
+    """Types by role as the `grids` of a placement: a pattern per kind of matrix and type, for all experts of a layer where they agree.
+
+    layers: how many the model has; a type that a kind has in all of them is said without their numbers."""
+    agreed: dict[str, set[str]] = {}
+    for role, type_ in types.items():
+        agreed.setdefault(_any_expert(role), set()).add(type_)
+    numbers: dict[tuple[str, str], set[int]] = {}
+    out: dict[str, str] = {}
+    for role, type_ in types.items():
+        name = _any_expert(role) if len(agreed[_any_expert(role)]) == 1 else re.escape(role)
+        if found := re.fullmatch(r"layers\\\.(\d+)\\\.(.*)", name):
+            numbers.setdefault((found[2], type_), set()).add(int(found[1]))
+        else:
+            out[name] = type_
+    for (local, type_), found_in in numbers.items():
+        listed = "|".join(map(str, sorted(found_in)))
+        which = r"\d+" if len(found_in) == layers else f"({listed})" if len(found_in) > 1 else listed
+        out[rf"layers\.{which}\.{local}"] = type_
+    return out
+
+
+def _any_expert(role: str) -> str:
+    """The pattern of a role in whichever expert of its layer."""
+    return re.sub(r"experts\\\.\d+", r"experts\\.\\d+", re.escape(role))

@@ -10,7 +10,7 @@ less than `_KEPT` bytes, and computed again from the last layer's output otherwi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -80,32 +80,23 @@ class Probe:
             )
         return max(0.0, total / self.tokens)
 
-    def inputs(self) -> dict[str, NDArray[np.float32]]:
-        """Mean square of every input feature of a matrix by role, (in,): the importance that llama-imatrix collects.
-
-        Experts that one module holds share what enters it; what enters their down projections is not seen.
-        """
-        sums: dict[str, Any] = {}
+    def entering_head(self) -> NDArray[np.float32]:
+        """Mean square of every feature (hidden,) that the head multiplies."""
         torch = self.torch
+        sums = torch.zeros(self.model.decoder.hidden, dtype=torch.float64)
 
-        def watch(roles: tuple[str, ...]) -> Callable[..., None]:
-            def hook(module: Any, args: tuple[Any, ...]) -> None:
-                x = args[0].detach().reshape(-1, args[0].shape[-1]).double()
-                found = torch.stack([x.square().sum(0), torch.full_like(x[0], x.shape[0])])
-                for role in roles:
-                    sums[role] = sums[role] + found if role in sums else found
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            sums.add_(args[0].reshape(-1, len(sums)).double().square().sum(0).cpu())
 
-            return hook
-
-        hooks = [m.register_forward_pre_hook(watch(roles)) for m, roles in self._watched()]
+        hook_ = self.module.get_output_embeddings().register_forward_pre_hook(hook)
         try:
             with torch.no_grad():
                 for ids in self.batches:
                     self.logits(ids)
         finally:
-            for hook in hooks:
-                hook.remove()
-        return {role: (s[0] / s[1]).float().cpu().numpy() for role, s in sums.items()}
+            hook_.remove()
+        found: NDArray[np.float32] = (sums / self.tokens).float().numpy()
+        return found
 
     def matrices(self) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
         """Parameters with the roles of matrices that they hold: (name, parameter, roles)."""
@@ -127,17 +118,6 @@ class Probe:
         return rows
 
     # --- parts ------------------------------------------------------------------------------------------
-
-    def _watched(self) -> Iterator[tuple[Any, tuple[str, ...]]]:
-        """Modules with the roles that their input meets."""
-        yield from self.forward.linears()
-        d = self.model.decoder
-        if d.tied:
-            yield self.module.get_output_embeddings(), ("embed",)
-        for name, module in self.module.named_modules():
-            if name.endswith(".experts") and getattr(module, "gate_up_proj", None) is not None:
-                held = self._parameters[f"{name}.gate_up_proj"][1]
-                yield module, tuple(r for r in held if r.endswith((".gate", ".up")))
 
     def _watch_original(self) -> None:
         if self._entering:

@@ -20,8 +20,7 @@ divergence itself at the original weights (Martens, arXiv 1412.1193, 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import OptionError
@@ -37,15 +36,6 @@ HEAD = "head"
 METHODS = ("imatrix", "fisher", "hessian", "kld")
 
 
-@dataclass(frozen=True)
-class Costs:
-    """loss(original, rounded): what a change of these matrices costs, (out, in) fp32 by role. unseen: roles whose inputs the text never
-    met, which are costed without them."""
-
-    loss: Callable[[Changed, Changed], float]
-    unseen: tuple[str, ...] = ()
-
-
 def _added(
     one: Callable[[str, NDArray[np.float32], NDArray[np.float32]], float],
 ) -> Callable[[Changed, Changed], float]:
@@ -54,14 +44,22 @@ def _added(
 
 
 def costs(
-    method: str, probe: Probe, seed: int = 0, *, probes: int = 8, tell: Progress | None = None
-) -> Costs:
-    """How to cost a rounding by `method`, with all that needs the model run once. probes: Rademacher vectors of `hessian`."""
+    method: str,
+    probe: Probe,
+    inputs: Mapping[str, NDArray[np.float32]],
+    seed: int = 0,
+    *,
+    probes: int = 8,
+    tell: Progress | None = None,
+) -> Callable[[Changed, Changed], float]:
+    """What a change of some matrices costs by `method`, (out, in) fp32 by role: cost(original, rounded). All that needs the model run is done
+    here, once. inputs: mean squares of what meets the columns of each matrix, of which `imatrix` is made; a matrix without is costed by its
+    outputs alone. probes: Rademacher vectors of `hessian`."""
     if method not in METHODS:
         raise OptionError(f"sensitivity {method!r}; choose {', '.join(METHODS)}")
     say = tell or (lambda what, done, total: None)
     if method == "kld":
-        return Costs(lambda original, rounded: probe.kld(rounded))
+        return lambda original, rounded: probe.kld(rounded)
     if method == "hessian":
         traces = hessian_traces(probe, probes, seed, tell=say)
 
@@ -69,15 +67,13 @@ def costs(
             mean = max(0.0, traces[role]) / w.size  # an estimate may be below zero, a loss of rounding is not
             return 0.5 * mean * _squares(delta)
 
-        return Costs(_added(curvature))
+        return _added(curvature)
     if method == "fisher":
         diagonal = fisher(probe, seed, tell=say)
-        return Costs(_added(lambda role, w, delta: 0.5 * _weighted(delta, diagonal[role])))
-    inputs, outputs = probe.inputs(), output_gradients(probe, seed, tell=say)
+        return _added(lambda role, w, delta: 0.5 * _weighted(delta, diagonal[role]))
+    outputs = output_gradients(probe, seed, tell=say)
     stacked = fisher(probe, seed, tell=say, only=lambda role: role not in outputs and ".experts." in role)
-    used = tuple(
-        r for r, e in probe.model.entries.items() if len(e.shape) == 2 and r not in ("embed", "pos_embed")
-    )
+    multiplying = probe.entering_head() if probe.model.decoder.tied else None
 
     def factored(role: str, w: NDArray[np.float32], delta: NDArray[np.float32]) -> float:
         if role in stacked:
@@ -85,10 +81,10 @@ def costs(
         if role != "embed":
             return 0.5 * _factored(delta, inputs.get(role), outputs[role])
         looked_up = _factored(delta, None, outputs[role])
-        multiplied = _factored(delta, inputs[role], outputs[HEAD]) if role in inputs else 0.0
+        multiplied = 0.0 if multiplying is None else _factored(delta, multiplying, outputs[HEAD])
         return 0.5 * (looked_up + multiplied)
 
-    return Costs(_added(factored), tuple(r for r in used if r not in inputs and r not in stacked))
+    return _added(factored)
 
 
 def _squares(delta: NDArray[np.float32]) -> float:
@@ -223,14 +219,19 @@ def output_gradients(
 
 
 def hessian_traces(
-    probe: Probe, probes: int = 8, seed: int = 0, *, tell: Progress | None = None
+    probe: Probe,
+    probes: int = 8,
+    seed: int = 0,
+    *,
+    only: Callable[[str], bool] = lambda role: True,
+    tell: Progress | None = None,
 ) -> dict[str, float]:
     """tr(H) per matrix of the text's loss per token: the mean of v^T H v over `probes` Rademacher vectors v.
 
-    One v for all matrices: the products between two of them are zero in the mean.
+    One v for all matrices: the products between two of them are zero in the mean. only: the roles that are wanted.
     """
     torch = probe.torch
-    held = [(name, p, roles) for name, p, roles in probe.matrices()]
+    held = [(name, p, kept) for name, p, roles in probe.matrices() if (kept := [r for r in roles if only(r)])]
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, float] = {}
     with _requiring(p for _, p, _ in held):
