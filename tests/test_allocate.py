@@ -262,7 +262,6 @@ def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_pa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "needs one of bpw, size and max_kld, found none"),
         ({"bpw": 4.0, "size": 9}, "found bpw and size"),
         ({"bpw": -1.0}, r"bpw -1\.0; expected a positive number"),
         ({"bpw": 4.0, "target": "coreml"}, "target 'coreml'; choose gguf, vllm, onnx, trt"),
@@ -274,6 +273,11 @@ def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_pa
 def test_options_that_contradict(given: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         allocate.Options(**given)  # type: ignore[arg-type]
+
+
+def test_no_budget(demo: Model) -> None:
+    with pytest.raises(OptionError, match="needs one of bpw, size and max_kld, found none"):
+        allocate.run(demo, allocate.Options())
 
 
 def test_a_budget_below_everything_says_the_smallest(search: allocate.Search) -> None:

@@ -63,9 +63,8 @@ class Options:
             raise OptionError(
                 f"allocate: grids say every type, so {given[0]} has no effect; give one of them"
             )
-        if not self.grids and len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise OptionError(f"allocate: needs one of bpw, size and max_kld, found {found}")
+        if len(given) > 1:
+            raise OptionError(f"allocate: needs one of bpw, size and max_kld, found {' and '.join(given)}")
         for name in given:
             if not getattr(self, name) > 0:
                 raise OptionError(f"allocate: {name} {getattr(self, name)!r}; expected a positive number")
@@ -206,6 +205,8 @@ class Search:
     """One model, target and text: the losses of all options once, then as many budgets as are asked for."""
 
     def __init__(self, model: Model, options: Options, job: Job = Job()) -> None:  # noqa: B008 - immutable
+        if options.bpw is None and options.size is None and options.max_kld is None:
+            raise OptionError("allocate: needs one of bpw, size and max_kld, found none of them")
         self.model, self.options, self.job = model, options, job
         self.menu: Menu = menu(model, options.target, tuple(options.types), options.only)
         job.text("allocate")
