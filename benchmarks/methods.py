@@ -1,7 +1,7 @@
 """What benchmarks/quality.py compares: methods on a grid, and who runs them under which case of benchmarks/peers.
 
 Within a row everybody has the same bits, group and symmetry. Options that a peer sets by itself are left as they are (GPTQModel damps
-by 0.05, the others by 0.01; llm-compressor orders columns by activations and keeps groups where they are unless told otherwise,
+by 0.05, the others by 0.01; llm-compressor orders columns by activations and keeps groups where they are (static) unless told otherwise,
 GPTQModel orders them within groups); what differs from that is in the name of the case, and in the JSON.
 """
 

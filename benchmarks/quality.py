@@ -35,7 +35,8 @@ from benchmarks.methods import LLAMACPP, MAKERS, METHODS, OURS, TYPES, Method
 
 import lconvert
 from lconvert.errors import LconvertError
-from lconvert.passes.observe import windows
+from lconvert.primitives.job import Calibration
+from lconvert.primitives.text import windows
 from lconvert.validators import plots
 from lconvert.validators.plots_methods import methods as drawing
 
@@ -247,15 +248,10 @@ def main() -> None:
         run = Run(model, options.out / model.name, options)
         run.out.mkdir(parents=True, exist_ok=True)
         if options.calibrate:
-            ids = windows(
-                lconvert.read(str(model)), options.calibrate, options.context, options.calibration_windows
-            )
-            full = [w for w in ids if len(w) == len(ids[0])]
-            np.savez(
-                run.out / "calibration.npz",
-                ids=np.array(full, np.int32),
-                text=str(options.calibrate.resolve()),
-            )
+            text = str(options.calibrate.resolve())
+            wanted = Calibration(text, options.calibration_windows, options.context)
+            ids = np.array(windows(lconvert.read(str(model)), wanted).ids, np.int32)
+            np.savez(run.out / "calibration.npz", ids=ids, text=text)
             for maker, python in pythons.items():
                 compress(run, maker, [c for _, m, c in cases(options.only) if m == maker], python)
         yardstick = Yardstick(model, options.text, options.windows)

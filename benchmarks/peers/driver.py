@@ -20,7 +20,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def main(peer: str, packages: tuple[str, ...], cases: Mapping[str, Case]) -> Non
     if unknown := [c for c in options.cases if c not in cases]:
         raise SystemExit(f"{peer} has no case {unknown[0]}; there are {', '.join(cases)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in (*packages, "torch", "transformers")}
+    versions = {name: _version(name) for name in (*packages, "torch", "transformers")}
     for name in options.cases:
         sys.stdout.flush()
         child = os.fork()
@@ -91,6 +92,13 @@ def main(peer: str, packages: tuple[str, ...], cases: Mapping[str, Case]) -> Non
         found["peak_rss_mb"] = round(usage.ru_maxrss / 1024)
         path.write_text(json.dumps(found, indent=1, default=str) + "\n")
         print(f"== {peer} {name}: {found.get('error') or found['seconds']}", flush=True)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a source tree
+        return str(import_module(name).__version__)
 
 
 def _child(name: str, case: Case, versions: Mapping[str, str], options: argparse.Namespace) -> None:

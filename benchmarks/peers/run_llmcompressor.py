@@ -74,7 +74,7 @@ CASES = {
     "rtn-w3g128": case((QuantizationModifier, integer(3, 128))),
     "gptq-w4g128": case((GPTQModifier, integer(4, 128))),
     "gptq-w4g128-plain": case((GPTQModifier, {**integer(4, 128), "actorder": None})),
-    "gptq-w4g128-actorder": case((GPTQModifier, {**integer(4, 128), "actorder": "group"})),
+    "gptq-w4g128-actorder": case((GPTQModifier, {**integer(4, 128), "actorder": "weight"})),
     "gptq-w4g128-mse": case((GPTQModifier, integer(4, 128, observer="memoryless_mse"))),
     "gptq-w4g128-asym": case((GPTQModifier, integer(4, 128, symmetric=False))),
     "gptq-w4g32": case((GPTQModifier, integer(4, 32))),
