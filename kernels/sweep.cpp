@@ -28,16 +28,14 @@ void has(const A& a, size_t rows, size_t cols) {
 
 void sweep(const std::string& isa, const Floats& w, const Floats& upper, float low, int count, const std::optional<Table>& values,
            const std::optional<Table>& midpoints, const Floats& scale, const std::optional<Floats>& zero,
-           const std::optional<Floats>& offset, const Index& group, const std::optional<Floats>& extra, const std::optional<Floats>& old, const std::optional<Mask>& kept,
+           const std::optional<Floats>& offset, const Index& group, const std::optional<Floats>& old, const std::optional<Mask>& kept,
            const BytesOut& position,
-           const FloatsOut& error, const std::optional<FloatsOut>& weight, int64_t first, int64_t last) {
+           const FloatsOut& error, int64_t first, int64_t last) {
     const size_t rows = w.shape(0), n = w.shape(1);
     if (n == 0 || n > 256 || count < 2 || count > 256) throw std::invalid_argument("too many columns or levels");
     has(upper, n, n);
     has(position, rows, n);
     has(error, rows, n);
-    if (weight) has(*weight, rows, n);
-    if (extra) has(*extra, n, n);
     if (old) has(*old, rows, n);
     if (kept) has(*kept, rows, n);
     if (scale.shape(0) != rows || group.shape(0) != n) throw std::invalid_argument("groups do not fit");
@@ -51,7 +49,7 @@ void sweep(const std::string& isa, const Floats& w, const Floats& upper, float l
     if (first < 0 || first > last || (size_t)last > rows) throw std::invalid_argument("no such rows");
     const auto data = [](const auto& a) { return a ? a->data() : nullptr; };
     const lconvert::Sweep job = {w.data(), upper.data(), low, count, data(values), data(midpoints), scale.data(), data(zero), data(offset),
-                                 group.data(), data(extra), data(old), data(kept), position.data(), error.data(), data(weight), (int64_t)rows,
+                                 group.data(), data(old), data(kept), position.data(), error.data(), (int64_t)rows,
                                  (int64_t)scale.shape(1), (int)n};
     const lconvert::Isa& found = lconvert::find_isa(isa);
     nb::gil_scoped_release unlocked;
@@ -63,6 +61,6 @@ void sweep(const std::string& isa, const Floats& w, const Floats& upper, float l
 void bind_sweep(nb::module_& m) {
     m.def("sweep", &sweep, nb::arg("isa"), nb::arg("w"), nb::arg("upper"), nb::arg("low"), nb::arg("count"), nb::arg("values").none(),
           nb::arg("midpoints").none(), nb::arg("scale"), nb::arg("zero").none(), nb::arg("offset").none(), nb::arg("group"),
-          nb::arg("extra").none(), nb::arg("old").none(), nb::arg("kept").none(), nb::arg("position"), nb::arg("error"), nb::arg("weight").none(), nb::arg("first"), nb::arg("last"),
-          "Fills rows first..last of position, error and weight (rows, n) for w (rows, n).");
+          nb::arg("old").none(), nb::arg("kept").none(), nb::arg("position"), nb::arg("error"), nb::arg("first"), nb::arg("last"),
+          "Fills rows first..last of position and error (rows, n) for w (rows, n).");
 }

@@ -46,7 +46,7 @@ LANE_FN I kept(const uint8_t* mask, int cols, int64_t row, int live, int i) {
 }
 
 void sweep_rows(const Sweep& s, int64_t first, int64_t last) {
-    float tile[kStretch][W], seen[kStretch][W];
+    float tile[kStretch][W];
     const int n = s.cols;
     const F top = splat((float)(s.count - 1));
     for (int64_t row = first; row < last; row += W) {
@@ -58,7 +58,6 @@ void sweep_rows(const Sweep& s, int64_t first, int64_t last) {
         for (int i = 0; i < n; ++i) {
             const F diagonal = splat(s.upper[i * n + i]), old = s.old ? column(s.old, n, row, live, i) : F{};
             const F x = s.old ? old + load(tile[i]) / diagonal : load(tile[i]);
-            store(seen[i], x);
             const F scale = side(s.scale, s.groups, row, s.rows, s.group[i]);
             const F zero = s.zero ? side(s.zero, s.groups, row, s.rows, s.group[i]) : F{};
             const F offset = s.offset ? side(s.offset, s.groups, row, s.rows, s.group[i]) : F{};
@@ -89,14 +88,7 @@ void sweep_rows(const Sweep& s, int64_t first, int64_t last) {
             }
             const float* spread = s.upper + i * n;
             for (int j = i + 1; j < n; ++j) store(tile[j], load(tile[j]) - e * spread[j]);
-            if (s.extra) {
-                const float* more = s.extra + i * n;
-                for (int j = i + 1; j < n; ++j) store(tile[j], load(tile[j]) + x * more[j]);
-            }
         }
-        if (s.weight)
-            for (int k = 0; k < live; ++k)
-                for (int i = 0; i < n; ++i) s.weight[(row + k) * n + i] = seen[i][k];
     }
 }
 

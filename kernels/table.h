@@ -25,7 +25,7 @@ struct Rounding {
     void (*add_squares)(const float* x, const float* y, int64_t n, double* sums);
 };
 
-// A stretch of columns of GPTQ's sweep (sweep.h). Matrices are contiguous: w, old, position, error, weight (rows, cols), upper and extra
+// A stretch of columns of GPTQ's sweep (sweep.h). Matrices are contiguous: w, old, position, error (rows, cols), upper
 // (cols, cols), scale, zero and offset (rows, groups). Null where there is none.
 struct Sweep {
     const float *w, *upper;
@@ -33,10 +33,10 @@ struct Sweep {
     int count;
     const float *values, *midpoints, *scale, *zero, *offset;
     const int32_t* group;
-    const float *extra, *old;
+    const float* old;
     const uint8_t* kept;  // (rows, cols): 0 where the value stays 0
     uint8_t* position;
-    float *error, *weight;
+    float* error;
     int64_t rows, groups;
     int cols;
 };

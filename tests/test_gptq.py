@@ -120,10 +120,9 @@ def test_the_compiled_sweep_is_its_specification(placed: Placed, monkeypatch: py
     seen = gptq.inputs(h, "none", Settings(), "w")
     part, upper = w[:, :96].contiguous(), seen.upper[:96, :96].contiguous()
     group = torch.arange(96) // g.group
-    extra = (torch.randn(96, 96, generator=torch.Generator().manual_seed(1)) * 0.01).triu(1)
     old = g.values(g.round(w, sides), sides)[:, :96].contiguous()
     kept = (torch.rand(37, 96, generator=torch.Generator().manual_seed(2)) > 0.5).to(torch.uint8)
-    cases: list[dict[str, Any]] = [{}, {"extra": extra}, {"kept": kept}, {"old": old}]
+    cases: list[dict[str, Any]] = [{}, {"kept": kept}, {"old": old}]
     for case in cases:
         matrix = h[:96, :96].contiguous() if "old" in case else upper
         spec = sweep.in_torch(part, matrix, g.levels, sides, group, **case)
@@ -135,7 +134,6 @@ def test_the_compiled_sweep_is_its_specification(placed: Placed, monkeypatch: py
                     isa,
                     list(case),
                 )
-                assert "extra" not in case or torch.equal(done.weight, spec.weight)
 
 
 def test_groups_that_follow_the_order_say_so() -> None:
@@ -163,12 +161,23 @@ def test_gptaq_comes_closer_to_the_uncompressed_outputs() -> None:
     grid = grids.find(Placed("int3", 64), 128)
     wanted = original @ w.T
 
-    def distance(cross: Any) -> float:
-        settings = Settings(alpha=1.0, refine=0, order="none")
+    def distance(cross: Any, refine: int = 0) -> float:
+        settings = Settings(alpha=1.0, refine=refine, order="none")
         done = gptq.gptq(w, gptq.inputs(h, "none", settings, "w", cross), grid, settings)
         return float((x @ grid.values(done.position, done.sides).T - wanted).square().sum())
 
     assert distance(cross) < 0.9 * distance(None)
+    assert distance(cross, refine=3) < distance(cross)
+    fine, settings = grids.find(Placed("int8", 32), 128), Settings(damping=1e-6, alpha=1.0)
+    done = gptq.gptq(w, gptq.inputs(h, "none", settings, "w", cross), fine, settings)
+    left = (
+        x @ fine.values(done.position, done.sides).T - wanted
+    )  # as many inputs as columns: but for rounding, none of it need be left
+    assert (
+        float(left.square().sum() / wanted.square().sum())
+        < 0.003
+        < float((x @ w.T - wanted).square().sum() / wanted.square().sum())
+    )
 
 
 def test_dead_inputs_are_rounded_to_nearest_and_named() -> None:

@@ -43,7 +43,7 @@ class Options(Placement):
     order: str = "auto"
     refine: int = 3
     asymmetric: bool = False
-    alpha: float = 0.25
+    alpha: float = 0.5
     signed: bool = False
     keep_zeros: bool = True
 

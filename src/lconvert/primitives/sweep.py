@@ -20,11 +20,10 @@ from lconvert.primitives.sides import Sides
 
 @dataclass(frozen=True)
 class Swept:
-    """position uint8 (rows, n) of the levels; error fp32 (rows, n), e_i; weight (rows, n): w_i when it was rounded, where GPTAQ asks."""
+    """position uint8 (rows, n) of the levels; error fp32 (rows, n), e_i."""
 
     position: Any
     error: Any
-    weight: Any
 
 
 def columns(
@@ -33,13 +32,12 @@ def columns(
     levels: Levels,
     sides: Sides,
     group: Any,
-    extra: Any = None,
     threads: int = 1,
     *,
     old: Any = None,
     kept: Any = None,
 ) -> Swept:
-    """w (rows, n) fp32, upper (n, n) of U, group (n,) the index of each column's scale in `sides`; extra (n, n): GPTAQ's P.
+    """w (rows, n) fp32, upper (n, n) of U, group (n,) the index of each column's scale in `sides`.
 
     old (rows, n), values that are there already: coordinate descent instead. w is then E H of these columns for the errors E = W - old of all,
     upper H itself; each value becomes the level nearest to old + w_i / H_ii, `error` what it changed by. kept (rows, n) uint8: 0 where a
@@ -49,22 +47,22 @@ def columns(
 
     native = native_module()
     if native is None or w.device.type != "cpu":
-        return in_torch(w, upper, levels, sides, group, extra, old=old, kept=kept)
+        return in_torch(w, upper, levels, sides, group, old=old, kept=kept)
     torch, _ = packages()
     rows = w.shape[0]
     position = torch.empty(w.shape, dtype=torch.uint8)
-    error, weight = torch.empty_like(w), None if extra is None else torch.empty_like(w)
+    error = torch.empty_like(w)
 
     def array(x: Any) -> Any:
         return None if x is None else x.contiguous().numpy()
 
     values, midpoints = (None, None) if levels.uniform else (levels.values, levels.midpoints)
     given = (array(w), array(upper), levels.low, len(levels.values), values, midpoints, array(sides.scale), array(sides.zero),
-             array(sides.offset), array(group.to(torch.int32)), array(extra), array(old), array(kept), array(position), array(error), array(weight))  # fmt: skip
+             array(sides.offset), array(group.to(torch.int32)), array(old), array(kept), array(position), array(error))  # fmt: skip
     step = max(16, -(-rows // max(1, threads) // 16) * 16)
     name = isa()
     run_all(lambda a: native.sweep(name, *given, a, min(a + step, rows)), range(0, rows, step), threads)
-    return Swept(position, error, weight)
+    return Swept(position, error)
 
 
 def run_all(work: Callable[[int], None], items: range, threads: int) -> None:
@@ -83,7 +81,6 @@ def in_torch(
     levels: Levels,
     sides: Sides,
     group: Any,
-    extra: Any = None,
     *,
     old: Any = None,
     kept: Any = None,
@@ -92,10 +89,9 @@ def in_torch(
     torch, _ = packages()
     w = w.clone()
     position = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    error, seen = torch.empty_like(w), torch.empty_like(w)
+    error = torch.empty_like(w)
     for i in range(w.shape[1]):
         x = w[:, i].clone() if old is None else old[:, i] + w[:, i] / upper[i, i]
-        seen[:, i] = x
         k = int(group[i])
         s = sides.scale[:, k]
         y = x if sides.offset is None else x + sides.offset[:, k]
@@ -112,6 +108,4 @@ def in_torch(
         position[:, i], error[:, i] = p, e
         if i + 1 < w.shape[1]:
             w[:, i + 1 :] -= torch.outer(e, upper[i, i + 1 :])
-            if extra is not None:
-                w[:, i + 1 :] += torch.outer(x, extra[i, i + 1 :])
-    return Swept(position, error, seen)
+    return Swept(position, error)
