@@ -276,11 +276,12 @@ def test_inputs_are_natural_to_a_method(slow: Slow, tmp_path: Path) -> None:
 
 
 def test_what_the_command_line_says_of_a_run(slow: Slow, text: Path, tmp_path: Path) -> None:
-    said = ["--calibration-windows", 3, "--calibration-context", 16, "--seed", 9, "--memory", "2G", "--threads", 2, "--work", tmp_path / "w"]  # fmt: skip
+    said = ["--calibration-windows", 3, "--calibration-context", 16, "--seed", 9, "--memory", "2G", "--threads", 2, "--work", tmp_path / "w", "--activations", "bf16"]  # fmt: skip
     ok("compress", DEMO, "-o", tmp_path / "m.lcir", "--method", "slow", "--calibration", text, *said)
     job = slow.jobs[0]
     assert (job.calibration.windows, job.calibration.context, job.calibration.seed) == (3, 16, 9)
     assert (job.memory, job.threads, job.work, job.resume) == (2 * 10**9, 2, tmp_path / "w", False)
+    assert job.activations == "bf16"
     assert (tmp_path / "w" / "layer-0").exists(), "a folder that was named is kept"
     own = tmp_path / "r.yaml"
     own.write_text("schema: lconvert.recipe/1\ncalibration: {windows: 5, context: 24}\npasses: [slow]\n")
@@ -430,6 +431,7 @@ def test_a_run_is_continued_where_it_was_interrupted(slow: Slow, text: Path, tmp
     for change, what in (
         (["--calibration-windows", "64"], "windows 128, now it is 64"),
         (["--seed", "1"], "seed 0, now it is 1"),
+        (["--activations", "bf16"], "activations 'f32', now it is 'bf16'"),
         (["--recipe", "q4_k"], "another recipe"),
     ):
         said = fails(*args, "--resume", *change)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -37,6 +37,7 @@ class How:
     device: str
     work: Path | None
     memory: str | None
+    activations: Literal["f32", "bf16"]
 
     @property
     def text(self) -> str:
@@ -84,6 +85,8 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--work", type=click.Path(path_type=Path), metavar="DIR",
                      help="Keep finished layers here, for --resume [default: OUTPUT.work, while it runs]."),
         click.option("--memory", metavar="SIZE", help="Memory that calibration may take, such as 8G [default: what it needs]."),
+        click.option("--activations", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True,
+                     help="What activations are kept in between layers: bf16 takes half the room."),
     )  # fmt: skip
     for option in reversed(added):
         gathered = option(gathered)
@@ -125,7 +128,14 @@ def run(
 
     calibration = how.calibrated(recipe)
     _check_device(how.device)
-    job = Job(calibration, how.device, memory=parse_size(how.memory), resume=resume, threads=threads)
+    job = Job(
+        calibration,
+        how.device,
+        how.activations,
+        memory=parse_size(how.memory),
+        resume=resume,
+        threads=threads,
+    )
     if not any(passes.calibrates(s.name, s.options) for s in recipe.steps):
         yield job
         return
@@ -226,6 +236,7 @@ def _identity(recipe: Recipe, job: Job, model: Model) -> dict[str, Any]:
         "context": c.context,
         "seed": c.seed,
         "device": job.device,
+        "activations": job.activations,
     }
 
 
