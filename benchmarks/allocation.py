@@ -2,8 +2,9 @@
 
     python -P benchmarks/allocation.py MODEL --calibrate CALIB.txt --text TEST.txt [--sensitivity imatrix] [--json OUT]
 
-Per file type: the stock mixture as llama-quantize writes it, the same with importances of the calibration text, and our choice at the size of
-that file to the byte, from the types that stock K-quant mixtures use and from all of them. Everything is dequantized and run in fp32.
+Per file type: the stock mixture as llama-quantize writes it, the same with importances of the calibration text, the same types rounded by
+other methods (--methods), and our choice at the size of that file to the byte, from the types that stock K-quant mixtures use and from all
+of them, rounded to nearest with importances and by those methods. Everything is dequantized and run in fp32.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from typing import Any
 
 import lconvert
 from lconvert.archs import find
-from lconvert.converters import gguf_names
+from lconvert.cli.allocating import recipe as allocated
+from lconvert.converters import gguf_grids, gguf_names, methods
 from lconvert.ir import Model
-from lconvert.passes import allocate, observe
+from lconvert.kernels.qtensor import effective
+from lconvert.passes import allocate
 from lconvert.primitives.job import Calibration, Job
 from lconvert.primitives.probe import Probe
+from lconvert.primitives.text import windows
+from lconvert.recipe import Recipe
 
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
@@ -43,8 +48,14 @@ def overhead(model: Model) -> int:
     return plan.size - sum(-(-i.nbytes // 32) * 32 for i in plan.items())
 
 
+def rounded(model: Model, recipe: Recipe, job: Job) -> dict[str, Any]:
+    """Values of what a recipe changes, by role."""
+    made = recipe.apply(model, job)
+    return {r: effective(e) for r, e in made.entries.items() if e.data is not model.entries[r].data}
+
+
 def _short(more: dict[str, Any]) -> str:
-    if not more:
+    if "types" not in more:
         return ""
     types = Counter(more["types"].values())
     ends = {r: more["types"][r] for r in ("embed", "head") if r in more["types"]}
@@ -62,13 +73,15 @@ def main() -> None:
     parser.add_argument("--sensitivity", default="imatrix")
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--refine", type=int, default=0)
+    parser.add_argument("--methods", nargs="*", default=["gptq", "gptaq"])
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--types", nargs="*", default=["Q4_K_M", "Q3_K_M", "Q2_K"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     model = lconvert.read(args.model)
-    job = Job(Calibration(args.calibrate))
-    test = Probe(model, observe.windows(model, args.text, 256, args.windows))
+    job = Job(Calibration(args.calibrate, args.windows, 512), threads=args.threads)
+    test = Probe(model, windows(model, Calibration(args.text, args.windows, 256)).ids)
     head = overhead(model)
 
     options = allocate.Options(
@@ -89,7 +102,7 @@ def main() -> None:
 
     def row(ftype: str, what: str, size: int, kld: float, **more: Any) -> None:
         rows.append({"type": ftype, "label": what, "size": size, "kld_mean": kld, **more})
-        print(f"{ftype:8} {what:22} {size:>10} {kld:.5f}  {_short(more)}", flush=True)
+        print(f"{ftype:8} {what:32} {size:>10} {kld:.5f}  {_short(more)}", flush=True)
 
     for ftype in args.types:
         types, size = stock_types(model, ftype)
@@ -100,6 +113,11 @@ def main() -> None:
             size,
             test.kld({r: first.rounding.values(r, t) for r, t in types.items()}),
         )
+        for method in args.methods:
+            lowering = lconvert.api.gguf_options(ftype=ftype)
+            made = gguf_grids.recipe(method, model, lowering, args.calibrate)
+            tables = {r: first.rounding.values(r, t) for r, t in types.items() if r in methods.TABLES}
+            row(ftype, f"stock types, {method}", size, test.kld(tables | rounded(model, made, job)))
         for what, items in ours.items():
             first.items = items
             found = first.outcome(size - head - first.menu.fixed)
@@ -108,6 +126,9 @@ def main() -> None:
             kld = test.kld({r: first.values(r, t) for r, t in chosen.items()})
             said = {"predicted": found.allocation.loss, "calibration": found.measured, "types": names}
             row(ftype, what, found.size + head, kld, **said)
+            for method in args.methods:
+                made = methods.applied(method, allocated(first, found), args.calibrate)
+                row(ftype, f"{what}, {method}", found.size + head, test.kld(rounded(model, made, job)))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -9,6 +9,7 @@
 #include "quant_ternary.h"
 #include "rounding.h"
 #include "sweep.h"
+#include "trials.h"
 
 namespace lconvert::LCONVERT_ISA {
 namespace {
@@ -30,7 +31,7 @@ const Kernel kKernels[] = {
 #undef LCONVERT_ROW
 
 const Isa kIsa = {kKernels, sizeof kKernels / sizeof kKernels[0], widen_f16, widen_bf16, all_below,
-                  kInGroups, sweep_rows};
+                  kInGroups, sweep_rows, try_scales};
 
 }  // namespace
 }  // namespace lconvert::LCONVERT_ISA

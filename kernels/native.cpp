@@ -25,6 +25,7 @@ namespace nb = nanobind;
 void bind_packing(nb::module_& m);  // packing.cpp
 void bind_rounding(nb::module_& m);   // rounding.cpp
 void bind_sweep(nb::module_& m);      // sweep.cpp
+void bind_trials(nb::module_& m);     // trials.cpp
 void bind_transpose(nb::module_& m);  // transpose.cpp
 
 namespace {
@@ -190,5 +191,6 @@ NB_MODULE(_native, m) {
     bind_packing(m);
     bind_rounding(m);
     bind_sweep(m);
+    bind_trials(m);
     bind_transpose(m);
 }

@@ -48,7 +48,7 @@ void sweep(const std::string& isa, const Floats& w, const Floats& upper, float l
         if (group.data()[i] < 0 || (size_t)group.data()[i] >= scale.shape(1)) throw std::invalid_argument("no such group");
     if (first < 0 || first > last || (size_t)last > rows) throw std::invalid_argument("no such rows");
     const auto data = [](const auto& a) { return a ? a->data() : nullptr; };
-    const lconvert::Sweep job = {w.data(), upper.data(), low, count, data(values), data(midpoints), scale.data(), data(zero), data(offset),
+    const lconvert::Sweep job = {w.data(), upper.data(), {low, count, data(values), data(midpoints)}, scale.data(), data(zero), data(offset),
                                  group.data(), data(old), data(kept), position.data(), error.data(), (int64_t)rows,
                                  (int64_t)scale.shape(1), (int)n};
     const lconvert::Isa& found = lconvert::find_isa(isa);

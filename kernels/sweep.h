@@ -11,14 +11,14 @@ namespace {
 
 constexpr int kStretch = 256;  // columns at most
 
-// Levels of codes: consecutive integers from `low`, or `count` ascending values with the midpoints between them.
-LANE_FN F position_of(F v, const Sweep& s) {
-    if (!s.values) {
+// Where a value comes among levels; of integers the nearest one, not clamped.
+LANE_FN F position_of(F v, const Levels& t) {
+    if (!t.values) {
         v = clamp(v, -kBound, kBound);
         return (v + kRound) - kRound;
     }
     F at{};
-    for (int i = 0; i + 1 < s.count; ++i) at += select(v >= splat(s.midpoints[i]), splat(1.0f), F{});
+    for (int i = 0; i + 1 < t.count; ++i) at += select(v >= splat(t.midpoints[i]), splat(1.0f), F{});
     return at;
 }
 
@@ -48,7 +48,8 @@ LANE_FN I kept(const uint8_t* mask, int cols, int64_t row, int live, int i) {
 void sweep_rows(const Sweep& s, int64_t first, int64_t last) {
     float tile[kStretch][W];
     const int n = s.cols;
-    const F top = splat((float)(s.count - 1));
+    const Levels& t = s.levels;
+    const F top = splat((float)(t.count - 1));
     for (int64_t row = first; row < last; row += W) {
         const int live = last - row < W ? (int)(last - row) : W;
         for (int k = 0; k < W; ++k) {
@@ -65,15 +66,15 @@ void sweep_rows(const Sweep& s, int64_t first, int64_t last) {
             F y = s.offset ? x + offset : x;
             y = select(none, F{}, y / select(none, splat(1.0f), scale));
             if (s.kept) y = select(kept(s.kept, n, row, live, i), y, F{});
-            F at = position_of(y, s), q;
-            if (s.values) {
+            F at = position_of(y, t), q;
+            if (t.values) {
                 float places[W], worth[W];
                 store(places, at);
-                for (int k = 0; k < W; ++k) worth[k] = s.values[(int)places[k]];
+                for (int k = 0; k < W; ++k) worth[k] = t.values[(int)places[k]];
                 q = load(worth);
             } else {
-                q = min_of(splat(s.low) + top, max_of(splat(s.low), s.zero ? at + zero : at));
-                at = q - s.low;
+                q = min_of(splat(t.low) + top, max_of(splat(t.low), s.zero ? at + zero : at));
+                at = q - t.low;
             }
             if (s.zero) q = q - zero;
             q = q * scale;

@@ -25,13 +25,19 @@ struct Rounding {
     void (*add_squares)(const float* x, const float* y, int64_t n, double* sums);
 };
 
+// Levels of codes: consecutive integers from `low`, or `count` ascending values with the midpoints between them.
+struct Levels {
+    float low;
+    int count;
+    const float *values, *midpoints;
+};
+
 // A stretch of columns of GPTQ's sweep (sweep.h). Matrices are contiguous: w, old, position, error (rows, cols), upper
 // (cols, cols), scale, zero and offset (rows, groups). Null where there is none.
 struct Sweep {
     const float *w, *upper;
-    float low;
-    int count;
-    const float *values, *midpoints, *scale, *zero, *offset;
+    Levels levels;
+    const float *scale, *zero, *offset;
     const int32_t* group;
     const float* old;
     const uint8_t* kept;  // (rows, cols): 0 where the value stays 0
@@ -39,6 +45,17 @@ struct Sweep {
     float* error;
     int64_t rows, groups;
     int cols;
+};
+
+// Groups to be rounded with each of some candidates (trials.h): x, h (groups, size), scale, offset, error (candidates, groups), sums
+// (3, groups) of h q q, h q and h q x. Null where there is none.
+struct Trials {
+    const float *x, *h;
+    Levels levels;
+    const float *scale, *offset;
+    float *error, *sums;
+    int64_t groups, size;
+    int candidates;
 };
 
 struct Isa {
@@ -50,6 +67,7 @@ struct Isa {
     bool (*all_below)(const float* x, int64_t n, uint32_t limit);
     Rounding rounding;
     void (*sweep)(const Sweep& s, int64_t first, int64_t last);
+    void (*try_scales)(const Trials& t, int64_t first, int64_t last);
 };
 
 // Null where the target architecture lacks the instruction set.

@@ -20,7 +20,8 @@ import numpy as np
 from lconvert.forward import packages
 from lconvert.ir import Grid, QTensor, Tensor, dense
 from lconvert.primitives import levels as of_levels
-from lconvert.primitives.scales import one_scale, ratio, scale_and_offset
+from lconvert.primitives import trials
+from lconvert.primitives.scales import best_of, one_scale, scale_and_offset
 from lconvert.primitives.sides import Sides
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Super(Family):
         return 0 if not self.codes.signed else -(1 << (self.codes.bits - 1))
 
     def _coded(self, s: Any, d: Any) -> Any:
-        return ratio(s, d).round().clamp(self.least, self.most) * (d != 0)
+        return trials.ratio(s, d).round().clamp(self.least, self.most) * (d != 0)
 
     def _search(self, g: DeploymentGrid, x: Any, h: Any, d: Any, dmin: Any) -> tuple[Any, Any]:
         """Codes of scales and minima (n,) for groups x (n, group) below d and dmin (n,)."""
@@ -341,15 +342,9 @@ class Coded(Family):
         top = x.new_tensor(g.top)
         ideal = x.abs().amax(-1) / g.levels.high / top
         start = torch.searchsorted(worth, ideal).clamp(first, last)
-        best = torch.full_like(ideal, float("inf"))
-        chosen = start
-        for step in range(-self.reach, self.reach + 1):
-            at = (start + step).clamp(first, last)
-            s = worth[at] * top
-            y = g.levels.nearest(x / s.unsqueeze(-1)) * s.unsqueeze(-1)
-            e = (hh * (y - x) ** 2).sum(-1)
-            better = e < best
-            best, chosen = torch.where(better, e, best), torch.where(better, at, chosen)
+        steps = torch.arange(-self.reach, self.reach + 1, device=w.device)
+        at = (start + steps.unsqueeze(-1)).clamp(first, last)
+        _, chosen = best_of(trials.errors(x, hh, g.levels, worth[at] * top), at)
         chosen = chosen.reshape(w.shape[0], -1)
         return Sides(worth[chosen] * top, stored={"scale": chosen.to(torch.int32)})
 

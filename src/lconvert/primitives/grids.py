@@ -30,8 +30,8 @@ from lconvert.primitives import levels as of_levels
 from lconvert.primitives.families import Coded, Family, Minimum, Single, Super, ZeroPoint, half, short
 from lconvert.primitives.levels import NF4, Levels, power_of_two_above
 from lconvert.primitives.placement import Placed
-from lconvert.primitives.scales import over
 from lconvert.primitives.sides import Sides
+from lconvert.primitives.trials import over
 
 #: Values that a search looks at together: what fits a core's cache.
 _SLAB = 1 << 18

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lconvert.forward import packages
+from lconvert.primitives import trials
 from lconvert.primitives.levels import Levels
 
 #: Rounds scales to what a format stores.
@@ -26,22 +27,6 @@ Store = Callable[[Any], Any]
 #: Shares of the covering scale that are tried first, and how often codes and scale alternate then.
 SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.64, 0.57, 0.5, 0.42)
 ROUNDS = 3
-
-
-def error(x: Any, y: Any, h: Any) -> Any:
-    """sum h (x - y)^2 per group, (n,)."""
-    d = x - y
-    return (d * d * h).sum(-1)
-
-
-def ratio(x: Any, scale: Any) -> Any:
-    """x / scale, 0 where the scale is 0."""
-    return (x / scale.where(scale != 0, scale.new_ones(()))) * (scale != 0)
-
-
-def over(x: Any, scale: Any) -> Any:
-    """The same of groups x (..., group), which share a scale (...)."""
-    return ratio(x, scale.unsqueeze(-1))
 
 
 def cover(x: Any, levels: Levels, signed: bool) -> Any:
@@ -61,28 +46,28 @@ def one_scale(
     """Stored scales (n,) with the least weighted squared error that was found."""
     torch, _ = packages()
     starts = cover(x, levels, signed)
-    best = torch.full_like(starts[0], float("inf"))
-    scale = torch.zeros_like(starts[0])
-
-    def keep(s: Any) -> Any:
-        nonlocal best, scale
-        q = levels.nearest(over(x, s))
-        e = error(x, q * s.unsqueeze(-1), h)
-        better = e < best
-        best, scale = torch.where(better, e, best), torch.where(better, s, scale)
-        return q
-
-    for start in starts:
-        for share in shares:
-            keep(store(start * share))
+    tried = store(starts.unsqueeze(1).mul(x.new_tensor(shares).reshape(1, -1, 1)).flatten(0, 1))
+    best, scale = best_of(trials.errors(x, h, levels, tried), tried)
     for _ in range(ROUNDS):
-        q = levels.nearest(over(x, scale))
-        top, bottom = (h * x * q).sum(-1), (h * q * q).sum(-1)
+        bottom, _, top = trials.sums(x, h, levels, scale)
         ideal = torch.where(bottom > 0, top / bottom.clamp(min=1e-38), scale)
         if not signed:
             ideal = torch.where(ideal > 0, ideal, scale)
-        keep(store(ideal))
+        s = store(ideal)
+        e = trials.errors(x, h, levels, s.unsqueeze(0))[0]
+        better = e < best
+        best, scale = torch.where(better, e, best), torch.where(better, s, scale)
     return scale
+
+
+def best_of(errors: Any, *candidates: Any) -> tuple[Any, ...]:
+    """The least error (n,) of every group, and the candidates (of (k, n) each) that it belongs to, the first of equals."""
+    torch, _ = packages()
+    errors = errors.nan_to_num(nan=float("inf"))
+    best = errors.amin(0)
+    places = torch.arange(len(errors), device=errors.device).unsqueeze(-1)
+    first = torch.where(errors == best, places, len(errors)).amin(0, keepdim=True)
+    return best, *(c.gather(0, first).squeeze(0) for c in candidates)
 
 
 def scale_and_offset(
@@ -97,32 +82,31 @@ def scale_and_offset(
     torch, _ = packages()
     high, low = x.amax(-1).clamp(min=0), x.amin(-1).clamp(max=0)
     span = levels.high - levels.low
-    best = torch.full_like(high, float("inf"))
-    scale, offset = torch.zeros_like(high), torch.zeros_like(high)
-
-    def keep(s: Any, m: Any) -> None:
-        nonlocal best, scale, offset
-        s, m = store(s, m)
-        q = levels.nearest(over(x + m.unsqueeze(-1), s))
-        e = error(x, q * s.unsqueeze(-1) - m.unsqueeze(-1), h)
-        better = e < best
-        best = torch.where(better, e, best)
-        scale, offset = torch.where(better, s, scale), torch.where(better, m, offset)
-
-    for share in shares:
-        s = (high - low) * (share / span)
-        middle = (high + low) / 2
-        keep(s, s * (span / 2 + levels.low) - middle)
-        keep((high - low * share) / span, -low * share + levels.low * (high - low * share) / span)
-        keep((high * share - low) / span, -low + levels.low * (high * share - low) / span)
+    part = x.new_tensor(shares).unsqueeze(-1)
+    even = (high - low) * (part / span)
+    up, down = (high - low * part) / span, (high * part - low) / span
+    scales, offsets = store(
+        torch.cat([even, up, down]),
+        torch.cat(
+            [
+                even * (span / 2 + levels.low) - (high + low) / 2,
+                -low * part + levels.low * up,
+                -low + levels.low * down,
+            ]
+        ),
+    )
+    best, scale, offset = best_of(trials.errors(x, h, levels, scales, offsets), scales, offsets)
     total, first = h.sum(-1), (h * x).sum(-1)
     for _ in range(ROUNDS):
-        q = levels.nearest(over(x + offset.unsqueeze(-1), scale))
-        a, b, c = (h * q * q).sum(-1), (h * q).sum(-1), (h * q * x).sum(-1)
+        a, b, c = trials.sums(x, h, levels, scale, offset)
         # x ~ s q - m:  [a -b; -b total] (s, m) = (c, -first)
         det = a * total - b * b
         good = det > 1e-20
         safe = torch.where(good, det, torch.ones_like(det))
         s, m = (c * total - b * first) / safe, (b * c - a * first) / safe
-        keep(torch.where(good & (s > 0), s, scale), torch.where(good & (s > 0), m, offset))
+        s, m = store(torch.where(good & (s > 0), s, scale), torch.where(good & (s > 0), m, offset))
+        e = trials.errors(x, h, levels, s.unsqueeze(0), m.unsqueeze(0))[0]
+        better = e < best
+        best = torch.where(better, e, best)
+        scale, offset = torch.where(better, s, scale), torch.where(better, m, offset)
     return scale, offset

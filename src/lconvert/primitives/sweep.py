@@ -14,8 +14,8 @@ from typing import Any
 
 from lconvert.forward import packages
 from lconvert.primitives.levels import Levels
-from lconvert.primitives.scales import ratio
 from lconvert.primitives.sides import Sides
+from lconvert.primitives.trials import ratio
 
 
 @dataclass(frozen=True)
