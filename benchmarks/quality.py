@@ -93,7 +93,7 @@ def compress(run: Run, maker: str, names: Sequence[str], python: str) -> None:
     print(f"{run.model.name}: {MAKERS[maker]}: {' '.join(wanted)}", file=sys.stderr, flush=True)
     with open(log, "ab") as f:
         environment = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": threads, **ours}
-        done = subprocess.run(command, env=environment, stdout=f, stderr=f, check=False)
+        done = subprocess.run(command, env=environment, cwd=run.out, stdout=f, stderr=f, check=False)
     if done.returncode:
         print(f"{MAKERS[maker]}: ended with exit code {done.returncode}; {log} says why", file=sys.stderr)
 
@@ -245,7 +245,7 @@ def main() -> None:
         parser.error(f"--python: no peer is called {unknown[0]}; there are {', '.join(MAKERS)}")
     everything = []
     for model in options.models:
-        run = Run(model, options.out / model.name, options)
+        run = Run(model.resolve(), options.out.resolve() / model.name, options)
         run.out.mkdir(parents=True, exist_ok=True)
         if options.calibrate:
             text = str(options.calibrate.resolve())
