@@ -514,3 +514,59 @@ def test_progress_counts_blocks() -> None:
     walk(model, job(progress=lambda *a: told.append(a)), lambda block: {}, what="looking", key="0")
     total = model.decoder.layers + (not model.decoder.tied)
     assert told == [("looking", i + 1, total) for i in range(total)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3_text", "phi3"])
+def test_parts_that_are_done_are_not_computed_again(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention runs once per layer and window, and a second time for the one batch on which its module is watched; results are the same bits."""
+    name = next(c.name for c in arch_cases.load() if c.model_type == family)
+    model = lconvert.read(case_models.folder(name))
+    runs, found = [0], []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        runs[0] += 1
+        return attend(*args, **kwargs)
+
+    def visit(block: Block) -> Mapping[str, Entry]:
+        before = runs[0]
+        moments = {}
+        for stage in block.stages:
+            watch = {role: Moments() for role in stage}
+            block.observe(watch)
+            moments |= watch
+        out = torch.cat(list(block.outputs()))
+        found.append((out, {r: m.squares for r, m in moments.items()}, runs[0] - before))
+        return {}
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    walk(model, job(), visit, what="test", key="0")
+    replayed, found = found, []
+    monkeypatch.setattr("lconvert.primitives.sequential._ENDS", {})
+    walk(model, job(), visit, what="test", key="0")
+    for (out, squares, few), (wanted, wanted_squares, many) in zip(replayed, found, strict=True):
+        assert torch.equal(out, wanted)
+        for role, x in wanted_squares.items():
+            assert squares[role] is None if x is None else torch.equal(squares[role], x), role
+        assert (few, many >= 4) == (2, True) or many == 0  # the head
+
+
+def test_what_was_kept_is_forgotten_when_something_before_it_changes() -> None:
+    name = next(c.name for c in arch_cases.load() if c.model_type == "llama")
+    model = lconvert.read(case_models.folder(name))
+
+    def visit(block: Block) -> Mapping[str, Entry]:
+        if block.is_head:
+            return {}
+        at = f"layers.{block.index}."
+        for role in ("attn.q", "attn.o", "mlp.up", "mlp.down", "attn_norm", "mlp_norm"):
+            for _ in range(3):  # kept, watched, played back
+                list(block.outputs())
+            block.set(at + role, block.weight(at + role) * 1.25)
+            got = torch.cat(list(block.outputs()))
+            with torch.no_grad():
+                wanted = torch.cat([block.module(b.hidden, **b.kwargs) for b in block.batches()])
+            assert torch.equal(got, wanted), role
+        return {}
+
+    walk(model, job(), visit, what="test", key="0")

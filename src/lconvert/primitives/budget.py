@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lconvert.errors import OptionError
 from lconvert.forward import Forward
-from lconvert.ir import Decoder, Moe
+from lconvert.ir import Decoder, Mlp, Moe
 from lconvert.primitives.activations import BYTES
 from lconvert.primitives.job import Job
 
@@ -16,14 +16,18 @@ if TYPE_CHECKING:
 
 #: Windows that run at once at most, and what their attention scores may take.
 _BATCH, _SCORES = 8, 256 << 20
+#: What inputs of mlp.down may take, which are the widest there are and save half a pass through an MLP.
+_WIDE = 2 << 30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """batch: windows that run at once. spill: activations lie in a file. notes: for the report."""
+    """batch: windows that run at once. spill: activations lie in a file. keep_mlp: what enters mlp.down is kept for a while (replay.py), as what
+    enters attn.o always is. notes: for the report."""
 
     batch: int
     spill: bool
+    keep_mlp: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -32,12 +36,20 @@ def plan(forward: Forward, d: Decoder, shown: Windows, job: Job, *, reference: b
     sizes = [[p.numel() * 4 for p in layer.parameters()] for layer in forward.layers]
     layer = max(map(sum, sizes))
     weights = layer * (2 if reference else 1) + 2 * max(max(s) for s in sizes)
-    states = len(shown.ids) * shown.length * d.hidden * BYTES[job.activations] * (2 if reference else 1)
+    states = len(shown.ids) * shown.length * (d.hidden * BYTES[job.activations] + _attended(d) * 4)
+    states *= 2 if reference else 1
     one = _window(d, shown.length)
     scores = max(d.layer(i).attention.heads for i in range(d.layers)) * shown.length**2 * 4
     batch = max(1, min(_BATCH, len(shown.ids), _SCORES // scores))
+    wide = (
+        len(shown.ids)
+        * shown.length
+        * 4
+        * max((m.hidden for _, layer in d.each() if isinstance(m := layer.mlp, Mlp)), default=0)
+    )
+    wide *= 2 if reference else 1
     if job.memory is None:
-        return Plan(batch, False)
+        return Plan(batch, False, wide <= _WIDE)
     while batch > 1 and weights + statistics + batch * one > job.memory:
         batch //= 2
     fixed = weights + statistics + batch * one
@@ -47,8 +59,14 @@ def plan(forward: Forward, d: Decoder, shown: Windows, job: Job, *, reference: b
             f"statistics and {_gb(one)} for a window of {shown.length} tokens; allow more memory, or lower the context of the calibration"
         )
     if fixed + states <= job.memory:
-        return Plan(batch, False)
+        return Plan(batch, False, wide <= min(_WIDE, job.memory - fixed - states))
     return Plan(batch, True)
+
+
+def _attended(d: Decoder) -> int:
+    """Features of a token that enter attn.o, in the layer where they are most."""
+    each = (layer.attention for _, layer in d.each())
+    return max(a.heads * (a.head_dim if a.mla is None else a.mla.v_dim) for a in each)
 
 
 def _window(d: Decoder, length: int) -> int:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ from lconvert.primitives.activations import Activations
 from lconvert.primitives.finished import Done, Folder
 from lconvert.primitives.job import Job, identity
 from lconvert.primitives.listening import Enough, down_input, expert_of, listening, modules, rows_of
+from lconvert.primitives.replay import Replay
 from lconvert.primitives.skeleton import Skeleton, first
 from lconvert.primitives.slots import Slot, slots, stages
 from lconvert.primitives.statistics import Accumulator
+
+#: Matrices that end a part of a layer, and what may change without a change of their inputs.
+_ENDS = {"attn.o": ("attn.o", "mlp.", "moe."), "mlp.down": ("mlp.down",)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Block:
         self._changed: set[str] = set()
         self.original: Any = None
         self._original_slots: dict[str, Slot] = {}
+        self._replays: dict[Any, dict[str, Replay]] = {}
 
     # --- weights ---
 
@@ -79,7 +85,20 @@ class Block:
             if run.reference:
                 self.original = copy.deepcopy(self._module)
                 self._original_slots = _slots(run, self.original if self.is_head else (self.original,), parts)
+            if not self.is_head:
+                for module in filter(None, (self._module, self.original)):
+                    self._replays[module] = self._replays_of(module)
         return self._module
+
+    def _replays_of(self, module: Any) -> dict[str, Replay]:
+        run, of = self._run, "" if module is self._module else "reference-"
+        out = {}
+        for end in _ENDS:
+            owners = modules_of(self, module, {f"layers.{self.index}.{end}"})
+            if owners and (end == "attn.o" or run.plan.keep_mlp):
+                room = partial(run.room, f"{of}{end}")
+                out[end] = Replay(module, next(iter(owners)), len(run.shown.ids), room)
+        return out
 
     def roles(self) -> tuple[str, ...]:
         """Canonical names of everything that the block computes with: matrices, norms, biases."""
@@ -92,10 +111,24 @@ class Block:
 
     def set(self, role: str, weight: Any) -> None:
         """Compute with `weight` from now on. The Model is not touched; what `visit` does not return comes back after it."""
-        slot = self._slot(role)
-        with self._run.torch.no_grad():
-            slot.set(weight.to(self._run.device, self._run.torch.float32))
+        slot, torch = self._slot(role), self._run.torch
+        new = weight.to(self._run.device, torch.float32)
         self._changed.add(role)
+        if torch.equal(slot.get(), new):
+            return
+        with torch.no_grad():
+            slot.set(new)
+        for end, replay in self._replays.get(self.module, {}).items():
+            if not role.startswith(tuple(f"layers.{self.index}.{part}" for part in _ENDS[end])):
+                replay.forget()
+
+    def run(self, module: Any, batch: Batch, *, reference: bool = False) -> Any:
+        """(b, t, d): what `module`, the layer or its original, makes of a batch."""
+        hidden = batch.reference if reference else batch.hidden
+        with self._run.torch.no_grad(), ExitStack() as stack:
+            for replay in self._replays.get(module, {}).values():
+                stack.enter_context(replay.running(batch.start, batch.start + len(hidden)))
+            return first(module(hidden, **batch.kwargs))
 
     def _slot(self, role: str) -> Slot:
         assert self.module is not None
@@ -114,17 +147,15 @@ class Block:
         run = self._run
         assert self.module is not None
         kwargs = {} if self.is_head else run.kwargs[self.index]
-        for start in range(0, len(run.shown.ids), run.batch):
-            stop = min(start + run.batch, len(run.shown.ids))
+        for start in range(0, len(run.shown.ids), run.plan.batch):
+            stop = min(start + run.plan.batch, len(run.shown.ids))
             reference = None if run.beside is None else run.beside.get(start, stop).to(run.device)
             yield Batch(run.hidden.get(start, stop).to(run.device), kwargs, reference, start)
 
     def outputs(self) -> Iterator[Any]:
         """(b, t, d) of every batch, of the layer as it is now; of the head, its products before scales and caps."""
         for batch in self.batches():
-            with self._run.torch.no_grad():
-                out = first(self.module(batch.hidden, **batch.kwargs))
-            yield out
+            yield self.run(self.module, batch)
 
     def observe(self, watch: Mapping[str, Accumulator], *, reference: bool = False) -> None:
         """Every calibration batch once through the layer as it is now; accumulators get the (tokens, in) inputs of their roles.
@@ -143,14 +174,14 @@ class Block:
         for batch in self.batches():
             theirs: dict[tuple[str, ...], Any] = {}
             if reference:
-                self._listen(twins, self.original, batch.reference, batch.kwargs, _keep(theirs))
+                self._listen(twins, self.original, batch, _keep(theirs), reference=True)
 
             def heard(roles: tuple[str, ...], x: Any, rest: Any, theirs: Any = theirs) -> None:
-                if not bool(run.torch.isfinite(x).all()):
+                if not _finite(run.torch, x):
                     raise run.not_finite(roles[0])
                 self._deliver(feeds, roles, x, rest, theirs.get(roles))
 
-            self._listen(owners, self.module, batch.hidden, batch.kwargs, heard)
+            self._listen(owners, self.module, batch, heard)
 
     def _feeds(self, watch: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
         """The roles of `watch` that are to be heard: of those that share an accumulator in one stage the first."""
@@ -170,9 +201,10 @@ class Block:
         self,
         owners: Mapping[Any, tuple[str, ...]],
         module: Any,
-        hidden: Any,
-        kwargs: Mapping[str, Any],
+        batch: Batch,
         heard: Callable[[tuple[str, ...], Any, Any], None],
+        *,
+        reference: bool = False,
     ) -> None:
         left = set(owners)
 
@@ -182,8 +214,8 @@ class Block:
             if not left:
                 raise Enough
 
-        with self._run.torch.no_grad(), listening(owners, hook), suppress(Enough):
-            module(hidden, **kwargs)
+        with listening(owners, hook), suppress(Enough):
+            self.run(module, batch, reference=reference)
 
     def _deliver(
         self, feeds: Mapping[str, Accumulator], roles: tuple[str, ...], x: Any, rest: Any, theirs: Any
@@ -214,24 +246,26 @@ class _Run:
         self.torch, _ = packages()
         self.model, self.shown, self.device, self.reference = model, shown, device, reference
         self.forward = Forward(model, lazily=True, fused=True)
-        self.batch = 1
+        self.plan = budget.Plan(1, False)
         self.kwargs: list[Mapping[str, Any]] = []
         self.hidden: Activations
+        self.room: Callable[..., Activations]
         self.beside: Activations | None = None
 
     def start(self, plan: budget.Plan, folder: Folder, kept: Any) -> None:
         """Embed all windows, and find out what layers are called with."""
-        self.batch = plan.batch
+        self.plan = plan
         skeleton = Skeleton(self.forward, self.model, {i for w in self.shown.ids for i in w})
-        size = (len(self.shown.ids), self.shown.length, self.model.decoder.hidden)
+        count, length, hidden = len(self.shown.ids), self.shown.length, self.model.decoder.hidden
 
-        def kept_as(name: str) -> Activations:
-            return Activations(*size, kept, folder.spill(name) if plan.spill else None)
+        def room(name: str, width: int, dtype: Any = "f32") -> Activations:
+            return Activations(count, length, width, dtype, folder.spill(name) if plan.spill else None)
 
-        self.hidden = kept_as("hidden")
-        self.beside = kept_as("reference") if self.reference else None
-        for at in range(0, size[0], self.batch):
-            x = skeleton.entering(list(self.shown.ids[at : at + self.batch]))
+        self.room = room
+        self.hidden = room("hidden", hidden, kept)
+        self.beside = room("reference", hidden, kept) if self.reference else None
+        for at in range(0, count, plan.batch):
+            x = skeleton.entering(list(self.shown.ids[at : at + plan.batch]))
             for store in (self.hidden, self.beside):
                 if store is not None:
                     store.put(at, x)
@@ -246,13 +280,12 @@ class _Run:
     def advance(self, block: Block) -> None:
         """The block's outputs in the place of its inputs."""
         for batch in block.batches():
-            with self.torch.no_grad():
-                out = first(block.module(batch.hidden, **batch.kwargs))
-                if not bool(self.torch.isfinite(out).all()):
-                    raise self.blame(block, batch)
-                self.hidden.put(batch.start, out)
-                if self.beside is not None:
-                    self.beside.put(batch.start, first(block.original(batch.reference, **batch.kwargs)))
+            out = block.run(block.module, batch)
+            if not _finite(self.torch, out):
+                raise self.blame(block, batch)
+            self.hidden.put(batch.start, out)
+            if self.beside is not None:
+                self.beside.put(batch.start, block.run(block.original, batch, reference=True))
 
     def blame(self, block: Block, batch: Batch) -> InputError:
         """The first matrix of a layer with outputs that are no numbers whose input is none either."""
@@ -260,11 +293,11 @@ class _Run:
         bad: list[str] = []
 
         def heard(owned: tuple[str, ...], x: Any, rest: Any) -> None:
-            if not bad and not bool(self.torch.isfinite(x).all()):
+            if not bad and not _finite(self.torch, x):
                 bad.append(owned[0])
 
         owners = modules_of(block, block.module, roles)
-        block._listen(owners, block.module, batch.hidden, batch.kwargs, heard)
+        block._listen(owners, block.module, batch, heard)
         return self.not_finite(bad[0] if bad else block.stages[-1][-1], "input" if bad else "output")
 
     def not_finite(self, role: str, what: str = "input") -> InputError:
@@ -272,6 +305,11 @@ class _Run:
             f"{self.model.source or 'the model'}: the {what} of {role} holds NaN or infinite values on the calibration text; the "
             "weights before it are damaged or overflow in fp32"
         )
+
+
+def _finite(torch: Any, x: Any) -> bool:
+    """Whether all values are numbers; their sum says so mostly, for less than looking at each."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _keep(into: dict[tuple[str, ...], Any]) -> Callable[[tuple[str, ...], Any, Any], None]:
