@@ -49,12 +49,26 @@ METHODS: Mapping[str, Method] = {
 }  # fmt: skip
 #: What flags and recipes do without a method.
 PLAIN = "rtn"
+#: Tools that compress a checkpoint by themselves, named as PRODUCER:CONFIG.
+PRODUCERS = ("modelopt",)
 
 
 def find(name: str) -> Method:
     if name not in METHODS:
-        raise OptionError(f"method {name!r}; choose {', '.join(METHODS)}")
+        raise OptionError(f"method {name!r}; choose {', '.join(METHODS)} or modelopt:CONFIG")
     return METHODS[name]
+
+
+def produces(name: str) -> bool:
+    """Whether a method is a producer's; OptionError where its configuration is not named."""
+    producer, _, config = name.partition(":")
+    if producer not in PRODUCERS:
+        return False
+    if not config:
+        raise OptionError(
+            f"--method {name}: add one of its configurations, such as {producer}:INT4_AWQ_CFG or {producer}:FP8_DEFAULT_CFG"
+        )
+    return True
 
 
 def without_preset(target: str) -> Recipe:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from lconvert.cli import calibrating
+from lconvert.cli import calibrating, producing
 from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     no_card_option,
@@ -48,16 +49,17 @@ def command(
 ) -> int:
     """Compress SOURCE by a recipe and write it as an .lcir folder, which every converter reads.
 
-    --method takes the place of round-to-nearest in the recipe; without one it rounds to int4 in groups of 128.
+    --method takes the place of round-to-nearest in the recipe; without one it rounds to int4 in groups of 128. modelopt:CONFIG takes
+    no recipe: NVIDIA's ModelOpt compresses SOURCE in an environment of its own, and what it exports is kept as it is.
 
     \b
     Examples:
       lconvert compress ./my-model -o my-model.lcir --recipe int4-g128
       lconvert compress ./my-model -o my-model.lcir --recipe fp8-static --calibrate text.txt
       lconvert compress ./my-model -o my-model.lcir --recipe recipe.yaml
+      lconvert compress ./my-model -o my-model.lcir --method modelopt:INT4_AWQ_CFG --calibrate text.txt
       lconvert hf-to-gguf my-model.lcir -o my-model.gguf
     """
-    import lconvert
     from lconvert import recipe as recipes
     from lconvert.converters import lcir, methods
     from lconvert.errors import OptionError
@@ -71,23 +73,26 @@ def command(
         passes = methods.applied(
             how.method, passes if recipe else methods.without_preset("compress"), how.text
         )
-    model = lconvert.read(source)
-    if how.method is not None:
-        methods.something_to_round(how.method, passes, model)
-    if dry_run:
-        outline = methods.outline(passes)
-        plan = lcir.plan(outline.apply(model, Job(how.calibrated(passes))), {})
-        return print_plan(calibrating.outlined(plan, passes), as_json)
-    calibrating.possible(passes, model, output, force, lambda m: lcir.plan(m, {}))
-    with calibrating.run(how, passes, model, output, resume=resume, threads=threads) as job:
-        compressed = calibrating.applied(passes, model, job)
-        plan = calibrating.recorded(lcir.plan(compressed, {}), passes, job, model)
-        with progress_bar("writing", plan.size) as tell:
-            result = execute(plan, output, threads=threads, force=force, resume=resume, progress=tell)
+    producing.alone(how, f"--recipe {recipe}" if recipe else None)
+    run: dict[str, Any] = {"dry_run": dry_run, "force": force, "resume": resume, "threads": threads}
+    with producing.source(how, source, output, **run) as found:
+        model = found.model
+        if how.method is not None:
+            methods.something_to_round(how.method, passes, model)
+        if dry_run:
+            outline = methods.outline(passes)
+            plan = lcir.plan(outline.apply(model, Job(how.calibrated(passes))), {})
+            return print_plan(calibrating.outlined(plan, passes), as_json)
+        calibrating.possible(passes, model, output, force, lambda m: lcir.plan(m, {}))
+        with calibrating.run(how, passes, model, output, resume=resume, threads=threads) as job:
+            compressed = calibrating.applied(passes, model, job)
+            plan = found.recorded(calibrating.recorded(lcir.plan(compressed, {}), passes, job, model))
+            with progress_bar("writing", plan.size) as tell:
+                result = execute(plan, output, threads=threads, force=force, resume=resume, progress=tell)
     if not no_card:
         write_card(source, result, folder=output)
     if as_json:
-        said = {k: plan.options.get(k) for k in ("recipe", "calibration")}
+        said = {k: plan.options.get(k) for k in ("recipe", "calibration", "producer")}
         files = [str(p) for p in result.paths]
         report, manifest = list(plan.notes), dict(result.manifest)
         click.echo(json.dumps({"files": files, **said, "report": report, "manifest": manifest}, indent=1))
