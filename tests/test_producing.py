@@ -131,7 +131,9 @@ def test_what_was_made_is_taken_over(fake: Path, text: Path, tmp_path: Path) -> 
     assert code == 0, err
     code, _, err = run("hf-to-gguf", DEMO, *args, "-o", tmp_path / "b.gguf", "--resume")
     assert code == 0 and len(asked(fake)) == 1, err
-    code, _, err = run("convert", DEMO, "--to", "bitsandbytes", *args[:-3], "--no-validate", "-o", tmp_path / "c")
+    code, _, err = run(
+        "convert", DEMO, "--to", "bitsandbytes", *args[:-3], "--no-validate", "-o", tmp_path / "c"
+    )
     assert code == 2 and (tmp_path / "c.work").is_dir(), err
     code, _, err = run(
         "convert", DEMO, "--to", "gptq", *args[:-3], "--no-validate", "--work", tmp_path / "c.work", "--resume",

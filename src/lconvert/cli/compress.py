@@ -71,7 +71,7 @@ def command(
     passes = recipes.load(recipe) if recipe else recipes.Recipe("", ())
     if how.method is not None:
         passes = methods.applied(
-            how.method, passes if recipe else methods.without_preset("compress"), how.text
+            how.method, passes if recipe else methods.without_preset("compress", how.method), how.text
         )
     producing.alone(how, f"--recipe {recipe}" if recipe else None)
     run: dict[str, Any] = {"dry_run": dry_run, "force": force, "resume": resume, "threads": threads}

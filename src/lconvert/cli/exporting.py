@@ -131,7 +131,12 @@ def run_preset(
 def natural(preset: str | None, how: How, presets: Mapping[str, str]) -> str | None:
     """The flag that is meant: the one that was given, or what a method rounds where none was. presets: by the methods' schemes."""
     if preset is None and how.method is not None:
-        return presets[methods.find(how.method).scheme]
+        scheme = methods.find(how.method).scheme
+        if scheme not in presets:
+            raise OptionError(
+                f"--method {how.method}: no flag of this verb has zero points; use a recipe (--recipe here or with lconvert compress)"
+            )
+        return presets[scheme]
     return preset
 
 
