@@ -28,6 +28,8 @@ from lconvert.primitives.sides import Sides
 if TYPE_CHECKING:
     from lconvert.primitives.grids import DeploymentGrid
 
+_SLAB = 1 << 18  # values that a search looks at together
+
 
 def _groups(g: DeploymentGrid, w: Any, h: Any) -> tuple[Any, Any]:
     """w and h with a group per row: (rows * groups, group)."""
@@ -366,17 +368,22 @@ class Coded(Family):
 
 @dataclass(frozen=True)
 class Doubled(Family):
-    """Maxima of groups in 8 bits, as QLoRA's double quantization stores them (primitives/doubled.py). What is above the codes comes of the
-    maxima and stays; rounders move the codes."""
+    """Scales of groups in 8 bits, as QLoRA's double quantization stores them (primitives/doubled.py). What is above the codes comes of the
+    scales with the least error and stays; rounders move the codes."""
 
     whole = True
 
     def fit(self, g: DeploymentGrid, w: Any, h: Any) -> Sides:
         torch, _ = packages()
-        absmax = w.reshape(w.shape[0], -1, g.group).abs().amax(-1).cpu().numpy()
-        outer, offset = doubled.statistics(absmax)
+        step = max(1, _SLAB // w.shape[1])
+        found = [
+            one_scale(*_groups(g, w[a : a + step], h), g.levels, lambda s: s)
+            for a in range(0, w.shape[0], step)
+        ]
+        scale = torch.cat(found).reshape(w.shape[0], -1).cpu().numpy()
+        outer, offset = doubled.statistics(scale)
         stored = {"outer": torch.from_numpy(outer), "offset": torch.full(outer.shape, float(offset))}
-        code = torch.from_numpy(doubled.codes(absmax, outer, offset))
+        code = torch.from_numpy(doubled.codes(scale, outer, offset))
         return self._sides({"scale": code, **stored}, w.device)
 
     def _sides(self, stored: dict[str, Any], device: Any) -> Sides:
