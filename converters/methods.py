@@ -28,7 +28,7 @@ TABLES = ("embed", "pos_embed")
 @dataclass(frozen=True)
 class Method:
     """rounder: the pass that rounds, told `options` beside the placement. first: passes in front of all others. text: whether a
-    calibration text is needed. scheme: what is rounded where no flag says so, weights alone (w4) or inputs too (w8a8)."""
+    calibration text is needed. scheme: what is rounded where no flag says so: weights alone (w4), with zero points (w4z), or inputs too (w8a8)."""
 
     about: str
     rounder: str = "rtn"
@@ -42,6 +42,7 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method("round to nearest", text=False),
     "gptq": Method("GPTQ", "gptq"),
     "gptaq": Method("GPTQ that aims at the uncompressed model's outputs", "gptq", {"asymmetric": True}),
+    "hqq": Method("HQQ's zero points", "hqq", text=False, scheme="w4z"),
     "smoothquant": Method("SmoothQuant, then to nearest", first=(("smooth", {"alpha": 0.8}),), scheme="w8a8"),
     "quarot": Method("QuaRot's rotations folded into the weights, then GPTQ", "gptq", first=(("rotate", {}),)),
     "sparsegpt": Method("half of the weights zero by SparseGPT, then GPTQ", "gptq", first=(("sparse", {"method": "sparsegpt", "sparsity": 0.5}),)),
@@ -50,17 +51,32 @@ METHODS: Mapping[str, Method] = {
 }  # fmt: skip
 #: What flags and recipes do without a method.
 PLAIN = "rtn"
+#: Tools that compress a checkpoint by themselves, named as PRODUCER:CONFIG.
+PRODUCERS = ("modelopt",)
 
 
 def find(name: str) -> Method:
     if name not in METHODS:
-        raise OptionError(f"method {name!r}; choose {', '.join(METHODS)}")
+        raise OptionError(f"method {name!r}; choose {', '.join(METHODS)} or modelopt:CONFIG")
     return METHODS[name]
 
 
-def without_preset(target: str) -> Recipe:
-    """What a method does to a model where no flag and no recipe says what is rounded: int4, groups of 128."""
-    return Recipe(target, (step("rtn", {"grid": "int4", "group": 128}),))
+def produces(name: str) -> bool:
+    """Whether a method is a producer's; OptionError where its configuration is not named."""
+    producer, _, config = name.partition(":")
+    if producer not in PRODUCERS:
+        return False
+    if not config:
+        raise OptionError(
+            f"--method {name}: add one of its configurations, such as {producer}:INT4_AWQ_CFG or {producer}:FP8_DEFAULT_CFG"
+        )
+    return True
+
+
+def without_preset(target: str, name: str) -> Recipe:
+    """What a method does to a model where no flag and no recipe says what is rounded: 4 bits in groups of 128."""
+    grid = "uint4" if find(name).scheme == "w4z" else "int4"
+    return Recipe(target, (step("rtn", {"grid": grid, "group": 128}),))
 
 
 def applied(name: str, recipe: Recipe, text: str) -> Recipe:

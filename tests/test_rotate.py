@@ -291,3 +291,45 @@ def test_options() -> None:
         rotate.Options(random="givens")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="neither r1 nor r2"):
         rotate.Options(r1=False, r2=False)
+
+
+# --- in blocks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_blocks_fold_and_keep_the_logits(block: int) -> None:
+    model = lconvert.read(DEMO)
+    out = rotate.run(model, rotate.Options(block=block))
+    assert distance(Forward(out).logits(IDS), Forward(model).logits(IDS)) < 1e-5
+    assert f"hadamard in blocks of {block}" in out.report[-1]
+
+
+def test_a_block_turns_its_own_channels_alone() -> None:
+    """The embedding is turned by R alone: its rows span R's blocks and nothing else, so each block keeps its norm."""
+    model = lconvert.read(DEMO)
+    before, after = (
+        values(m.entries["embed"].data, 0, 2048).astype(np.float64).reshape(2048, -1, 32)
+        for m in (model, rotate.run(model, rotate.Options(r2=False, block=32)))
+    )
+    np.testing.assert_allclose(np.linalg.norm(after, axis=-1), np.linalg.norm(before, axis=-1), rtol=1e-5)
+    turned, *_ = np.linalg.lstsq(before[:, 3], after[:, 3], rcond=None)
+    np.testing.assert_allclose(np.abs(turned), 32**-0.5, rtol=1e-4)
+
+
+def test_what_enters_down_is_not_turned() -> None:
+    """Its columns would need a turn at run time: rows turn with the stream, and the Gram matrix of columns stays."""
+    model = lconvert.read(DEMO)
+    out = rotate.run(model, rotate.Options(block=32))
+    a, b = (values(m.entries["layers.0.mlp.down"].data, 0, 256).astype(np.float64) for m in (model, out))
+    np.testing.assert_allclose(b.T @ b, a.T @ a, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [-1, 1, True, 2.5])
+def test_blocks_that_are_none(block: object) -> None:
+    with pytest.raises(OptionError, match="expected channels that turn together"):
+        rotate.Options(block=block)  # type: ignore[arg-type]
+
+
+def test_blocks_that_do_not_divide() -> None:
+    with pytest.raises(OptionError, match="residual stream: 256 channels do not divide into blocks of 48"):
+        rotate.run(lconvert.read(DEMO), rotate.Options(block=48))

@@ -38,6 +38,9 @@ class How:
     work: Path | None
     memory: str | None
     activations: Literal["f32", "bf16"]
+    pythons: tuple[str, ...] = ()
+    #: `modelopt:CONFIG`, the producer that makes the source, where --method names one; `method` is None then.
+    produced: str | None = None
 
     @property
     def text(self) -> str:
@@ -49,6 +52,8 @@ class How:
             methods.find(self.method)
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise OptionError(f"--device {self.device!r}: expected cpu, cuda or cuda:N")
+        if self.pythons and self.produced is None:
+            raise OptionError("--python names the interpreter of a producer; add --method modelopt:CONFIG")
         parse_size(self.memory)
         if self.calibration is not None:
             _check_text(self.calibration)
@@ -69,13 +74,15 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def gathered(**given: Any) -> Any:
-        how = How(**{f.name: given.pop(f.name) for f in fields(How)})
+        how = How(**{f.name: given.pop(f.name) for f in fields(How) if f.name != "produced"})
+        if how.method is not None and methods.produces(how.method):
+            how = replace(how, method=None, produced=how.method)
         how.check()
         return command(how=how, **given)
 
     names = ", ".join(methods.METHODS)
     added = (
-        click.option("--method", metavar="NAME", help=f"How weights are rounded: {names} [default: rtn]."),
+        click.option("--method", metavar="NAME", help=f"How weights are rounded: {names} [default: rtn]; modelopt:CONFIG runs NVIDIA's ModelOpt, as modelopt:INT4_AWQ_CFG."),
         click.option("--calibrate", "--calibration", "calibration", metavar="TEXT", type=click.Path(path_type=Path),
                      help="Calibration text; arrays (.npz, .npy) for networks of images."),
         click.option("--calibration-windows", type=click.IntRange(1), metavar="N", help="Windows of it [default: the recipe's, or 128]."),
@@ -87,6 +94,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--memory", metavar="SIZE", help="Memory that calibration may take, such as 8G [default: what it needs]."),
         click.option("--activations", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True,
                      help="What activations are kept in between layers: bf16 takes half the room."),
+        click.option("--python", "pythons", multiple=True, metavar="modelopt=PATH", help="Interpreter that has ModelOpt [default: lconvert.toml's]."),
     )  # fmt: skip
     for option in reversed(added):
         gathered = option(gathered)
@@ -127,7 +135,7 @@ def run(
     from lconvert.primitives.job import Job
 
     calibration = how.calibrated(recipe)
-    _check_device(how.device)
+    check_device(how.device)
     job = Job(
         calibration,
         how.device,
@@ -185,7 +193,7 @@ def recorded(plan: Plan, recipe: Recipe, job: Job, model: Model) -> Plan:
         return plan
     said: dict[str, Any] = {"recipe": recipe.to_json()}
     if job.calibration.text and job.work is not None:
-        said["calibration"] = _described(job, model)
+        said["calibration"] = described(job, model)
     return replace(plan, options={**plan.options, **said})
 
 
@@ -202,7 +210,8 @@ def outlined(plan: Plan, recipe: Recipe) -> Plan:
     return replace(plan, notes=(*plan.notes, note)) if left and methods.outline(recipe) != recipe else plan
 
 
-def _described(job: Job, model: Model) -> dict[str, Any]:
+def described(job: Job, model: Model) -> dict[str, Any]:
+    """The calibration text of a run, for the manifest."""
     import hashlib
 
     from lconvert.ir import Decoder
@@ -240,7 +249,8 @@ def _identity(recipe: Recipe, job: Job, model: Model) -> dict[str, Any]:
     }
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """OptionError for a device that this machine does not have."""
     if device == "cpu":
         return
     from lconvert.forward import packages

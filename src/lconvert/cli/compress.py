@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lconvert.cli import allocating, calibrating
+from lconvert.cli import allocating, calibrating, producing
 from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     no_card_option,
@@ -51,7 +51,8 @@ def command(
     every converter reads.
 
     --method takes the place of round-to-nearest in the recipe, and in what --target chose; without either it rounds to int4 in groups of
-    128.
+    128. modelopt:CONFIG takes no recipe: NVIDIA's ModelOpt compresses SOURCE in an environment of its own, and what it exports is kept as
+    it is.
 
     \b
     Examples:
@@ -61,9 +62,9 @@ def command(
       lconvert compress ./my-model -o my-model.lcir --target gguf --bpw 4.25 --calibrate text.txt
       lconvert compress ./my-model -o my-model.lcir --target gguf --size 4G --method gptq --calibrate text.txt
       lconvert compress ./my-model --target gguf --max-kld 0.02 --calibrate text.txt --recipe-out small.yaml
+      lconvert compress ./my-model -o my-model.lcir --method modelopt:INT4_AWQ_CFG --calibrate text.txt
       lconvert hf-to-gguf my-model.lcir -o my-model.gguf
     """
-    import lconvert
     from lconvert import recipe as recipes
     from lconvert.converters import lcir, methods
     from lconvert.errors import OptionError
@@ -82,30 +83,34 @@ def command(
     passes = recipes.load(recipe) if recipe else recipes.Recipe("", ())
     if how.method is not None and not wanted.wanted:
         passes = methods.applied(
-            how.method, passes if recipe else methods.without_preset("compress"), how.text
+            how.method, passes if recipe else methods.without_preset("compress", how.method), how.text
         )
-    model = lconvert.read(source)
-    if wanted.wanted:
-        job = Job(how.calibrated(passes), how.device, threads=threads)
-        passes = allocating.run(model, wanted, job, how.method, quiet=as_json)
-    if how.method is not None:
-        methods.something_to_round(how.method, passes, model)
-    if output is None:
-        return 0
-    if dry_run:
-        outline = methods.outline(passes)
-        plan = lcir.plan(outline.apply(model, Job(how.calibrated(passes))), {})
-        return print_plan(calibrating.outlined(plan, passes), as_json)
-    calibrating.possible(passes, model, output, force, lambda m: lcir.plan(m, {}))
-    with calibrating.run(how, passes, model, output, resume=resume, threads=threads) as job:
-        compressed = calibrating.applied(passes, model, job)
-        plan = calibrating.recorded(lcir.plan(compressed, {}), passes, job, model)
-        with progress_bar("writing", plan.size) as tell:
-            result = execute(plan, output, threads=threads, force=force, resume=resume, progress=tell)
+    chosen = "--target" if wanted.wanted else f"--recipe {recipe}" if recipe else None
+    producing.alone(how, chosen)
+    run: dict[str, Any] = {"dry_run": dry_run, "force": force, "resume": resume, "threads": threads}
+    with producing.source(how, source, output or Path(), **run) as found:
+        model = found.model
+        if wanted.wanted:
+            job = Job(how.calibrated(passes), how.device, threads=threads)
+            passes = allocating.run(model, wanted, job, how.method, quiet=as_json)
+        if how.method is not None:
+            methods.something_to_round(how.method, passes, model)
+        if output is None:
+            return 0
+        if dry_run:
+            outline = methods.outline(passes)
+            plan = lcir.plan(outline.apply(model, Job(how.calibrated(passes))), {})
+            return print_plan(calibrating.outlined(plan, passes), as_json)
+        calibrating.possible(passes, model, output, force, lambda m: lcir.plan(m, {}))
+        with calibrating.run(how, passes, model, output, resume=resume, threads=threads) as job:
+            compressed = calibrating.applied(passes, model, job)
+            plan = found.recorded(calibrating.recorded(lcir.plan(compressed, {}), passes, job, model))
+            with progress_bar("writing", plan.size) as tell:
+                result = execute(plan, output, threads=threads, force=force, resume=resume, progress=tell)
     if not no_card:
         write_card(source, result, folder=output)
     if as_json:
-        said = {k: plan.options.get(k) for k in ("recipe", "calibration")}
+        said = {k: plan.options.get(k) for k in ("recipe", "calibration", "producer")}
         files = [str(p) for p in result.paths]
         report, manifest = list(plan.notes), dict(result.manifest)
         click.echo(json.dumps({"files": files, **said, "report": report, "manifest": manifest}, indent=1))

@@ -42,5 +42,5 @@ def command(source: str, target: str, output: Path | None, recipe: str | None, h
     out = output or Path(file_stem(Path(source).name.removesuffix(".gguf").removesuffix(".lcir")) + ending)
     loaded = recipes.load(recipe) if recipe else None
     if how.method is not None:
-        loaded = methods.applied(how.method, loaded or methods.without_preset(target), how.text)
+        loaded = methods.applied(how.method, loaded or methods.without_preset(target, how.method), how.text)
     return run(source, out, target, loaded, how=how, **rest)

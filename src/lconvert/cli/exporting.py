@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lconvert.cli import calibrating
+from lconvert.cli import calibrating, producing
 from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     fail_fast_files,
@@ -131,7 +131,12 @@ def run_preset(
 def natural(preset: str | None, how: How, presets: Mapping[str, str]) -> str | None:
     """The flag that is meant: the one that was given, or what a method rounds where none was. presets: by the methods' schemes."""
     if preset is None and how.method is not None:
-        return presets[methods.find(how.method).scheme]
+        scheme = methods.find(how.method).scheme
+        if scheme not in presets:
+            raise OptionError(
+                f"--method {how.method}: no flag of this verb has zero points; use a recipe (--recipe here or with lconvert compress)"
+            )
+        return presets[scheme]
     return preset
 
 
@@ -180,7 +185,6 @@ def write(
 ) -> int:
     """Read, pass, plan, write, prove, print. planned: the plan of the model after passes, and of the one before. folder: whether
     the artifact is one. hint: what to do with it, "does: command"; a function of the model where that depends on it."""
-    import lconvert
     from lconvert.errors import LconvertError
     from lconvert.executor import execute
     from lconvert.primitives.job import Job
@@ -191,37 +195,40 @@ def write(
         fail_fast_output(output, force)
     if folder and output.is_dir() and Path(source).is_dir() and output.samefile(source):
         raise OutputError(f"{output}: is also the source; choose another output folder")
-    original = lconvert.read(source)
-    recipe = recipe.of(original) if recipe is not None else Recipe("", ())
-    if how.method is not None:
-        methods.something_to_round(how.method, recipe, original)
-    if dry_run:
-        with status("preparing"):
-            outline = methods.outline(recipe)
-            found = planned(outline.apply(original, Job(how.calibrated(recipe))), original)
-        return print_plan(calibrating.outlined(found, recipe), as_json)
-    where = output if folder else output.parent
-    calibrating.possible(recipe, original, where, force, lambda m: planned(m, original))
-    with calibrating.run(how, recipe, original, output, resume=resume, threads=threads) as job:
-        model = calibrating.applied(recipe, original, job)
-        with status("preparing"):
-            plan = calibrating.recorded(planned(model, original), recipe, job, original)
-        with progress_bar("writing", plan.size) as tell:
-            result = execute(plan, where, threads=threads, force=force, resume=resume, progress=tell)
-    hint = hint(model) if callable(hint) else hint
-    proof = None
-    if not no_validate:
-        from lconvert.validators import parity
+    producing.alone(how, recipe.name if recipe is not None and recipe.steps else None)
+    run: dict[str, Any] = {"dry_run": dry_run, "force": force, "resume": resume, "threads": threads}
+    with producing.source(how, source, output, **run) as made:
+        original = made.model
+        recipe = recipe.of(original) if recipe is not None else Recipe("", ())
+        if how.method is not None:
+            methods.something_to_round(how.method, recipe, original)
+        if dry_run:
+            with status("preparing"):
+                outline = methods.outline(recipe)
+                found = planned(outline.apply(original, Job(how.calibrated(recipe))), original)
+            return print_plan(calibrating.outlined(found, recipe), as_json)
+        where = output if folder else output.parent
+        calibrating.possible(recipe, original, where, force, lambda m: planned(m, original))
+        with calibrating.run(how, recipe, original, output, resume=resume, threads=threads) as job:
+            model = calibrating.applied(recipe, original, job)
+            with status("preparing"):
+                plan = made.recorded(calibrating.recorded(planned(model, original), recipe, job, original))
+            with progress_bar("writing", plan.size) as tell:
+                result = execute(plan, where, threads=threads, force=force, resume=resume, progress=tell)
+        hint = hint(model) if callable(hint) else hint
+        proof = None
+        if not no_validate:
+            from lconvert.validators import parity
 
-        try:
-            with status("validating") as step:
-                proof = parity.validate(
-                    source, output, text=text, threads=threads, manifest=result.manifest, progress=step
-                )
-        except LconvertError as e:
-            raise type(e)(f"{output} is written but not proven: {e}") from None
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{output} is written but not proven") from None
+            try:
+                with status("validating") as step:
+                    proof = parity.validate(
+                        made.path, output, text=text, threads=threads, manifest=result.manifest, progress=step
+                    )
+            except LconvertError as e:
+                raise type(e)(f"{output} is written but not proven: {e}") from None
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{output} is written but not proven") from None
     data = proof.to_json() if proof else None
     if report and data:
         from lconvert.validators import documents

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lconvert.cli import calibrating
+from lconvert.cli import calibrating, producing
 from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     fail_fast_files,
@@ -139,6 +139,7 @@ def command(
       lconvert hf-to-gguf ./my-model --q4_k_m -o out/model.gguf --imatrix imatrix.gguf
       lconvert hf-to-gguf ./my-model --type IQ4_XS --tensor-type 'attn_v=q8_0'
       lconvert hf-to-gguf ./my-model --q8_0 --split-max-size 4G --no-validate
+      lconvert hf-to-gguf ./my-model --method modelopt:NVFP4_DEFAULT_CFG --calibrate text.txt
       lconvert hf-to-gguf ./my-model --q4_k_m --dry-run --json
     """
     import lconvert
@@ -153,8 +154,7 @@ def command(
         raise OptionError(f"several file types were given: {', '.join(sorted(chosen))}; choose one")
     ftype = gguf_mixture.find_ftype(chosen.pop()).name if chosen else None
     fail_fast_files(read=[text, options["imatrix"]], written=[report])
-    model = lconvert.read(source)
-    out = output or Path(f"{file_stem(model.name)}-{ftype or 'COPY'}.gguf")
+    out = output or Path(f"{file_stem(lconvert.read(source).name)}-{ftype or 'COPY'}.gguf")
     if out.suffix != ".gguf":
         raise OptionError(f"{out}: the output must end in .gguf")
     if not dry_run:
@@ -165,30 +165,42 @@ def command(
         split_max_size=parse_size(split_max_size),
         **options,
     )
-    recipe = gguf_grids.recipe(how.method, model, lowering, how.text) if how.method else Recipe("", ())
-    if dry_run:
-        found = gguf.plan(methods.outline(recipe).apply(model), out.name, lowering)
-        return print_plan(calibrating.outlined(found, recipe), as_json)
-    calibrating.possible(recipe, model, out.parent, force, lambda m: gguf.plan(m, out.name, lowering))
-    with calibrating.run(how, recipe, model, out, resume=resume, threads=threads) as job:
-        rounded = calibrating.applied(recipe, model, job)
-        plan = calibrating.recorded(gguf.plan(rounded, out.name, lowering), recipe, job, model)
-        with progress_bar("converting", plan.size) as tell:
-            result = execute(plan, out.parent, threads=threads, force=force, resume=resume, progress=tell)
-    if no_validate:
-        if not no_card:
-            write_card(source, result)
-        _summary(result, None, as_json)
-        return 0
-    from lconvert.validators import documents, parity
-
-    try:
-        with status("validating") as tell:
-            proof = parity.validate(
-                source, result.paths[0], text=text, threads=threads, manifest=result.manifest, progress=tell
+    base = gguf_mixture.FTYPES[ftype].base if ftype else None
+    producing.alone(how, f"--type {ftype}" if base not in (None, "F32", "F16", "BF16") else None)
+    run: dict[str, Any] = {"dry_run": dry_run, "force": force, "resume": resume, "threads": threads}
+    with producing.source(how, source, out, **run) as made:
+        model = made.model
+        recipe = gguf_grids.recipe(how.method, model, lowering, how.text) if how.method else Recipe("", ())
+        if dry_run:
+            found = gguf.plan(methods.outline(recipe).apply(model), out.name, lowering)
+            return print_plan(calibrating.outlined(found, recipe), as_json)
+        calibrating.possible(recipe, model, out.parent, force, lambda m: gguf.plan(m, out.name, lowering))
+        with calibrating.run(how, recipe, model, out, resume=resume, threads=threads) as job:
+            rounded = calibrating.applied(recipe, model, job)
+            plan = made.recorded(
+                calibrating.recorded(gguf.plan(rounded, out.name, lowering), recipe, job, model)
             )
-    except LconvertError as e:
-        raise type(e)(f"{result.paths[0]} is written but not proven: {e}") from None
+            with progress_bar("converting", plan.size) as tell:
+                result = execute(plan, out.parent, threads=threads, force=force, resume=resume, progress=tell)
+        if no_validate:
+            if not no_card:
+                write_card(source, result)
+            _summary(result, None, as_json)
+            return 0
+        from lconvert.validators import documents, parity
+
+        try:
+            with status("validating") as tell:
+                proof = parity.validate(
+                    made.path,
+                    result.paths[0],
+                    text=text,
+                    threads=threads,
+                    manifest=result.manifest,
+                    progress=tell,
+                )
+        except LconvertError as e:
+            raise type(e)(f"{result.paths[0]} is written but not proven: {e}") from None
     data = proof.to_json()
     if report:
         save(report, documents.dumps(data))

@@ -28,7 +28,7 @@ def command(source: str, output: Path | None, preset: str | None, **rest: Any) -
       lconvert hf-to-vllm ./my-model --fp8 --kv-fp8 --calibrate text.txt
       lconvert hf-to-vllm model-Q4_0.gguf -o served --dry-run
     """
-    preset = natural(preset, rest["how"], {"w4": "w4a16", "w8a8": "w8a8"})
+    preset = natural(preset, rest["how"], {"w4": "w4a16", "w4z": "w4a16-asym", "w8a8": "w8a8"})
     format = targets.VLLM[preset].format if preset else "compressed-tensors"
     target = targets.for_vllm(format)
     return run_preset(source, output, target, targets.VLLM, preset=preset, ending="vllm", **rest)

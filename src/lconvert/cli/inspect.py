@@ -17,20 +17,24 @@ if TYPE_CHECKING:
 @click.command("inspect")
 @click.argument("path")
 @click.option("--tensors/--no-tensors", default=True, help="List every tensor [default: yes].")
+@click.option(
+    "--sparsity", is_flag=True, help="Count zeros and look for 2:4 and 4:8, which reads every weight."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def command(path: str, tensors: bool, as_json: bool) -> int:
+def command(path: str, tensors: bool, sparsity: bool, as_json: bool) -> int:
     """Show PATH (a Hugging Face folder, a GGUF file, an .lcir folder): traits, tensors, types, tokenizer, metadata.
 
     \b
     Examples:
       lconvert inspect ./my-model
       lconvert inspect model-Q4_K_M.gguf --no-tensors
+      lconvert inspect pruned.lcir --sparsity
       lconvert inspect model.gguf --json | jq .totals
     """
     import lconvert
 
     model = lconvert.read(path)
-    found = describe(model, path)
+    found = describe(model, path, sparsity=sparsity)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return 0
@@ -45,13 +49,26 @@ def command(path: str, tensors: bool, as_json: bool) -> int:
                 t["type"],
                 f"{t['bits_per_weight']:.4g}",
                 human(t["bytes"]),
+                *((f"{t['zeros']:.2%}", t["pattern"]) if sparsity else ()),
             )
             for t in found["tensors"]
         ]
-        table("Tensors", ("role", "shape", "type", "bits/weight", "size"), rows, right=(3, 4))
+        columns = (
+            "role",
+            "shape",
+            "type",
+            "bits/weight",
+            "size",
+            *(("zeros", "pattern") if sparsity else ()),
+        )
+        table("Tensors", columns, rows, right=(3, 4, 5))
     click.echo()
-    totals = [(n, t["tensors"], t["weights"], human(t["bytes"])) for n, t in found["totals"].items()]
-    table("Totals", ("type", "tensors", "weights", "size"), totals, right=(1, 2, 3))
+    totals = [
+        (n, t["tensors"], t["weights"], human(t["bytes"]), *([f"{t['zeros']:.2%}"] if sparsity else []))
+        for n, t in found["totals"].items()
+    ]
+    columns = ("type", "tensors", "weights", "size", *(["zeros"] if sparsity else []))
+    table("Totals", columns, totals, right=(1, 2, 3, 4))
     if found["tokenizer"]:
         click.echo()
         table("Tokenizer", ("part", "value"), [(k, str(v)) for k, v in found["tokenizer"].items()])
@@ -138,8 +155,9 @@ def _metadata(path: str) -> dict[str, str]:
     return out
 
 
-def describe(model: Model, path: str) -> dict[str, Any]:
-    """Everything the command shows, as plain data."""
+def describe(model: Model, path: str, *, sparsity: bool = False) -> dict[str, Any]:
+    """Everything the command shows, as plain data. sparsity: `zeros`, shares of tensors and of their types, and `pattern`."""
+    from lconvert.primitives.zeros import measured
     from lconvert.validators.stored import nbytes
 
     tensors = []
@@ -156,9 +174,16 @@ def describe(model: Model, path: str) -> dict[str, Any]:
         }
         tensors.append(row)
         total = totals.setdefault(kind, {"tensors": 0, "weights": 0, "bytes": 0})
+        if sparsity:
+            seen = measured(entry.data)
+            row |= {"zeros": seen.share, "pattern": seen.pattern}
+            total["zeros"] = total.get("zeros", 0) + seen.zeros
         total["tensors"] += 1
         total["weights"] += entry.data.size
         total["bytes"] += size
+    if sparsity:
+        for total in totals.values():
+            total["zeros"] /= max(total["weights"], 1)
     return {
         "path": path,
         "name": model.name,

@@ -15,6 +15,7 @@ from lconvert.errors import OptionError
 PASSES: Mapping[str, str] = {
     "rtn": "Round to nearest on any grid, weights only, no calibration.",
     "gptq": "GPTQ on any deployment grid, calibrated on a text; GPTAQ by option.",
+    "hqq": "HQQ: scales and zero points for the least |error|^p of the weights, no calibration.",
     "rotate": "Rotations of the residual stream and of values, folded into the weights: outliers are spread.",
     "smooth": "SmoothQuant: factors between norms and the matrices after them, from a calibration text.",
     "sparse": "Pruning by magnitude, Wanda or SparseGPT: unstructured or N of every M weights.",
@@ -31,6 +32,7 @@ Stage = Literal["transforms", "masks", "rounds", "inputs", "cache"]
 STAGES: Mapping[str, tuple[Stage, ...]] = {
     "rtn": ("rounds",),
     "gptq": ("rounds",),
+    "hqq": ("rounds",),
     "rotate": ("transforms",),
     "smooth": ("transforms",),
     "sparse": ("masks",),

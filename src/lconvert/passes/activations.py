@@ -1,6 +1,6 @@
 """How the inputs of quantized matrices are quantized at run time: int8, FP8 or NVFP4, dynamic or static.
 
-Dynamic scales are found by the runtime for every token. Static ones, and the global scale of NVFP4's inputs, are the largest
+Dynamic scales are found by the runtime, for every token (SmoothQuant's O1) or for all tokens of a run (O2). Static ones (O3), and the global scale of NVFP4's inputs, are the largest
 magnitude that a calibration text shows, over the grid's largest value; a global scale is a power of two, so that both of the
 conventions in use (multiplier and divisor) hold it.
 """
@@ -25,13 +25,15 @@ _GRIDS: dict[str, tuple[Grid, float]] = {
 @dataclass(frozen=True)
 class Options:
     """grid: int8, fp8 or fp4 (NVFP4: groups of 16, scales found at run time below a static global one). dynamic: a scale per
-    token (or per `group` features of one), found at run time; otherwise one per tensor from `text`. windows, context: how
+    token (or per `group` features of one, or with per: tensor one for all tokens of a run), found at run time; otherwise one per
+    tensor from `text`. windows, context: how
     much of it is run; without a text of its own the pass takes the run's, and as much of it as that says. targets, ignore:
     regular expressions on canonical names, of quantized matrices."""
 
     grid: str = "int8"
     dynamic: bool = True
     group: int = 0
+    per: Literal["", "token", "tensor"] = ""
     text: str = ""
     windows: int = 32
     context: int = 512
@@ -43,6 +45,12 @@ class Options:
             raise OptionError(f"activations: grid {self.grid!r}; choose {', '.join(_GRIDS)}")
         if self.group < 0 or (self.group and not self.dynamic):
             raise OptionError(f"activations: group {self.group}; groups are dynamic and have a positive size")
+        if self.per not in ("", "token", "tensor"):
+            raise OptionError(f"activations: per {self.per!r}; choose token or tensor")
+        if self.per and (self.group or self.grid == "fp4"):
+            raise OptionError(f"activations: per {self.per} with groups; leave one of them out")
+        if self.per == "token" and not self.dynamic:
+            raise OptionError("activations: per token without dynamic; a static scale is one per tensor")
 
 
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
@@ -58,7 +66,8 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         text, own = job.text("activations", options.text), options if options.text else job.calibration
         peaks = observe.run(model, observe.windows(model, text, own.context, own.windows)).inputs
     size = 16 if options.grid == "fp4" else options.group or None
-    per: Literal["token", "group", "tensor"] = "group" if size else "token" if options.dynamic else "tensor"
+    per: Literal["token", "group", "tensor"] = "tensor" if not options.dynamic else options.per or "token"
+    per = "group" if size else per
     new: dict[str, Entry] = {}
     for name, entry in model.entries.items():
         wanted = re.fullmatch(options.targets, name) and not (
@@ -74,7 +83,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
                 )
             scale = dense(np.array([_chosen(peaks[name] / top, options.grid)], np.float32))
         spec = ActSpec(grid, per, options.grid == "fp4" or options.dynamic, size, scale)
-        note = f"inputs {options.grid}, {'dynamic' if options.dynamic else 'static'}"
+        note = f"inputs {options.grid}, {'dynamic' if options.dynamic else 'static'}{' per tensor' if options.per == 'tensor' else ''}"
         new[name] = replace(entry, activation=spec, provenance=(*entry.provenance, note))
     if not new:
         raise OptionError(f"activations: no quantized matrix matches targets {options.targets!r}")

@@ -5,6 +5,7 @@
           that its reciprocal, which compressed-tensors stores, is exact. NVIDIA's own recipe takes max|X| / (6 * 448) itself; a power
           of two costs at most one binade of E4M3's seventeen.
     nf4   the 16 quantiles of QLoRA (arXiv 2305.14314, appendix E), group scale max|x| in fp32, as bitsandbytes stores it.
+    nf4dq the same with these scales in 8 bits (primitives/doubled.py), QLoRA's double quantization; codes are those of nf4, as in bitsandbytes.
 
 A code is the nearest value of the grid, ties to the even code; what exceeds the largest value saturates.
 """
@@ -13,18 +14,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import E2M1, E4M3, Grid, Model, QTensor, Tensor, as_f32, parts
+from lconvert.primitives import doubled
 from lconvert.primitives.levels import NF4, power_of_two_above
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GRIDS = ("fp8", "fp4", "nf4")
+GRIDS = ("fp8", "fp4", "nf4", "nf4dq")
 _FP8_MAX, _FP4_MAX = 448.0, 6.0
 _SLAB = 1 << 22  # values that are looked at together
 
@@ -115,7 +118,10 @@ def quantized(t: Tensor, grid: str, group: int | str, peak: Peak) -> QTensor:
     """A dense (out, in) matrix on one of GRIDS, lazily."""
     if grid == "fp8":
         return {-1: _fp8_rows, "tensor": _fp8_tensor, "block": _fp8_blocks}[group](t, peak)
-    return _fp4(t, peak) if grid == "fp4" else _nf4(t, int(group))
+    if grid == "fp4":
+        return _fp4(t, peak)
+    plain = _nf4(t, int(group))
+    return plain if grid == "nf4" else _doubled(plain)
 
 
 def _short(scale: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -230,3 +236,35 @@ def _nf4(t: Tensor, group: int) -> QTensor:
     codes = Tensor(t.shape, "U8", reader("codes"), t.origin, t.files)
     scale = Tensor((t.rows, count), "F32", reader("scale"), t.origin, t.files)
     return QTensor(t.shape, codes, NF4, (1, group), scale)
+
+
+def _doubled(q: QTensor) -> QTensor:
+    """The same codes under scales that are quantized in their turn, once they are all known."""
+    import numpy as np
+
+    first = q.scale
+    assert isinstance(first, Tensor)
+    rows, count = first.shape
+    lock, held = threading.Lock(), dict[str, Any]()
+
+    def found() -> tuple[NDArray[np.float32], NDArray[np.float32], np.float32]:
+        with lock:
+            if not held:
+                absmax = first.read(0, rows)
+                held["all"] = (absmax, *doubled.statistics(absmax))
+            out: tuple[NDArray[np.float32], NDArray[np.float32], np.float32] = held["all"]
+            return out
+
+    def codes(start: int, stop: int) -> NDArray[Any]:
+        absmax, outer, offset = found()
+        return doubled.codes(absmax[start:stop], outer[start:stop], offset)
+
+    run = doubled.together(count)
+    shape = (rows, count // run)
+    outer = Tensor(shape, "F32", lambda a, b: found()[1][a:b, ::run], first.origin, first.files)
+    minus = Tensor(
+        shape, "F32", lambda a, b: np.full((b - a, shape[1]), -found()[2]), first.origin, first.files
+    )
+    coded = Tensor(first.shape, "U8", codes, first.origin, first.files)
+    scale = QTensor(first.shape, coded, doubled.dynamic_map(), (1, run), outer, offset=minus)
+    return replace(q, scale=scale)

@@ -4,6 +4,7 @@
     ZeroPoint  a number and an integer zero point
     Minimum    an F16 scale and an F16 minimum: Q4_1, Q5_1
     Super      coded scales, and for some coded minima, under F16 numbers of a super-block: k-quants
+    Doubled    a code per group under one number per 256 groups of the matrix, and one offset: NF4 with double quantization
     Coded      a small float per group under one number for the matrix: MXFP4, NVFP4
 
 Shapes: w (rows, cols) fp32 whose columns are a whole number of spans, h (1, cols) importances; sides are (rows, groups).
@@ -19,13 +20,15 @@ import numpy as np
 
 from lconvert.forward import packages
 from lconvert.ir import Grid, QTensor, Tensor, dense
+from lconvert.primitives import doubled, trials
 from lconvert.primitives import levels as of_levels
-from lconvert.primitives import trials
 from lconvert.primitives.scales import best_of, one_scale, scale_and_offset
 from lconvert.primitives.sides import Sides
 
 if TYPE_CHECKING:
     from lconvert.primitives.grids import DeploymentGrid
+
+_SLAB = 1 << 18  # values that a search looks at together
 
 
 def _groups(g: DeploymentGrid, w: Any, h: Any) -> tuple[Any, Any]:
@@ -56,6 +59,8 @@ class Family:
     """How the scales of a kind of grids are chosen and stored."""
 
     minimum = False
+    #: Whether scales depend on the whole matrix, so that it is fitted at once, before anything is rounded.
+    whole = False
 
     def fit(self, g: DeploymentGrid, w: Any, h: Any) -> Sides:
         raise NotImplementedError
@@ -352,4 +357,53 @@ class Coded(Family):
         local = dense(of_levels.of(self.scale).stored[stored["scale"].numpy()])
         outer = dense(np.full((1, 1), g.top, np.float32))
         scale = QTensor(local.shape, local, self.scale, (-1, -1), outer)
+        return QTensor(codes.shape, dense(codes), g.grid, (1, g.group), scale)
+
+
+@dataclass(frozen=True)
+class Doubled(Family):
+    """Scales of groups in 8 bits, as QLoRA's double quantization stores them (primitives/doubled.py). What is above the codes comes of the
+    scales with the least error and stays; rounders move the codes."""
+
+    whole = True
+
+    def fit(self, g: DeploymentGrid, w: Any, h: Any) -> Sides:
+        torch, _ = packages()
+        step = max(1, _SLAB // w.shape[1])
+        found = [
+            one_scale(*_groups(g, w[a : a + step], h), g.levels, lambda s: s)
+            for a in range(0, w.shape[0], step)
+        ]
+        scale = torch.cat(found).reshape(w.shape[0], -1).cpu().numpy()
+        outer, offset = doubled.statistics(scale)
+        stored = {"outer": torch.from_numpy(outer), "offset": torch.full(outer.shape, float(offset))}
+        code = torch.from_numpy(doubled.codes(scale, outer, offset))
+        return self._sides({"scale": code, **stored}, w.device)
+
+    def _sides(self, stored: dict[str, Any], device: Any) -> Sides:
+        table = np.array(doubled.dynamic_map().values, np.float32)
+        worth = packages()[0].from_numpy(table)[stored["scale"].long()]
+        return Sides((worth * stored["outer"] + stored["offset"]).to(device), stored=stored)
+
+    def rescaled(self, g: DeploymentGrid, w: Any, position: Any, sides: Sides, h: Any) -> Sides:
+        torch, _ = packages()
+        outer, offset = (sides.stored[k].numpy() for k in ("outer", "offset"))
+        coded = sides.stored["scale"].clone()
+        low = np.float32(offset.reshape(-1)[0])
+
+        def store(group: int, s: Any) -> Any:
+            at = doubled.codes(s.cpu().numpy(), outer[:, group], low)
+            return torch.from_numpy(doubled.values(at, outer[:, group], low)).to(s.device)
+
+        wanted = _descend_scales(g, w, position, sides, h, store).cpu().numpy()
+        moved = torch.from_numpy(doubled.codes(wanted, outer, low))
+        same = torch.from_numpy(wanted == sides.scale.cpu().numpy())
+        stored = {**sides.stored, "scale": torch.where(same, coded, moved)}
+        return self._sides(stored, w.device)
+
+    def qtensor(self, g: DeploymentGrid, codes: Any, stored: dict[str, Any]) -> QTensor:
+        code, outer, offset = (stored[k].numpy() for k in ("scale", "outer", "offset"))
+        run = doubled.together(code.shape[1])
+        above, minus = dense(outer[:, ::run]), dense(-offset[:, ::run])
+        scale = QTensor(code.shape, dense(code), doubled.dynamic_map(), (1, run), above, offset=minus)
         return QTensor(codes.shape, dense(codes), g.grid, (1, g.group), scale)

@@ -89,6 +89,13 @@ def path(settings: Settings, g: DeploymentGrid) -> str:
         raise OptionError(
             f"gptq: order group needs groups that stand for themselves, {g.placed} has super-blocks"
         )
+    if g.family.whole and settings.order not in ("auto", "weight"):
+        raise OptionError(
+            f"gptq: order {settings.order}: the scales of {g.placed} come of the whole matrix, so they are fixed beforehand; choose "
+            "auto or weight"
+        )
+    if g.family.whole:
+        return "weight"
     if settings.order != "auto":
         return settings.order
     return "none" if g.span != g.group or g.group < _WIDE else "weight"

@@ -14,7 +14,7 @@ them stays, for rounders that change weights on the way.
     legacy blocks        Q4_0 Q5_0 Q8_0 IQ4_NL: F16 scales, negative ones too; Q4_1 Q5_1: F16 scale and minimum
     k-quants             Q3_K Q6_K IQ4_XS: coded scales under an F16; Q2_K Q4_K Q5_K: coded minima as well
     microscaling         MXFP4: powers of two; NVFP4 and fp4: E4M3 under one global scale
-    rows                 fp8: E4M3 codes under a scale per row; nf4: QLoRA's quantiles under an F32 maximum
+    rows                 fp8: E4M3 codes under a scale per row; nf4: QLoRA's quantiles under an F32 maximum, nf4dq: in 8 bits under another
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ from lconvert.errors import OptionError
 from lconvert.forward import packages
 from lconvert.ir import E2M1, E4M3, E8M0, Grid, QTensor, Tensor, int_grid
 from lconvert.primitives import levels as of_levels
-from lconvert.primitives.families import Coded, Family, Minimum, Single, Super, ZeroPoint, half, short
+from lconvert.primitives.families import (
+    Coded,
+    Doubled,
+    Family,
+    Minimum,
+    Single,
+    Super,
+    ZeroPoint,
+    half,
+    short,
+)
 from lconvert.primitives.levels import NF4, Levels, power_of_two_above
 from lconvert.primitives.placement import Placed
 from lconvert.primitives.sides import Sides
@@ -52,6 +62,8 @@ class DeploymentGrid:
 
     def fit(self, w: Any, h: Any = None) -> Sides:
         """Sides of a matrix whose columns are a whole number of spans. h: importances (cols,), all >= 0; None: ones."""
+        if self.family.whole:
+            return self.family.fit(self, w, _importance(w, h))
         return _in_slabs(self, w, h, self.family.fit)
 
     def refit(self, sides: Sides, group: int, x: Any, h: Any = None) -> None:
@@ -140,6 +152,9 @@ def find(
         made = DeploymentGrid(
             placed, NF4, cols, size, size, of_levels.of(NF4), Single(lambda s: s, False, "F32")
         )
+    elif name == "nf4dq":
+        size = cols if group == -1 else int(group)
+        made = DeploymentGrid(placed, NF4, cols, size, size, of_levels.of(NF4), Doubled())
     elif name == "fp8" and group == -1:
         made = DeploymentGrid(
             placed,

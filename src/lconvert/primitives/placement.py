@@ -18,7 +18,7 @@ MATRICES = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)"
 NONE = "none"
 #: A pattern that nothing matches: targets of a placement whose grids say all.
 NOTHING = "(?!)"
-_PORTABLE = r"u?int[2-8]|fp8|fp4|nf4"
+_PORTABLE = r"u?int[2-8]|fp8|fp4|nf4|nf4dq"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Placement:
-    """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), fp8, fp4 (NVFP4), nf4, or a GGUF block type. group: values per scale along the
+    """grid: int2..int8 (symmetric), uint2..uint8 (asymmetric), fp8, fp4 (NVFP4), nf4, nf4dq (its scales in 8 bits), or a GGUF block type. group: values per scale along the
     input dimension, -1 for a whole row; fp8 takes -1, tensor or block (128 x 128); block types and fp4 bring their own. targets, ignore:
     regular expressions on canonical names; a weight is rounded if it matches `targets` and not `ignore`. grids: exceptions, a
     regular expression -> NAME or NAME:GROUP or none; the first that matches counts, also for what `targets` leaves out."""
@@ -77,7 +77,7 @@ class Placement:
 
 def own_blocks(grid: str) -> bool:
     """Whether a grid brings its block sizes along."""
-    return not re.fullmatch(r"u?int[2-8]|fp8|nf4", grid)
+    return not re.fullmatch(r"u?int[2-8]|fp8|nf4|nf4dq", grid)
 
 
 def parse(who: str, spec: Any, group: int | str) -> Placed:
@@ -99,7 +99,7 @@ def check(who: str, placed: Placed) -> None:
 
         if grid.upper() not in SCHEMES:
             raise OptionError(
-                f"{who}: grid {grid!r}; choose int2..int8, uint2..uint8, fp8, fp4, nf4 or {', '.join(SCHEMES)}"
+                f"{who}: grid {grid!r}; choose int2..int8, uint2..uint8, fp8, fp4, nf4, nf4dq or {', '.join(SCHEMES)}"
             )
     elif grid == "fp8":
         if group not in (-1, "tensor", "block"):
