@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lconvert.errors import OptionError, UnsupportedError
 from lconvert.forward import packages
@@ -149,9 +149,7 @@ def _refused(model: Model, options: Options, wanted: Mapping[str, Placed]) -> No
         grids.find(placed, entry.shape[1], peak=1.0, what=name)
 
 
-def _places(
-    model: Model, options: Options, wanted: Mapping[str, Placed]
-) -> tuple[list[Site], list[str]]:
+def _places(model: Model, options: Options, wanted: Mapping[str, Placed]) -> tuple[list[Site], list[str]]:
     """Where factors are searched, and lines about the matrices whose inputs take none."""
     found: list[Site] = []
     held: dict[str, list[str]] = {}
@@ -204,9 +202,6 @@ def _searched(
     total = {name: torch.zeros(len(t), dtype=torch.float64) for name, t in tried.items()}
     home = {reader: s for s in here if s.name in tried for reader in s.consumers if reader in wanted}
 
-    def place(role: str, peak: float) -> DeploymentGrid:
-        return grids.find(wanted[role], model.entries[role].shape[1], peak=peak, what=role)
-
     for together in _batches(block, home, most, model):
         hessians = [(roles, Hessian()) for roles in together]
         block.observe({role: h for roles, h in hessians for role in roles})
@@ -216,8 +211,12 @@ def _searched(
             site = home[roles[0]]
             columns = [torch.from_numpy(site.columns(one.factors)) for one in tried[site.name]]
             weights = {role: block.weight(role) for role in roles}
-            total[site.name] += method.losses(weights, h.sum, columns, place)
-    best = {site.name: (site, tried[site.name][int(total[site.name].argmin())]) for site in here if site.name in tried}
+            total[site.name] += method.losses(weights, h.sum, columns, wanted)
+    best = {
+        site.name: (site, tried[site.name][int(total[site.name].argmin())])
+        for site in here
+        if site.name in tried
+    }
     if best:
         before, after = (sum(float(pick(total[n])) for n in best) for pick in (lambda t: t[0], torch.min))
         moved = sum(one.ratio > 0 or one.duo for _, one in best.values())

@@ -76,7 +76,9 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
                 f"(grids: {{{name}: none}} here)"
             )
     shared = peaks(model) if any(p.grid == "fp4" for p in wanted.values()) else {}
-    made = {name: grid_of(model.entries[name], placed, shared, options.signed) for name, placed in wanted.items()}
+    made = {
+        name: grid_of(model.entries[name], placed, shared, options.signed) for name, placed in wanted.items()
+    }
     for g in made.values():
         method.path(options.settings(), g)
     threads = job.threads or os.cpu_count() or 1

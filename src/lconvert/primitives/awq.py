@@ -18,12 +18,14 @@ Clipping lowers the largest magnitude of a group, where the group's own error e 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lconvert.forward import packages
+from lconvert.primitives import grids
 from lconvert.primitives.grids import DeploymentGrid
+from lconvert.primitives.placement import Placed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,9 +37,6 @@ ROWS = 128
 _FAR = 1e4
 #: Importance of inputs that are always zero, as a share of the mean.
 _DEAD = 1e-3
-
-#: Role and largest magnitude of what shares its global scale -> the grid for it.
-Place = Callable[[str, float], DeploymentGrid]
 
 
 @dataclass(frozen=True)
@@ -92,23 +91,27 @@ def importance(h: Any) -> Any:
     return d.where(alive, typical * _DEAD)
 
 
-def losses(weights: Mapping[str, Any], h: Any, factors: Sequence[Any], place: Place, rows: int = ROWS) -> Any:
-    """tr (E H E^T) of readers of one input for every (cols,) of `factors`: (tries,) fp64, on the cpu. weights: role -> (rows, cols); of matrices
-    with more, `rows` evenly spread ones stand for all."""
+def losses(
+    weights: Mapping[str, Any], h: Any, factors: Sequence[Any], placed: Mapping[str, Placed], rows: int = ROWS
+) -> Any:
+    """tr (E H E^T) of readers of one input for every (cols,) of `factors`: (tries,) fp64, on the cpu. weights, placed: role -> (rows, cols) and its
+    grid. Of matrices with more, `rows` evenly spread ones stand for all. fp4's global scale covers all readers, as where they are fused."""
     torch, _ = packages()
-    d = importance(h)
-    peaks = {role: w.abs().amax(0) for role, w in weights.items()}
-    taken = {role: w[:: max(1, w.shape[0] // rows)] for role, w in weights.items()}
+    d, cols = importance(h), len(h)
+    peak = torch.stack([w.abs().amax(0) for w in weights.values()]).amax(0)
+    parts = []
+    for grid in dict.fromkeys(placed[role] for role in weights):  # readers on one grid are fitted in one go
+        whole = [w for role, w in weights.items() if placed[role] == grid]
+        taken = [w[:: max(1, len(w) // rows)] for w in whole]
+        count = [torch.full((len(t),), len(w) / len(t)) for w, t in zip(whole, taken, strict=True)]
+        parts.append((grid, torch.cat(taken), torch.cat(count).to(h.device, torch.float64)))
     out = torch.zeros(len(factors), dtype=torch.float64)
     for i, s in enumerate(factors):
         s = s.to(h.device, torch.float32)
-        top = max(float((p * s).max()) for p in peaks.values())
-        for role, w in taken.items():
-            g = place(role, top)
-            position, sides = g.nearest(w * s, d / (s * s))
-            error = w - g.values(position, sides) / s
-            share = weights[role].shape[0] / w.shape[0]
-            out[i] += share * float(((error @ h) * error).sum(dtype=torch.float64))
+        for grid, w, count in parts:
+            g = grids.find(grid, cols, peak=float((peak * s).max()))
+            error = w - g.values(*g.nearest(w * s, d / (s * s))) / s
+            out[i] += float((((error @ h) * error).sum(-1, dtype=torch.float64) * count).sum())
     return out
 
 
