@@ -240,7 +240,9 @@ def test_bad_input(tmp_path: Path) -> None:
         InputError, match=r"the input of layers\.1\.mlp\.gate holds NaN or infinite values on the calibration"
     ):
         pass_.run(damaged, pass_.Options("uint4", 64, **FAST), calibration())  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match=r"layers\.0\.\S+: rows of \d+ values do not divide into groups of 48"):
+    with pytest.raises(
+        OptionError, match=r"layers\.0\.\S+: rows of \d+ values do not divide into groups of 48"
+    ):
         pass_.run(model, pass_.Options("uint4", 48), calibration())
     with pytest.raises(OptionError, match="awq: embed is a table that is looked up"):
         pass_.run(model, pass_.Options("int4", 64, targets=".*"), calibration())
@@ -262,5 +264,7 @@ def test_where_it_stands_in_recipes() -> None:
     assert (outlined.name, outlined.options.grid, outlined.options.group) == ("rtn", "uint4", 64)
     with pytest.raises(OptionError, match="gptq rounds"):
         recipe.parse("r", head + "  - awq\n  - gptq\n", Path())
-    with pytest.raises(OptionError, match="awq changes dense weights, but rtn in front of it has rounded them"):
+    with pytest.raises(
+        OptionError, match="awq changes dense weights, but rtn in front of it has rounded them"
+    ):
         recipe.parse("r", head + "  - rtn\n  - awq: {rounder: none}\n", Path())
