@@ -163,7 +163,7 @@ def _places(model: Model, options: Options, wanted: Mapping[str, Placed]) -> tup
             found.append(site)
     for consumers, why in unfoldable(model.decoder):
         if readers := [c for c in consumers if c in wanted]:
-            held.setdefault(why.format("attention"), []).extend(readers)
+            held.setdefault(why, []).extend(readers)
     return found, [f"awq: {_few(names)}: not scaled; {why}" for why, names in held.items()]
 
 
