@@ -25,6 +25,7 @@ from lconvert.ir import Model
 from lconvert.kernels.qtensor import effective
 from lconvert.passes import allocate
 from lconvert.primitives.job import Calibration, Job
+from lconvert.primitives.placement import TABLES
 from lconvert.primitives.probe import Probe
 from lconvert.primitives.text import windows
 from lconvert.recipe import Recipe
@@ -116,7 +117,7 @@ def main() -> None:
         for method in args.methods:
             lowering = lconvert.api.gguf_options(ftype=ftype)
             made = gguf_grids.recipe(method, model, lowering, args.calibrate)
-            tables = {r: first.rounding.values(r, t) for r, t in types.items() if r in methods.TABLES}
+            tables = {r: first.rounding.values(r, t) for r, t in types.items() if r in TABLES}
             row(ftype, f"stock types, {method}", size, test.kld(tables | rounded(model, made, job)))
         for what, items in ours.items():
             first.items = items

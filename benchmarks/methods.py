@@ -52,7 +52,7 @@ METHODS = (
     Method("GPTQ", "int3 g128", _gptq("w3g128")),
     Method("GPTQ", "uint4 g128", {LLMC: ("gptq-w4g128-asym",), GPTQM: ("gptq-w4g128-asym",)}),
     Method("AWQ", "int4 g128", {OURS: ("awq-w4g128",), LLMC: ("awq-w4g128",), MODELOPT: ("awq-w4g128",), GPTQM: ("awq-w4g128",)}),
-    Method("AWQ", "uint4 g128", {LLMC: ("awq-w4g128-asym",), GPTQM: ("awq-w4g128-asym",)}),
+    Method("AWQ", "uint4 g128", {OURS: ("awq-w4g128-asym",), LLMC: ("awq-w4g128-asym",), GPTQM: ("awq-w4g128-asym",)}),
     *(Method("AutoRound", grid, {OURS: (f"autoround-{code}",), AUTOROUND: (f"autoround-{code}",)})
       for grid, code in (("int4 g128", "w4g128"), ("int4 g32", "w4g32"), ("int3 g128", "w3g128"), ("int2 g32", "w2g32"))),
     Method("RTN", "W8A8", {LLMC: ("w8a8",), MODELOPT: ("w8a8",)}),

@@ -8,11 +8,10 @@ whose codes no method chooses one by one; and k_b of MLA, which the file holds t
 from __future__ import annotations
 
 from lconvert.converters import gguf, gguf_mixture, methods
-from lconvert.converters.methods import TABLES
 from lconvert.errors import OptionError
 from lconvert.formats.gguf_blocks import SCHEMES
 from lconvert.ir import Model, QTensor, Tensor
-from lconvert.primitives.placement import NOTHING, patterns
+from lconvert.primitives.placement import NOTHING, TABLES, patterns
 from lconvert.recipe import Recipe, step
 
 

@@ -18,11 +18,8 @@ from lconvert import passes
 from lconvert.errors import OptionError
 from lconvert.ir import Model, QTensor
 from lconvert.primitives.job import Calibration
-from lconvert.primitives.placement import NONE, NOTHING, Placement
+from lconvert.primitives.placement import NONE, NOTHING, TABLES, Placement
 from lconvert.recipe import Recipe, Step, step
-
-#: Tables of vectors.
-TABLES = ("embed", "pos_embed")
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,7 @@ METHODS: Mapping[str, Method] = {
     "gptq": Method("GPTQ", "gptq"),
     "gptaq": Method("GPTQ that aims at the uncompressed model's outputs", "gptq", {"asymmetric": True}),
     "hqq": Method("HQQ's zero points", "hqq", text=False, scheme="w4z"),
+    "awq": Method("AWQ: factors between layers, clipping, then to nearest", "awq"),
     "smoothquant": Method("SmoothQuant, then to nearest", first=(("smooth", {"alpha": 0.8}),), scheme="w8a8"),
     "quarot": Method("QuaRot's rotations folded into the weights, then GPTQ", "gptq", first=(("rotate", {}),)),
     "sparsegpt": Method("half of the weights zero by SparseGPT, then GPTQ", "gptq", first=(("sparse", {"method": "sparsegpt", "sparsity": 0.5}),)),
@@ -87,7 +85,7 @@ def applied(name: str, recipe: Recipe, text: str) -> Recipe:
     method = find(name)
     if method.text and not (text or recipe.calibration.text):
         raise OptionError(f"--method {name} needs a calibration text; add --calibrate TEXT")
-    rounding = [s.name for s in recipe.steps if "rounds" in passes.STAGES[s.name]]
+    rounding = [s.name for s in recipe.steps if "rounds" in passes.stages(s.name, s.options)]
     other = next((r for r in rounding if r not in _PLAINLY), None)
     if other is not None:
         raise OptionError(f"--method {name}: {recipe.name} rounds by {other} already; leave one of them out")
@@ -157,7 +155,7 @@ def _of(names: list[str], options: Placement) -> dict[str, str]:
 
 def something_to_round(name: str, recipe: Recipe, model: Model) -> None:
     """OptionError where a model is quantized already and the method finds nothing to round."""
-    rounding = [s.options for s in recipe.steps if "rounds" in passes.STAGES[s.name]]
+    rounding = [s.options for s in recipe.steps if "rounds" in passes.stages(s.name, s.options)]
     if any(not isinstance(o, Placement) or any(True for _ in o.chosen(model)) for o in rounding):
         return
     quantized = sum(isinstance(e.data, QTensor) for e in model.entries.values())
@@ -172,8 +170,8 @@ def outline(recipe: Recipe) -> Recipe:
     """The recipe without what takes time, for plans: rounded to nearest on the same grids, so sizes and types are those of the run."""
     steps = []
     for s in recipe.steps:
-        stages = passes.STAGES[s.name]
-        if stages == ("rounds",) and isinstance(s.options, Placement) and s.name != "rtn":
+        stages = passes.stages(s.name, s.options)
+        if "rounds" in stages and isinstance(s.options, Placement) and s.name != "rtn":
             steps.append(step("rtn", {f.name: getattr(s.options, f.name) for f in fields(Placement)}))
         elif not {"transforms", "masks"} & set(stages):
             steps.append(s)

@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer
 
 import lconvert
-from lconvert import kernels
+from lconvert import kernels, passes
 from lconvert.converters import targets
 from lconvert.errors import InputError, OptionError
 from lconvert.forward import Forward
-from lconvert.ir import QTensor, dense
+from lconvert.ir import QTensor, Transform, dense
 from lconvert.kernels.qtensor import dequantize
 from lconvert.passes import gptq as pass_
 from lconvert.passes import rtn
@@ -281,3 +281,15 @@ def test_options_that_cannot_be() -> None:
     for wrong in ({"order": "random"}, {"damping": 0}, {"refine": -1}, {"alpha": 2}):
         with pytest.raises(OptionError, match="gptq: "):
             pass_.Options("int4", 32, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_an_input_with_a_scale_of_its_own_is_refused(name: str) -> None:
+    """The layer computes with the product; rounding that and keeping the scale would count it twice."""
+    model, role = lconvert.read(DEMO), "layers.1.mlp.down"
+    entry = model.entries[role]
+    scale = Transform("input_scale", dense(np.full(entry.shape[1], 2.0, np.float32)), folded=False)
+    scaled = model.with_entries({role: replace(entry, transform=scale)})
+    found = passes.find(name)
+    with pytest.raises(OptionError, match=rf"{name}: {role}: its input has a scale that is not folded"):
+        found.run(scaled, found.Options(group=32), Job(Calibration("no text is read")))

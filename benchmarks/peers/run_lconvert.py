@@ -53,6 +53,8 @@ CASES: Mapping[str, Case] = {
             "gptq-nvfp4", "gptq-mxfp4", "gptq-q4_k", "smoothquant-w8a8", "sparsegpt-50", "sparsegpt-2of4", "wanda-2of4", "magnitude-50",
         )
     },
+    "awq-w4g128": case([{"awq": {"grid": "int4", "group": 128}}]),
+    "awq-w4g128-asym": case("awq-w4g128"),
     "gptaq-w4g32": case([{"gptq": {"grid": "int4", "group": 32, "asymmetric": True}}]),
     "gptaq-w3g128": case([{"gptq": {"grid": "int3", "group": 128, "asymmetric": True}}]),
     "gptq-q3_k": case([{"gptq": {"grid": "Q3_K"}}]),

@@ -113,7 +113,7 @@ def _meant(options: Any) -> Callable[[str], bool]:
 
 def stages(where: str, steps: Sequence[tuple[str, Any]]) -> None:
     """OptionError where passes (name, options) contradict each other in this order."""
-    kinds = [passes.STAGES[name] for name, _ in steps]
+    kinds = [passes.stages(name, options) for name, options in steps]
     rounding = [i for i, kind in enumerate(kinds) if "rounds" in kind]
     for i, (name, _) in enumerate(steps):
         if "transforms" in kinds[i] and rounding and rounding[0] < i:

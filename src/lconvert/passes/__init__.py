@@ -16,6 +16,7 @@ PASSES: Mapping[str, str] = {
     "rtn": "Round to nearest on any grid, weights only, no calibration.",
     "gptq": "GPTQ on any deployment grid, calibrated on a text; GPTAQ by option.",
     "hqq": "HQQ: scales and zero points for the least |error|^p of the weights, no calibration.",
+    "awq": "AWQ: strong inputs make their weights large before rounding, on any deployment grid; calibrated on a text.",
     "rotate": "Rotations of the residual stream and of values, folded into the weights: outliers are spread.",
     "smooth": "SmoothQuant: factors between norms and the matrices after them, from a calibration text.",
     "sparse": "Pruning by magnitude, Wanda or SparseGPT: unstructured or N of every M weights.",
@@ -33,6 +34,7 @@ STAGES: Mapping[str, tuple[Stage, ...]] = {
     "rtn": ("rounds",),
     "gptq": ("rounds",),
     "hqq": ("rounds",),
+    "awq": ("transforms", "rounds"),
     "rotate": ("transforms",),
     "smooth": ("transforms",),
     "sparse": ("masks",),
@@ -54,3 +56,9 @@ def calibrates(name: str, options: Any) -> bool:
     """Whether a calibration text decides what a pass does; a pass that not always looks at one says so in its `calibrated(options)`."""
     says = getattr(find(name), "calibrated", None)
     return says is None or bool(says(options))
+
+
+def stages(name: str, options: Any) -> tuple[Stage, ...]:
+    """What a pass with these options does; one whose options decide that says so in its `stages(options)`."""
+    says = getattr(find(name), "stages", None)
+    return STAGES[name] if says is None else says(options)

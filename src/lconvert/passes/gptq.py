@@ -21,7 +21,7 @@ from lconvert.primitives import grids
 from lconvert.primitives.gptq import Settings
 from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.job import Job, identity
-from lconvert.primitives.placement import Placed, Placement
+from lconvert.primitives.placement import Placed, Placement, with_inputs
 from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.slots import waves
 from lconvert.primitives.statistics import Accumulator, Cross, Hessian, Together
@@ -66,38 +66,18 @@ class Options(Placement):
 
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
     """The model with every matching dense matrix of its layers, and the head, on its grid."""
-    wanted = {e.name: placed for e, placed in options.chosen(model)}
-    if not wanted:
-        raise OptionError(f"gptq: no dense matrix matches targets {options.targets!r}")
-    for name in ("embed", "pos_embed"):
-        if name in wanted:
-            raise OptionError(
-                f"gptq: {name} is a table that is looked up, no input shows what its errors cost; give it to rtn "
-                f"(grids: {{{name}: none}} here)"
-            )
+    wanted = with_inputs("gptq", options, model)
     shared = peaks(model) if any(p.grid == "fp4" for p in wanted.values()) else {}
-    made = {name: _grid(model.entries[name], placed, options, shared) for name, placed in wanted.items()}
+    made = {
+        name: grid_of(model.entries[name], placed, shared, options.signed) for name, placed in wanted.items()
+    }
     for g in made.values():
         method.path(options.settings(), g)
     threads = job.threads or os.cpu_count() or 1
-    most = _HELD if job.memory is None else max(1, job.memory // 4)
+    most = held(job)
 
     def visit(block: Block) -> Mapping[str, Entry]:
-        new: dict[str, Entry] = {}
-        for stages in waves(block.stages, wanted, lambda role: 4 * model.entries[role].shape[1] ** 2, most):
-            watch: dict[str, Accumulator] = {}
-            hessians: list[tuple[tuple[str, ...], Hessian, Cross | None]] = []
-            for roles in stages:
-                h, c = Hessian(), Cross() if options.asymmetric else None
-                watch |= dict.fromkeys(roles, h if c is None else Together(h, c))
-                hessians.append((roles, h, c))
-            block.observe(watch, reference=options.asymmetric)
-            for roles, h, c in hessians:
-                for entry, lines in _rounded(model, block, roles, h, c, made, options, threads):
-                    new[entry.name] = entry
-                    for line in lines:
-                        block.say(line)
-        return new
+        return rounded(model, block, made, options, threads, most)
 
     out = walk(
         model,
@@ -106,21 +86,55 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         what="gptq",
         key=identity("gptq", asdict(options)),
         reference=options.asymmetric,
-        statistics=_need(model, wanted, options),
+        statistics=need(model, wanted, options.asymmetric),
     )
-    return check(out.with_entries({}, f"gptq: {len(wanted)} matrices to {_named(set(wanted.values()))}"))
+    return check(out.with_entries({}, f"gptq: {len(wanted)} matrices to {named(wanted)}"))
 
 
-def _named(placed: set[Placed]) -> str:
-    return ", ".join(sorted(str(p) for p in placed))
+def rounded(
+    model: Model,
+    block: Block,
+    made: Mapping[str, DeploymentGrid],
+    options: Options,
+    threads: int,
+    most: int,
+) -> dict[str, Entry]:
+    """The entries of a block that have a grid in `made`, stage after stage. model: whose entries they take the place of. most: bytes of Hessians
+    that are held together."""
+    new: dict[str, Entry] = {}
+    for stages in waves(block.stages, made, lambda role: 4 * model.entries[role].shape[1] ** 2, most):
+        watch: dict[str, Accumulator] = {}
+        hessians: list[tuple[tuple[str, ...], Hessian, Cross | None]] = []
+        for roles in stages:
+            h, c = Hessian(), Cross() if options.asymmetric else None
+            watch |= dict.fromkeys(roles, h if c is None else Together(h, c))
+            hessians.append((roles, h, c))
+        block.observe(watch, reference=options.asymmetric)
+        for roles, h, c in hessians:
+            for entry, lines in _rounded(model, block, roles, h, c, made, options, threads):
+                new[entry.name] = entry
+                for line in lines:
+                    block.say(line)
+    return new
 
 
-def _grid(entry: Entry, placed: Placed, options: Options, shared: Mapping[str, Peak]) -> DeploymentGrid:
+def held(job: Job) -> int:
+    """Bytes of Hessians that a run holds together."""
+    return _HELD if job.memory is None else max(1, job.memory // 4)
+
+
+def named(wanted: Mapping[str, Placed]) -> str:
+    """The grids in words."""
+    return ", ".join(sorted({str(p) for p in wanted.values()}))
+
+
+def grid_of(entry: Entry, placed: Placed, shared: Mapping[str, Peak], signed: bool) -> DeploymentGrid:
+    """The deployment grid of an entry; `shared`: peaks of what runtimes fuse, which fp4's global scale has to cover."""
     peak = shared[entry.name].value() if entry.name in shared else None
     if placed.grid == "fp4" and peak is None:
         assert isinstance(entry.data, Tensor)
         peak = Peak((entry.data,)).value()
-    return grids.find(placed, entry.shape[1], peak=peak, signed=options.signed, what=entry.name)
+    return grids.find(placed, entry.shape[1], peak=peak, signed=signed, what=entry.name)
 
 
 def _rounded(
@@ -193,7 +207,7 @@ def _moved(g: DeploymentGrid, position: Any, sides: Any, order: Any) -> Any:
     return values[:, torch.argsort(order)]
 
 
-def _need(model: Model, wanted: Mapping[str, Placed], options: Options) -> int:
+def need(model: Model, wanted: Mapping[str, Placed], asymmetric: bool = False) -> int:
     """Bytes that a block's Hessians and their factors take at most."""
     widest = max(model.entries[name].shape[1] for name in wanted)
-    return widest * widest * (4 + 3 * 8) * (2 if options.asymmetric else 1)
+    return widest * widest * (4 + 3 * 8) * (2 if asymmetric else 1)

@@ -16,6 +16,8 @@ from lconvert.ir import Entry, Model, Tensor
 #: The matrices of decoder layers.
 MATRICES = r".*\.(q|k|v|o|q_a|q_b|kv_a|k_b|v_b|gate|up|down)"
 NONE = "none"
+#: Tables of vectors: their rows are looked up.
+TABLES = ("embed", "pos_embed")
 #: A pattern that nothing matches: targets of a placement whose grids say all.
 NOTHING = "(?!)"
 _PORTABLE = r"u?int[2-8]|fp8|fp4|nf4|nf4dq"
@@ -73,6 +75,23 @@ class Placement:
                 placed = self.of(name)
                 if placed is not None:
                     yield entry, placed
+
+
+def with_inputs(who: str, placement: Placement, model: Model) -> dict[str, Placed]:
+    """What a method that looks at inputs rounds, by name: OptionError where that is nothing, or something without inputs of its own."""
+    wanted = {e.name: placed for e, placed in placement.chosen(model)}
+    if not wanted:
+        raise OptionError(f"{who}: no dense matrix matches targets {placement.targets!r}")
+    for name in wanted:
+        if name in TABLES:
+            raise OptionError(
+                f"{who}: {name} is a table that is looked up, no input shows what its errors cost; give it to rtn "
+                f"(grids: {{{name}: none}} here)"
+            )
+        transform = model.entries[name].transform
+        if transform is not None and not transform.folded:
+            raise OptionError(f"{who}: {name}: its input has a scale that is not folded; fold it first")
+    return wanted
 
 
 def own_blocks(grid: str) -> bool:
