@@ -148,7 +148,7 @@ def test_the_function_stays_for_every_architecture(name: str, monkeypatch: pytes
     ids = tuple(random_models.prompt(CASES[name])[:48])
     monkeypatch.setattr(text, "windows", lambda model, calibration: text.Windows((ids[:24], ids[24:])))
     model = lconvert.read(case_models.folder(name))
-    options = pass_.Options("uint3", -1, rounder="none", ratios=2, scaling="duo")
+    options = pass_.Options("uint3", -1, rounder="none", ratios=6)
     done = pass_.run(model, options, calibration())
     assert distance(Forward(model).logits(list(ids)), Forward(done).logits(list(ids))) <= 1e-5
     scaled = {n for n, e in done.entries.items() if "awq: scaled" in e.provenance}
