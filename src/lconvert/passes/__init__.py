@@ -15,6 +15,7 @@ from lconvert.errors import OptionError
 PASSES: Mapping[str, str] = {
     "rtn": "Round to nearest on any grid, weights only, no calibration.",
     "gptq": "GPTQ on any deployment grid, calibrated on a text; GPTAQ by option.",
+    "autoround": "AutoRound on any deployment grid: rounding by signed gradients of each block's error, calibrated on a text.",
     "rotate": "Rotations of the residual stream and of values, folded into the weights: outliers are spread.",
     "smooth": "SmoothQuant: factors between norms and the matrices after them, from a calibration text.",
     "sparse": "Pruning by magnitude, Wanda or SparseGPT: unstructured or N of every M weights.",
@@ -30,6 +31,7 @@ Stage = Literal["transforms", "masks", "rounds", "inputs", "cache"]
 STAGES: Mapping[str, tuple[Stage, ...]] = {
     "rtn": ("rounds",),
     "gptq": ("rounds",),
+    "autoround": ("rounds",),
     "rotate": ("transforms",),
     "smooth": ("transforms",),
     "sparse": ("masks",),

@@ -69,14 +69,11 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     wanted = {e.name: placed for e, placed in options.chosen(model)}
     if not wanted:
         raise OptionError(f"gptq: no dense matrix matches targets {options.targets!r}")
-    for name in ("embed", "pos_embed"):
-        if name in wanted:
-            raise OptionError(
-                f"gptq: {name} is a table that is looked up, no input shows what its errors cost; give it to rtn "
-                f"(grids: {{{name}: none}} here)"
-            )
+    no_tables("gptq", wanted)
     shared = peaks(model) if any(p.grid == "fp4" for p in wanted.values()) else {}
-    made = {name: _grid(model.entries[name], placed, options, shared) for name, placed in wanted.items()}
+    made = {
+        name: grid(model.entries[name], placed, shared, options.signed) for name, placed in wanted.items()
+    }
     for g in made.values():
         method.path(options.settings(), g)
     threads = job.threads or os.cpu_count() or 1
@@ -115,12 +112,23 @@ def _named(placed: set[Placed]) -> str:
     return ", ".join(sorted(str(p) for p in placed))
 
 
-def _grid(entry: Entry, placed: Placed, options: Options, shared: Mapping[str, Peak]) -> DeploymentGrid:
+def no_tables(who: str, wanted: Mapping[str, Placed]) -> None:
+    """OptionError where a table of vectors is wanted."""
+    for name in ("embed", "pos_embed"):
+        if name in wanted:
+            raise OptionError(
+                f"{who}: {name} is a table that is looked up, no input shows what its errors cost; give it to rtn "
+                f"(grids: {{{name}: none}} here)"
+            )
+
+
+def grid(entry: Entry, placed: Placed, shared: Mapping[str, Peak], signed: bool) -> DeploymentGrid:
+    """The deployment grid of an entry. shared: the peaks of matrices that runtimes fuse."""
     peak = shared[entry.name].value() if entry.name in shared else None
     if placed.grid == "fp4" and peak is None:
         assert isinstance(entry.data, Tensor)
         peak = Peak((entry.data,)).value()
-    return grids.find(placed, entry.shape[1], peak=peak, signed=options.signed, what=entry.name)
+    return grids.find(placed, entry.shape[1], peak=peak, signed=signed, what=entry.name)
 
 
 def _rounded(
@@ -139,7 +147,7 @@ def _rounded(
     for role in roles:
         entry, g, w, lines = model.entries[role], made[role], block.weight(role), []
         assert isinstance(entry.data, Tensor)
-        kept, line = _mask(role, w, g, options)
+        kept, line = mask("gptq", role, w, g) if options.keep_zeros else (None, "")
         lines += [line] if line else []
         if h.sum is None or h.count == 0:
             position, sides = g.nearest(w)
@@ -164,15 +172,15 @@ def _rounded(
         yield replace(entry, data=q, provenance=(*entry.provenance, note)), lines
 
 
-def _mask(role: str, w: Any, g: DeploymentGrid, options: Options) -> tuple[Any, str]:
+def mask(who: str, role: str, w: Any, g: DeploymentGrid) -> tuple[Any, str]:
     """Which weights are kept, of a pruned matrix; and a line where its zeros cannot be."""
     zeros = float((w == 0).float().mean())
-    if not options.keep_zeros or zeros < _PRUNED:
+    if zeros < _PRUNED:
         return None, ""
     if not g.holds_zero:
         return (
             None,
-            f"gptq: {role}: {zeros:.0%} of its weights are zero, which {g.placed} cannot keep exactly",
+            f"{who}: {role}: {zeros:.0%} of its weights are zero, which {g.placed} cannot keep exactly",
         )
     return w != 0, ""
 
