@@ -41,6 +41,7 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method("round to nearest", text=False),
     "gptq": Method("GPTQ", "gptq"),
     "gptaq": Method("GPTQ that aims at the uncompressed model's outputs", "gptq", {"asymmetric": True}),
+    "autoround": Method("AutoRound", "autoround"),
     "smoothquant": Method("SmoothQuant, then to nearest", first=(("smooth", {"alpha": 0.8}),), scheme="w8a8"),
     "quarot": Method("QuaRot's rotations folded into the weights, then GPTQ", "gptq", first=(("rotate", {}),)),
     "sparsegpt": Method("half of the weights zero by SparseGPT, then GPTQ", "gptq", first=(("sparse", {"method": "sparsegpt", "sparsity": 0.5}),)),

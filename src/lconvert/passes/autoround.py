@@ -1,8 +1,8 @@
 """AutoRound on any deployment grid, layer by layer: the roundings of all matrices of a layer learn together what its outputs need.
 
 primitives/signround.py has the method, primitives/grids.py the grids, primitives/sequential.py the run. A layer gets what the compressed layers before it
-put out and aims at the outputs that the uncompressed model has there. Steps start from GPTQ's codes, or from rounding to nearest with scales that weigh
-errors by the inputs; the layer's result is never worse than the latter. An expert that no token chose has no gradient; its weights are rounded
+put out and aims at the outputs that the uncompressed model has there. Steps start from rounding to nearest with scales that weigh errors by the inputs, or
+from GPTQ's codes; the layer's result is never worse than the former. An expert that no token chose has no gradient; its weights are rounded
 with the least squared error of their own, and the report names it.
 """
 
@@ -37,14 +37,14 @@ _EACH = 32
 @dataclass(frozen=True)
 class Options(Placement):
     """iterations: steps for each layer, each with `batch` windows. rate, range_rate: of rounding offsets and of range factors in the first step, 1 / iterations
-    where none is said. start: gptq or nearest. precision: of the steps; what is kept is compared in fp32. signed: integer scales may be negative, which
+    where none is said. start: nearest or gptq. precision: of the steps; what is kept is compared in fp32. signed: integer scales may be negative, which
     llama.cpp, ONNX Runtime and compressed-tensors take and TensorRT does not. keep_zeros: weights that a mask made zero stay zero."""
 
     iterations: int = 200
     batch: int = 8
     rate: float | None = None
     range_rate: float | None = None
-    start: Literal["gptq", "nearest"] = "gptq"
+    start: Literal["nearest", "gptq"] = "nearest"
     precision: Literal["bf16", "f32"] = "bf16"
     signed: bool = False
     keep_zeros: bool = True
@@ -63,7 +63,7 @@ class Options(Placement):
                     f"autoround: {name} {value}; expected a share of a gap from 0 to 1, such as 0.005"
                 )
         if self.start not in ("gptq", "nearest"):
-            raise OptionError(f"autoround: start {self.start!r}; choose gptq or nearest")
+            raise OptionError(f"autoround: start {self.start!r}; choose nearest or gptq")
         if self.precision not in ("bf16", "f32"):
             raise OptionError(f"autoround: precision {self.precision!r}; choose bf16 or f32")
 

@@ -82,7 +82,6 @@ class Levels:
 
     def between(self, place: Any) -> Any:
         """What lies at these places, the inverse of `place`."""
-        torch, _ = packages()
         if self.uniform:
             return place + self.low
         values, gaps = _on(self, "values", place.device), _on(self, "gaps", place.device)

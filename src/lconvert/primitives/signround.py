@@ -16,10 +16,11 @@ G = d loss / d q, and rint, clamp and the rounding of scales passed straight thr
 and every parameter goes by the rate against the sign of its derivative; the rate falls linearly to 0. The loss is || block(x'; q) - block(x; w) ||^2,
 x' what the compressed layers before put out and x what the original ones did; all matrices of a block move together.
 
-What differs from the paper: the start. `latent` moves w to the nearest point of the cell of a code that GPTQ has chosen, so that the same steps search around
-GPTQ's solution, and factors reach to 1.5 as well as to 0.5, because s is already the best scale and not the widest. The iterate with the lowest loss is
-chosen by its ratio to what rounding to nearest costs on the same windows, as windows differ more than iterates, and in the end it, the last one and rounding to
-nearest are compared on all windows.
+What differs from the paper: scales start where the importance-weighted error is least and not where they cover the group, so factors reach to 1.5 as well as
+to 0.5. The iterate with the lowest loss is chosen by its ratio to what rounding to nearest costs on the same windows, as windows differ more than
+iterates, and in the end it, the last one and rounding to nearest are compared on all windows. `latent` moves w to the nearest point of the cell of a code
+that GPTQ has chosen, so that the same steps can search around GPTQ's solution. Measured on a trained Llama of 12M parameters, int4 g128, 60 steps of 4
+windows of 512 tokens (mean KLD on text that was not calibrated on): to nearest .0047, GPTQ .0024, steps from GPTQ's codes .0020, from the nearest ones .0019.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from typing import Any
 from lconvert.errors import InputError
 from lconvert.forward import packages
 from lconvert.primitives.grids import DeploymentGrid
-from lconvert.primitives.sequential import Batch, Block, first
+from lconvert.primitives.sequential import Batch, Block
 from lconvert.primitives.sides import Sides
+from lconvert.primitives.skeleton import first
 
 #: How far range factors go.
 REACH = (0.5, 1.5)
