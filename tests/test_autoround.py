@@ -171,7 +171,7 @@ def test_values_are_the_ir_s_on_every_grid_and_no_worse_than_nearest(placed: Pla
     g = found(placed, w)
     near = g.nearest(w)
     assert torch.equal(Rounding(w, g, near[1]).values(), g.values(*near))
-    done = tuned(w, x, g, Settings(iterations=20, rate=1 / 20, range_rate=1 / 20, half=False))
+    done = tuned(w, x, g, Settings(iterations=20, rate=1 / 20, half=False))
     values = g.values(*done.held["w"])
     assert np.array_equal(dequantize(g.qtensor(*done.held["w"], dense(w.numpy()))), values.numpy())
     assert error(w, values, x) <= error(w, g.values(*near), x) * (1 + 1e-5)

@@ -36,8 +36,8 @@ _EACH = 32
 
 @dataclass(frozen=True)
 class Options(Placement):
-    """iterations: steps for each layer, each with `batch` windows. rate, range_rate: of rounding offsets and of range factors in the first step, 1 / iterations
-    where none is said. start: nearest or gptq. precision: of the steps; what is kept is compared in fp32. signed: integer scales may be negative, which
+    """iterations: steps for each layer, each with `batch` windows. rate: of rounding offsets in the first step, 1 / iterations where
+    none is said. range_rate: of range factors, where none is said a tenth of rate, and 0 where scales are codes themselves (k-quants, MXFP4, NVFP4). start: nearest or gptq. precision: of the steps; what is kept is compared in fp32. signed: integer scales may be negative, which
     llama.cpp, ONNX Runtime and compressed-tensors take and TensorRT does not. keep_zeros: weights that a mask made zero stay zero."""
 
     iterations: int = 200
@@ -69,8 +69,7 @@ class Options(Placement):
 
     def settings(self, at_once: int) -> Settings:
         rate = 1 / self.iterations if self.rate is None else self.rate
-        range_rate = rate if self.range_rate is None else self.range_rate
-        return Settings(self.iterations, rate, range_rate, self.batch, at_once, self.precision == "bf16")
+        return Settings(self.iterations, rate, self.range_rate, self.batch, at_once, self.precision == "bf16")
 
 
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable

@@ -31,6 +31,7 @@ from typing import Any
 
 from lconvert.errors import InputError
 from lconvert.forward import packages
+from lconvert.primitives.families import Coded, Super
 from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.sequential import Batch, Block
 from lconvert.primitives.sides import Sides
@@ -47,12 +48,12 @@ Held = tuple[Any, Sides]
 
 @dataclass(frozen=True)
 class Settings:
-    """rate of V and range_rate of factors in the first step: shares of a gap and of a range. batch: windows per step, of which `at_once` run together.
+    """rate of V and range_rate of factors in the first step: shares of a gap and of a range; None: `rate` times what `range_share` says. batch: windows per step, of which `at_once` run together.
     half: steps compute in bf16, comparisons in fp32."""
 
     iterations: int = 200
     rate: float = 1 / 200
-    range_rate: float = 1 / 200
+    range_rate: float | None = None
     batch: int = 8
     at_once: int = 8
     half: bool = True
@@ -125,6 +126,13 @@ class Rounding:
         self._settle()
 
 
+def range_share(g: DeploymentGrid) -> float:
+    """How fast range factors go, by the rate of V. At the same rate the ends of a group move by several gaps while a weight moves by one; scales
+    that are codes themselves jump. Loss over that of nearest after 100 steps on 6 x 512 weights with shares of 0, 0.1, 1: int4 g32 .318 .318 .328,
+    Q4_K .493 .611 .640, NVFP4 .616 .612 .866, MXFP4 .529 .529 .719."""
+    return 0.0 if isinstance(g.family, Super | Coded) else 0.1
+
+
 def latent(w: Any, g: DeploymentGrid, position: Any, sides: Sides) -> Any:
     """The nearest weights (rows, cols) to w that round to these positions under these sides."""
     shape = (w.shape[0], -1, g.group)
@@ -174,6 +182,10 @@ def tune(
         for role, (position, sides) in held.items():
             block.set(role, grids[role].values(position, sides))
 
+    range_rates = {
+        role: settings.rate * range_share(g) if settings.range_rate is None else settings.range_rate
+        for role, g in grids.items()
+    }
     put(nearest)
     base = run.losses(range(count))
     start = {role: r.held for role, r in roundings.items()}
@@ -191,7 +203,7 @@ def tune(
                 best, least = now, ratio
             left = 1 - i / settings.iterations
             for role, r in roundings.items():
-                r.step(slopes[role], settings.rate * left, settings.range_rate * left)
+                r.step(slopes[role], settings.rate * left, range_rates[role] * left)
             now = {role: r.held for role, r in roundings.items()}
             put(now)
     found = [(float(base.mean()), nearest)]
