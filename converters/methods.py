@@ -41,6 +41,7 @@ METHODS: Mapping[str, Method] = {
     "gptaq": Method("GPTQ that aims at the uncompressed model's outputs", "gptq", {"asymmetric": True}),
     "hqq": Method("HQQ's zero points", "hqq", text=False, scheme="w4z"),
     "awq": Method("AWQ: factors between layers, clipping, then to nearest", "awq"),
+    "autoround": Method("AutoRound", "autoround"),
     "smoothquant": Method("SmoothQuant, then to nearest", first=(("smooth", {"alpha": 0.8}),), scheme="w8a8"),
     "quarot": Method("QuaRot's rotations folded into the weights, then GPTQ", "gptq", first=(("rotate", {}),)),
     "sparsegpt": Method("half of the weights zero by SparseGPT, then GPTQ", "gptq", first=(("sparse", {"method": "sparsegpt", "sparsity": 0.5}),)),

@@ -153,7 +153,7 @@ def _rounded(
     for role in roles:
         entry, g, w, lines = model.entries[role], made[role], block.weight(role), []
         assert isinstance(entry.data, Tensor)
-        kept, line = _mask(role, w, g, options)
+        kept, line = mask("gptq", role, w, g) if options.keep_zeros else (None, "")
         lines += [line] if line else []
         if h.sum is None or h.count == 0:
             position, sides = g.nearest(w)
@@ -178,15 +178,15 @@ def _rounded(
         yield replace(entry, data=q, provenance=(*entry.provenance, note)), lines
 
 
-def _mask(role: str, w: Any, g: DeploymentGrid, options: Options) -> tuple[Any, str]:
+def mask(who: str, role: str, w: Any, g: DeploymentGrid) -> tuple[Any, str]:
     """Which weights are kept, of a pruned matrix; and a line where its zeros cannot be."""
     zeros = float((w == 0).float().mean())
-    if not options.keep_zeros or zeros < _PRUNED:
+    if zeros < _PRUNED:
         return None, ""
     if not g.holds_zero:
         return (
             None,
-            f"gptq: {role}: {zeros:.0%} of its weights are zero, which {g.placed} cannot keep exactly",
+            f"{who}: {role}: {zeros:.0%} of its weights are zero, which {g.placed} cannot keep exactly",
         )
     return w != 0, ""
 

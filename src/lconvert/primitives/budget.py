@@ -80,5 +80,17 @@ def _window(d: Decoder, length: int) -> int:
     return 4 * (widest + 6 * d.hidden * length)
 
 
+def trained(d: Decoder, length: int, *, head: bool) -> int:
+    """Bytes that one window leaves behind in a layer, or in the head, for its gradients."""
+    if head:
+        return 4 * 4 * length * d.vocab
+    widest = 0
+    for _, layer in d.each():
+        m, a = layer.mlp, layer.attention
+        hidden = m.hidden * m.top_k + m.shared if isinstance(m, Moe) else m.hidden
+        widest = max(widest, 3 * a.heads * length**2 + (24 * d.hidden + 8 * hidden) * length)
+    return 4 * widest
+
+
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

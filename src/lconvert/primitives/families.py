@@ -71,8 +71,17 @@ class Family:
     def rescaled(self, g: DeploymentGrid, w: Any, position: Any, sides: Sides, h: Any) -> Sides:
         return sides
 
+    def ranged(self, g: DeploymentGrid, sides: Sides, low: Any, high: Any) -> Sides:
+        raise NotImplementedError
+
     def qtensor(self, g: DeploymentGrid, codes: Any, stored: dict[str, Any]) -> QTensor:
         raise NotImplementedError
+
+
+def _moved(g: DeploymentGrid, scale: Any, offset: Any, low: Any, high: Any) -> tuple[Any, Any]:
+    """Scales and offsets of groups x ~ s q - m, q from 0 on, whose least value -m and greatest one s top - m go to these multiples of them."""
+    m = offset * low
+    return ((scale * g.levels.high - offset) * high + m) / g.levels.high, m
 
 
 def _descend_scales(
@@ -130,6 +139,10 @@ class Single(Family):
         s = _descend_scales(g, w, position, sides, h, store)
         return Sides(s, stored={"scale": s})
 
+    def ranged(self, g: DeploymentGrid, sides: Sides, low: Any, high: Any) -> Sides:
+        s = self.store(sides.scale * high)
+        return Sides(s, stored={"scale": s})
+
     def qtensor(self, g: DeploymentGrid, codes: Any, stored: dict[str, Any]) -> QTensor:
         s = stored["scale"].numpy()
         if self.dtype == "F16":
@@ -162,6 +175,12 @@ class ZeroPoint(Family):
         s = _descend_scales(g, w, position, sides, h, lambda k, s: short(s.clamp(min=0), 7))
         return Sides(s, sides.zero, stored=sides.stored | {"scale": s})
 
+    def ranged(self, g: DeploymentGrid, sides: Sides, low: Any, high: Any) -> Sides:
+        s, m = _moved(g, sides.scale, sides.zero * sides.scale, low, high)
+        s = short(s.clamp(min=0), 7)
+        zero = trials.ratio(m, s).round().clamp(0, g.levels.high)
+        return Sides(s, zero, stored={"scale": s, "zero": zero})
+
     def qtensor(self, g: DeploymentGrid, codes: Any, stored: dict[str, Any]) -> QTensor:
         scale = replace(_f16(stored["scale"]), exact_in=("BF16",))
         zero = dense(stored["zero"].numpy().astype(np.uint8))
@@ -184,6 +203,11 @@ class Minimum(Family):
     def rescaled(self, g: DeploymentGrid, w: Any, position: Any, sides: Sides, h: Any) -> Sides:
         s = _descend_scales(g, w, position, sides, h, lambda k, s: half(s))
         return Sides(s, offset=sides.offset, stored=sides.stored | {"scale": s})
+
+    def ranged(self, g: DeploymentGrid, sides: Sides, low: Any, high: Any) -> Sides:
+        s, m = _moved(g, sides.scale, sides.offset, low, high)
+        s, m = half(s), half(m)
+        return Sides(s, offset=m, stored={"scale": s, "offset": m})
 
     def qtensor(self, g: DeploymentGrid, codes: Any, stored: dict[str, Any]) -> QTensor:
         scale, offset = _f16(stored["scale"]), _f16(stored["offset"])
@@ -317,6 +341,21 @@ class Super(Family):
             sides, scale=s, stored=sides.stored | {"scale": torch.where(d != 0, self._coded(s, d), d)}
         )
 
+    def ranged(self, g: DeploymentGrid, sides: Sides, low: Any, high: Any) -> Sides:
+        count = g.span // g.group
+
+        def coded(name: str, x: Any) -> Any:
+            d = sides.stored["super_" + name].repeat_interleave(count, 1)
+            c = self._coded(x, d)
+            return c, c * d
+
+        if not self.minimum:
+            c, s = coded("scale", sides.scale * high)
+            return Sides(s, stored=sides.stored | {"scale": c})
+        s, m = _moved(g, sides.scale, sides.offset, low, high)
+        (c, s), (cm, m) = coded("scale", s), coded("offset", m)
+        return Sides(s, offset=m, stored=sides.stored | {"scale": c, "offset": cm})
+
     def qtensor(self, g: DeploymentGrid, codes: Any, stored: dict[str, Any]) -> QTensor:
         kind = np.int8 if self.codes.signed else np.uint8
 
@@ -350,8 +389,18 @@ class Coded(Family):
         steps = torch.arange(-self.reach, self.reach + 1, device=w.device)
         at = (start + steps.unsqueeze(-1)).clamp(first, last)
         _, chosen = best_of(trials.errors(x, hh, g.levels, worth[at] * top), at)
-        chosen = chosen.reshape(w.shape[0], -1)
-        return Sides(worth[chosen] * top, stored={"scale": chosen.to(torch.int32)})
+        return self._sides(g, chosen.reshape(w.shape[0], -1), worth)
+
+    def ranged(self, g: DeploymentGrid, sides: Sides, low: Any, high: Any) -> Sides:
+        torch, _ = packages()
+        table = of_levels.of(self.scale)
+        first = int(np.searchsorted(table.values, 0.0, side="right"))
+        chosen = table.position(sides.scale * high / g.top).to(torch.int64).clamp(min=first)
+        return self._sides(g, chosen, torch.from_numpy(table.values.copy()).to(chosen.device))
+
+    def _sides(self, g: DeploymentGrid, chosen: Any, worth: Any) -> Sides:
+        torch, _ = packages()
+        return Sides(worth[chosen] * worth.new_tensor(g.top), stored={"scale": chosen.to(torch.int32)})
 
     def qtensor(self, g: DeploymentGrid, codes: Any, stored: dict[str, Any]) -> QTensor:
         local = dense(of_levels.of(self.scale).stored[stored["scale"].numpy()])

@@ -95,6 +95,11 @@ class DeploymentGrid:
         """Scales that serve tr (w - q) H (w - q)^T better for codes that stay, group after group, as the format stores them. h (cols, cols)."""
         return self.family.rescaled(self, w, position, sides, h)
 
+    def ranged(self, sides: Sides, low: Any, high: Any) -> Sides:
+        """Sides whose groups end at these multiples (rows, groups) of where they end, as the format stores them; low for the least value of
+        groups that have a zero point or a minimum."""
+        return self.family.ranged(self, sides, low, high)
+
     def nearest(self, w: Any, h: Any = None) -> tuple[Any, Sides]:
         """fit and round."""
         sides = self.fit(w, h)

@@ -71,6 +71,29 @@ class Levels:
             return x.round().clamp(self.low, self.high)
         return _on(self, "values", x.device)[self.position(x).long()]
 
+    def place(self, x: Any) -> Any:
+        """Where x lies among the levels, in positions: i + f a share f of the way from level i to the next; beyond the ends as between the last two."""
+        torch, _ = packages()
+        if self.uniform:
+            return x - self.low
+        values, gaps = _on(self, "values", x.device), _on(self, "gaps", x.device)
+        at = (torch.bucketize(x, values, right=True, out_int32=True) - 1).clamp_(0, len(values) - 2)
+        return (x - values[at]) / gaps[at] + at
+
+    def between(self, place: Any) -> Any:
+        """What lies at these places, the inverse of `place`."""
+        if self.uniform:
+            return place + self.low
+        values, gaps = _on(self, "values", place.device), _on(self, "gaps", place.device)
+        at = place.floor().clamp(0, len(values) - 2).long()
+        return values[at] + gaps[at] * (place - at)
+
+    @property
+    def gaps(self) -> NDArray[np.float32]:
+        """Between a level and the next."""
+        out: NDArray[np.float32] = np.diff(self.values)
+        return out
+
     def nearest_from(self, x: Any, zero: Any) -> Any:
         """Positions of integers nearest to x + zero, the sum taken after rounding, as codes with zero points are."""
         return (x.round() + zero).clamp(self.low, self.high).to(packages()[0].uint8)

@@ -10,7 +10,7 @@ as they will be: quantized inputs and caches are not imitated, as in llm-compres
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from lconvert.primitives.job import Job, identity
 from lconvert.primitives.listening import Enough, down_input, expert_of, listening, modules, rows_of
 from lconvert.primitives.replay import Replay
 from lconvert.primitives.skeleton import Skeleton, first
-from lconvert.primitives.slots import Slot, slots, stages
+from lconvert.primitives.slots import Slot, pieces, slots, stages
 from lconvert.primitives.statistics import Accumulator
 
 #: Matrices that end a part of a layer, and what may change without a change of their inputs.
@@ -63,6 +63,7 @@ class Block:
         self.windows = (len(run.shown.ids), run.shown.length)
         self.report: list[str] = []
         self._module: Any = None
+        self._parts: tuple[Any, ...] = ()
         self._slots: dict[str, Slot] = {}
         self._changed: set[str] = set()
         self.original: Any = None
@@ -81,7 +82,7 @@ class Block:
                 run.forward.fill(part)
                 part.to(run.device)
             self._module = run.torch.nn.Sequential(*parts).eval() if self.is_head else parts[0]
-            self._slots = _slots(run, parts)
+            self._parts, self._slots = parts, _slots(run, parts)
             if run.reference:
                 self.original = copy.deepcopy(self._module)
                 self._original_slots = _slots(run, self.original if self.is_head else (self.original,), parts)
@@ -151,6 +152,74 @@ class Block:
             stop = min(start + run.plan.batch, len(run.shown.ids))
             reference = None if run.beside is None else run.beside.get(start, stop).to(run.device)
             yield Batch(run.hidden.get(start, stop).to(run.device), kwargs, reference, start)
+
+    def some(self, windows: Sequence[int]) -> Batch:
+        """The windows of these numbers."""
+        run = self._run
+
+        def of(kept: Activations | None) -> Any:
+            if kept is None:
+                return None
+            return run.torch.cat([kept.get(i, i + 1) for i in windows]).to(run.device)
+
+        kwargs = {} if self.is_head else run.kwargs[self.index]
+        return Batch(of(run.hidden), kwargs, of(run.beside))
+
+    def aim(self) -> None:
+        """Work out what the uncompressed layer puts out, once for all; it is not held any longer. The head's products are not kept, they are too many."""
+        assert self.module is not None
+        if not self.is_head:
+            self._pass_on()
+            self.original, self._original_slots = None, {}
+
+    def target(self, batch: Batch) -> Any:
+        """(b, t, d): what the uncompressed layer puts out for its own inputs."""
+        if self.original is None:
+            return batch.reference
+        with self._run.torch.no_grad():
+            return first(self.original(batch.reference, **batch.kwargs))
+
+    @property
+    def device(self) -> Any:
+        return self._run.device
+
+    def _pass_on(self) -> None:
+        """What the uncompressed layer puts out in the place of what enters it, where that is not yet done."""
+        run = self._run
+        if self.original is None or run.beside is None:
+            return
+        for batch in self.batches():
+            run.beside.put(batch.start, self.run(self.original, batch, reference=True))
+
+    @contextmanager
+    def slopes(self, roles: Collection[str]) -> Iterator[Callable[[Any], dict[str, Any]]]:
+        """Inside, the matrices of `roles` have gradients: the function given gives those of a loss, (out, in) each."""
+        run = self._run
+        assert self.module is not None
+        held: list[tuple[Any, Any]] = []
+        for part in self._parts:
+            for full, _, parameter in run.forward.parameters(part):
+                bind = run.forward.bind(full, tuple(parameter.shape))
+                if any(role in roles for role, _ in bind.parts):
+                    held.append((bind, parameter))
+
+        def gradients(loss: Any) -> dict[str, Any]:
+            found: dict[str, list[Any]] = {}
+            made = run.torch.autograd.grad(loss, [p for _, p in held], allow_unused=True)
+            for (bind, parameter), gradient in zip(held, made, strict=True):
+                full = run.torch.zeros_like(parameter) if gradient is None else gradient
+                for role, view in pieces(bind, full):
+                    if role in roles:
+                        found.setdefault(role, []).append(view)
+            return {role: v[0] if len(v) == 1 else run.torch.cat(v) for role, v in found.items()}
+
+        for _, parameter in held:
+            parameter.requires_grad_(True)
+        try:
+            yield gradients
+        finally:
+            for _, parameter in held:
+                parameter.requires_grad_(False)
 
     def outputs(self) -> Iterator[Any]:
         """(b, t, d) of every batch, of the layer as it is now; of the head, its products before scales and caps."""
@@ -284,8 +353,7 @@ class _Run:
             if not _finite(self.torch, out):
                 raise self.blame(block, batch)
             self.hidden.put(batch.start, out)
-            if self.beside is not None:
-                self.beside.put(batch.start, block.run(block.original, batch, reference=True))
+        block._pass_on()
 
     def blame(self, block: Block, batch: Batch) -> InputError:
         """The first matrix of a layer with outputs that are no numbers whose input is none either."""
