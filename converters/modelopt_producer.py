@@ -22,7 +22,7 @@ from lconvert.converters import hf, modelopt_worker
 from lconvert.errors import MissingPackageError, OptionError, RuntimeFailure, UnsupportedError
 from lconvert.interpreters import interpreter
 from lconvert.ir import Model, QTensor
-from lconvert.passes.observe import windows
+from lconvert.primitives.text import windows
 from lconvert.primitives.job import Job, identity
 
 #: Its name in job.interpreters, in --python and in lconvert.toml.
@@ -63,7 +63,7 @@ def produce(
     folder = _folder(source)
     original = hf.read(folder)
     text = job.calibration.text
-    ids = windows(original, text, job.calibration.context, job.calibration.windows) if text else None
+    ids = [list(w) for w in windows(original, job.calibration).ids] if text else None
     weights = [
         (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()
     ]

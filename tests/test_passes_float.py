@@ -22,10 +22,12 @@ from lconvert.errors import InputError, LconvertError, OptionError
 from lconvert.executor import execute
 from lconvert.ir import E2M1, E4M3, ActSpec, Model, QTensor, Tensor, dense
 from lconvert.kernels.qtensor import dequantize, float_values
-from lconvert.passes import activations, fused, kv, observe, rtn, rtn_float
+from lconvert.passes import activations, fused, kv, rtn, rtn_float
 from lconvert.plan import refusals
-from lconvert.primitives import levels
+from lconvert.primitives import importance, levels
+from lconvert.primitives import text as text_windows
 from lconvert.primitives.job import Calibration, Job
+from lconvert.primitives.text import Windows, windows
 from tests import case_models
 from tests.conftest import DEMO
 from tests.exact_values import grid_value
@@ -333,28 +335,24 @@ class Watched:
             self.inputs[name] = max(self.inputs.get(name, 0.0), float(x.abs().max()))
 
 
-def test_windows_are_the_tokens_of_the_text(text: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model = lconvert.read(DEMO)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
-    ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
-    found = observe.windows(model, text, 40, 3)
-    assert [len(w) for w in found] == [40, 40, 40] and [i for w in found for i in w] == ids[:120]
-    assert len(observe.windows(model, text, 10_000, 1)[0]) <= model.arch.context
+def seen(model: Model, text: Path) -> dict[str, float]:
+    """Largest inputs by role, on two windows of 24 tokens."""
+    found = importance.measure(model, Job(Calibration(str(text), windows=2, context=24))).moments
+    return {role: float(m.peak.max()) for role, m in found.items()}
 
 
 def test_peaks_are_those_of_hooks_on_transformers(text: Path) -> None:
     model = lconvert.read(DEMO)
-    batches = observe.windows(model, text, 24, 2)
-    found, theirs = observe.run(model, batches), Watched(DEMO, batches)
-    assert found.tokens == 48 and len(theirs.inputs) == 3 * 7 + 1
+    batches = [list(w) for w in windows(model, Calibration(str(text), windows=2, context=24)).ids]
+    found, theirs = seen(model, text), Watched(DEMO, batches)
+    assert len(theirs.inputs) == 3 * 7 + 1
     for name, peak in theirs.inputs.items():
         if "layers." not in name:
             continue
         _, i, part, leaf = name.rsplit(".", 3)
         role = f"layers.{i}.{'attn' if part == 'self_attn' else 'mlp'}.{leaf.removesuffix('_proj')}"
-        assert found.inputs[role] == pytest.approx(peak, rel=1e-5), name
-    for ours, peaks in ((found.keys, theirs.keys), (found.values, theirs.values)):
+        assert found[role] == pytest.approx(peak, rel=1e-5), name
+    for ours, peaks in zip(kv.peaks(model, batches), (theirs.keys, theirs.values), strict=True):
         assert ours.keys() == peaks.keys() == {0, 1, 2}
         assert all(ours[i] == pytest.approx(peaks[i], rel=1e-4) for i in peaks)
 
@@ -367,32 +365,51 @@ def test_keys_that_leave_a_window_count_as_well(case: str) -> None:
     rng = np.random.default_rng(1)
     window = model.arch.layer(0).attention.window or 32
     batches = [[int(i) for i in rng.integers(0, model.arch.vocab, window + 24)]]
-    found, theirs = observe.run(model, batches), Watched(folder, batches)
-    for ours, peaks in ((found.keys, theirs.keys), (found.values, theirs.values)):
+    theirs = Watched(folder, batches)
+    for ours, peaks in zip(kv.peaks(model, batches), (theirs.keys, theirs.values), strict=True):
         assert all(ours[i] == pytest.approx(peaks[i], rel=1e-4) for i in peaks)
-    if case.startswith("phi3"):  # one matrix holds q, k and v
-        fused_input = theirs.inputs["model.layers.0.self_attn.qkv_proj"]
-        assert all(found.inputs[f"layers.0.attn.{r}"] == pytest.approx(fused_input, rel=1e-5) for r in "qkv")
+
+
+def test_an_expert_that_no_token_chose_gets_the_largest_scale_of_its_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = rtn.run(lconvert.read(case_models.folder("mixtral-experts")), rtn.Options("int8", -1))
+    shown = Windows(((5, 6),))  # two tokens that choose two experts of four each
+    monkeypatch.setattr(text_windows, "windows", lambda model, calibration: shown)
+    job = Job(Calibration("two tokens"))
+    out = activations.run(model, activations.Options(dynamic=False), job)
+    moments = importance.measure(model, job).moments
+    unseen = [r for r, m in moments.items() if not m.count]
+    assert unseen
+    for role in unseen:
+        layer, kind = role.split(".experts.")[0], role.rsplit(".", 1)[1]
+        others = [
+            out.entries[r].activation for r in moments if r.startswith(layer) and r.endswith("." + kind)
+        ]
+        scales = [float(a.scale.load()[0]) for a in others if a is not None and a.scale is not None]
+        a = out.entries[role].activation
+        assert a is not None and a.scale is not None and float(a.scale.load()[0]) == max(scales)
+    assert any("no token of the text chose " + unseen[0] in line for line in out.report)
 
 
 def test_static_scales_cover_what_was_seen(text: Path) -> None:
     model = rtn.run(lconvert.read(DEMO), rtn.Options(grid="fp8", group="tensor"))
     options = activations.Options("fp8", dynamic=False, text=str(text), windows=2, context=24)
-    seen = observe.run(model, observe.windows(model, text, 24, 2)).inputs
+    inputs = seen(model, text)
     out = activations.run(model, options)
     for name, e in matrices(out).items():
         a = e.activation
         assert (
             a is not None and a.scale is not None and (a.per, a.dynamic, a.group) == ("tensor", False, None)
         )
-        assert float(a.scale.load()[0]) == pytest.approx(seen[name] / 448, rel=2.0**-8)
+        assert float(a.scale.load()[0]) == pytest.approx(inputs[name] / 448, rel=2.0**-8)
     same = [out.entries[f"layers.1.attn.{r}"].activation for r in "qkv"]
     assert len({float(a.scale.load()[0]) for a in same if a and a.scale}) == 1, "one input, one scale"
 
 
 def test_nvfp4_inputs_have_a_power_of_two_as_global_scale(text: Path) -> None:
     model = rtn.run(lconvert.read(DEMO), rtn.Options(grid="fp4"))
-    seen = observe.run(model, observe.windows(model, text, 24, 2)).inputs
+    inputs = seen(model, text)
     out = activations.run(model, activations.Options("fp4", text=str(text), windows=2, context=24))
     for name, e in matrices(out).items():
         a = e.activation
@@ -401,7 +418,7 @@ def test_nvfp4_inputs_have_a_power_of_two_as_global_scale(text: Path) -> None:
             and a.scale is not None
             and (a.grid, a.per, a.dynamic, a.group) == (E2M1, "group", True, 16)
         )
-        g, want = float(a.scale.load()[0]), seen[name] / (6 * 448)
+        g, want = float(a.scale.load()[0]), inputs[name] / (6 * 448)
         assert np.frexp(g)[0] == 0.5 and g / 2 < want <= g
 
 
@@ -466,10 +483,10 @@ def test_nothing_to_quantize_is_an_error() -> None:
 
 def test_cache_scales_are_the_peaks_over_448(text: Path) -> None:
     model = lconvert.read(DEMO)
-    seen = observe.run(model, observe.windows(model, text, 24, 2))
+    keys, held = kv.peaks(model, windows(model, Calibration(str(text), windows=2, context=24)).ids)
     out = kv.run(model, kv.Options(text=str(text), windows=2, context=24))
     assert out.kv is not None
-    for side, peaks in ((out.kv.k, seen.keys), (out.kv.v, seen.values)):
+    for side, peaks in ((out.kv.k, keys), (out.kv.v, held)):
         assert side.scale is not None and (side.grid, side.per, side.dynamic) == (E4M3, "tensor", False)
         got = side.scale.load()
         assert got.shape == (3,) and got.dtype == np.float32
@@ -480,7 +497,11 @@ def test_cache_scales_are_the_peaks_over_448(text: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), (b"\xff\xfe\x00", "cannot be read as UTF-8"), (b"", "no token")],
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read as UTF-8"),
+        (b"", "calibration text is too short: 1 tokens"),
+    ],
 )
 def test_a_calibration_text_that_is_none(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"

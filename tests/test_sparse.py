@@ -18,6 +18,7 @@ from lconvert.kernels.qtensor import dequantize, values
 from lconvert.passes import rtn, sparse
 from lconvert.primitives import zeros
 from lconvert.primitives.job import Calibration, Job
+from lconvert.primitives.text import windows
 from lconvert.primitives.zeros import Bits, holds_zero, measured, pruned, zero_code
 from tests.conftest import DEMO
 
@@ -176,13 +177,14 @@ def kld(model: Model, other: Model, ids: list[list[int]]) -> float:
 
 def test_methods_rank_as_their_papers_say(demo_model: Model, tmp_path: Path) -> None:
     """Mean KL divergence on prose that they were not calibrated on."""
-    from lconvert.passes.observe import windows
-
     words = (DEMO.parents[1] / "validators" / "text" / "excerpt.txt").read_text()
     text, held = tmp_path / "text.txt", tmp_path / "held.txt"
     text.write_text(words[:40_000])
     held.write_text(words[-8_000:])
-    job, ids = Job(Calibration(str(text), 24, 128), threads=1), windows(demo_model, held, 256, 4)
+    job, ids = (
+        Job(Calibration(str(text), 24, 128), threads=1),
+        [list(w) for w in windows(demo_model, Calibration(str(held), 12, 192)).ids],
+    )
     found = {}
     for method, steps in (("magnitude", 1), ("wanda", 1), ("sparsegpt", 1), ("wanda", 3), ("sparsegpt", 3)):
         options = sparse.Options(method, 0.6, steps=steps)  # type: ignore[arg-type]

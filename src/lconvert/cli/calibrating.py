@@ -220,9 +220,9 @@ def described(job: Job, model: Model) -> dict[str, Any]:
     content = Path(c.text).read_bytes()
     out = {"name": Path(c.text).name, "sha256": hashlib.sha256(content).hexdigest(), "windows": c.windows, "context": c.context, "seed": c.seed}  # fmt: skip
     if isinstance(model.arch, Decoder):
-        from lconvert.passes import observe
+        from lconvert.primitives.text import windows
 
-        out["tokens"] = sum(map(len, observe.windows(model, c.text, c.context, c.windows)))
+        out["tokens"] = windows(model, c).tokens
     return out
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lconvert.errors import OptionError
-from lconvert.ir import E2M1, E4M3, ActSpec, Entry, Grid, Model, QTensor, dense, int_grid
+from lconvert.forward import packages
+from lconvert.ir import E2M1, E4M3, ActSpec, Entry, Grid, Model, QTensor, as_f32, dense, int_grid
+from lconvert.primitives import importance
 from lconvert.primitives.job import Job
 
 _GRIDS: dict[str, tuple[Grid, float]] = {
@@ -59,12 +61,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
 
     grid, top = _GRIDS[options.grid]
     static = calibrated(options)
-    peaks: dict[str, float] = {}
-    if static:
-        from lconvert.passes import observe
-
-        text, own = job.text("activations", options.text), options if options.text else job.calibration
-        peaks = observe.run(model, observe.windows(model, text, own.context, own.windows)).inputs
+    peaks, lines = _peaks(model, options, job) if static else ({}, ())
     size = 16 if options.grid == "fp4" else options.group or None
     per: Literal["token", "group", "tensor"] = "tensor" if not options.dynamic else options.per or "token"
     per = "group" if size else per
@@ -87,12 +84,49 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         new[name] = replace(entry, activation=spec, provenance=(*entry.provenance, note))
     if not new:
         raise OptionError(f"activations: no quantized matrix matches targets {options.targets!r}")
-    return model.with_entries(new, f"activations: inputs of {len(new)} matrices to {options.grid}")
+    told = replace(model, report=(*model.report, *lines))
+    return told.with_entries(new, f"activations: inputs of {len(new)} matrices to {options.grid}")
 
 
 def calibrated(options: Options) -> bool:
     """Scales that the runtime finds need no text."""
     return options.grid == "fp4" or not options.dynamic
+
+
+def _peaks(model: Model, options: Options, job: Job) -> tuple[dict[str, float], tuple[str, ...]]:
+    """The largest magnitude of every matrix's input over the text, by role, and lines for the report. An expert that no token chose gets the
+    largest of the others in its layer."""
+    if options.text:
+        own = replace(job.calibration, text=options.text, windows=options.windows, context=options.context)
+        job = replace(job, calibration=own)
+    job.text("activations")
+    found = importance.measure(model, job)
+    peaks = {
+        role: float((m.peak.cpu() * _factor(model.entries[role])).max())
+        for role, m in found.moments.items()
+        if m.count
+    }
+    unseen = [role for role, m in found.moments.items() if not m.count and role in model.entries]
+    for role in unseen:
+        kind = re.sub(r"experts\.\d+", r"experts.\\d+", role)
+        if others := [x for r, x in peaks.items() if re.fullmatch(kind, r)]:
+            peaks[role] = max(others)
+    lines = [*found.notes]
+    if unseen:
+        lines.append(
+            f"activations: no token of the text chose {', '.join(unseen[:3])}{f' and {len(unseen) - 3} more' if len(unseen) > 3 else ''}; "
+            "their inputs get the largest scale of their layer's experts"
+        )
+    return peaks, tuple(lines)
+
+
+def _factor(entry: Entry) -> Any:
+    """What an unfolded scale multiplies the input's magnitudes by (in,), or 1: the weights that run hold it themselves."""
+    torch, _ = packages()
+    t = entry.transform
+    if t is None or t.folded or t.param is None:
+        return torch.ones(())
+    return torch.from_numpy(as_f32(t.param.load(), t.param.dtype).reshape(-1).copy()).abs()
 
 
 def _chosen(scale: float, grid: str) -> float:

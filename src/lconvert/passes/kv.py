@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lconvert.errors import OptionError
+from lconvert.forward import Forward, packages
 from lconvert.ir import E4M3, ActSpec, KVSpec, Model, Tensor, dense
 from lconvert.primitives.job import Job
+from lconvert.primitives.text import windows
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,11 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     keys, values = dict.fromkeys(range(layers), 448.0), dict.fromkeys(range(layers), 448.0)
     text = options.text or job.calibration.text
     if text:
-        from lconvert.passes import observe
-
         own = options if options.text else job.calibration
-        found = observe.run(model, observe.windows(model, text, own.context, own.windows))
-        if len(found.keys) != layers:
-            raise OptionError(f"kv: {len(found.keys)} of {layers} layers showed a cache of keys and values")
-        keys, values = found.keys, found.values
+        shown = windows(model, replace(job.calibration, text=text, windows=own.windows, context=own.context))
+        keys, values = peaks(model, shown.ids)
+        if len(keys) != layers:
+            raise OptionError(f"kv: {len(keys)} of {layers} layers showed a cache of keys and values")
 
     def scales(peaks: dict[int, float]) -> Tensor:
         from lconvert.kernels.reference.rounding import short_scale
@@ -52,3 +53,20 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     )
     how = "calibrated" if text else "scale 1"
     return replace(model, kv=spec, report=(*model.report, f"kv: cache in fp8, {how}"))
+
+
+def peaks(model: Model, windows: Iterable[Sequence[int]]) -> tuple[dict[int, float], dict[int, float]]:
+    """Largest magnitudes of keys and of values by layer, over windows of token ids. Keys as the cache holds them, after the rotary embedding."""
+    torch, transformers = packages()
+    forward = Forward(model)
+    keys: dict[int, float] = {}
+    values: dict[int, float] = {}
+    for ids in windows:
+        cache = transformers.DynamicCache()  # made with the config it would drop what leaves a window
+        with torch.no_grad():
+            out = forward.module(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
+        held = [x for x in getattr(out.past_key_values, "layers", []) if getattr(x, "keys", None) is not None]
+        for i, layer in enumerate(held):
+            keys[i] = max(keys.get(i, 0.0), float(layer.keys.abs().max()))
+            values[i] = max(values.get(i, 0.0), float(layer.values.abs().max()))
+    return keys, values

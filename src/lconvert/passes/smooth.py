@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lconvert.errors import InputError, OptionError
+from lconvert.errors import OptionError
 from lconvert.ir import Model
 from lconvert.kernels.qtensor import effective
+from lconvert.primitives import importance
 from lconvert.primitives.folding import plain, scaled
 from lconvert.primitives.job import Job
 from lconvert.primitives.sites import Site, cached, sites
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lconvert.forward import Forward
 
 _NORMS = r"layers\.\d+\.(attn|mlp)_norm"
 _SLAB = 1 << 22  # values of a matrix that are read at once
@@ -109,57 +109,13 @@ def heaviest(model: Model, site: Site) -> NDArray[np.float32]:
 
 
 def peaks(model: Model, chosen: Iterable[Site], job: Job) -> dict[str, NDArray[np.float32]]:
-    """Site name -> (channels,), the largest magnitudes over the calibration text; none for what transformers has no module of its own
-    for (experts held as one tensor). InputError where one is not finite."""
-    import numpy as np
-
-    from lconvert.forward import Forward, packages
-    from lconvert.passes import observe
-
-    given = job.calibration
-    batches = observe.windows(model, job.text("smooth"), given.context, given.windows)
-    torch, _ = packages()
-    forward = Forward(model)
-    holders = modules(forward, model)
-    found: dict[str, NDArray[np.float32]] = {}
-
-    def watch(site: Site) -> Any:
-        def see(x: Any) -> None:
-            top = x.detach().abs().reshape(-1, x.shape[-1]).amax(dim=0).numpy()
-            top = site.seen(top).max(axis=1)
-            if not np.isfinite(top).all():
-                raise InputError(
-                    f"{site.name}: {int((~np.isfinite(top)).sum())} channels of what it makes are not finite on the calibration text"
-                )
-            found[site.name] = np.maximum(found.get(site.name, top), top)
-
-        if site.kind == "norm":
-            return holders[site.name].register_forward_hook(lambda module, args, out: see(out))
-        return holders[site.consumers[0]].register_forward_pre_hook(lambda module, args: see(args[0]))
-
-    for site in chosen:
-        if (site.name if site.kind == "norm" else site.consumers[0]) in holders:
-            watch(site)
-    for at, ids in enumerate(batches):
-        job.tell("smooth", at, len(batches))
-        with torch.no_grad():
-            forward.module(torch.tensor([ids]), use_cache=False)
-    job.tell("smooth", len(batches), len(batches))
-    return found
-
-
-def modules(forward: Forward, model: Model) -> dict[str, Any]:
-    """Canonical name -> transformers' module that holds it; none for experts that are held as one tensor."""
-    from lconvert.archs import find
-    from lconvert.archs.common import binds
-
-    named = dict(forward.module.named_modules())
+    """Site name -> (channels,), the largest magnitudes over the calibration text; none for an expert that no token chose."""
+    job.text("smooth")
+    found = importance.measure(model, job).moments
     return {
-        role: named[path]
-        for bind in binds(find(model.arch.family).names, model.arch)
-        for path in (name.removesuffix(".weight") for name in (bind.hf, bind.other))
-        if path and path in named and len(bind.shape) < 3
-        for role, _ in bind.parts
+        site.name: site.seen(found[site.consumers[0]].peak.cpu().numpy()).max(axis=1)
+        for site in chosen
+        if found[site.consumers[0]].count
     }
 
 
