@@ -22,8 +22,8 @@ from lconvert.converters import hf, modelopt_worker
 from lconvert.errors import MissingPackageError, OptionError, RuntimeFailure, UnsupportedError
 from lconvert.interpreters import interpreter
 from lconvert.ir import Model, QTensor
-from lconvert.primitives.text import windows
 from lconvert.primitives.job import Job, identity
+from lconvert.primitives.text import windows
 
 #: Its name in job.interpreters, in --python and in lconvert.toml.
 NAME = "modelopt"
