@@ -1,0 +1,90 @@
+"""What one choice does to a model, in the style of plots.py: curves over the choice, or points side by side.
+
+Rows have series, x and kld_mean, and where it is known kld_ci (low, high). An x that is text is a place of its own, in the order in which
+they come; numbers stand where they belong. A KLD of 0 has no place on a log axis and is left out: the table beside the plot has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lconvert.validators import plots
+
+Rows = Sequence[Mapping[str, Any]]
+_KLD = "mean KL divergence, nats"
+
+
+def curves(rows: Rows, x: str, marks: Rows = ()) -> Any:
+    """A curve per series with its 95% interval as a band; a series of one row is a line across. marks: rows drawn as points without a curve."""
+    with plots._drawing(4.2) as (figure, axes):
+        places = _places([*rows, *marks])
+        drawn = [r for r in rows if r["kld_mean"] > 0]
+        series = _grouped(drawn)
+        for n, (name, found) in enumerate(series.items()):
+            style = plots._style(n)
+            if len(found) == 1:
+                axes.axhline(found[0]["kld_mean"], label=plots._text(name), linewidth=1.4, **style)
+                continue
+            at = [_at(r, places) for r in found]
+            marker = {"marker": plots._marker(n), "markersize": 4.5}
+            axes.plot(at, [r["kld_mean"] for r in found], label=plots._text(name), **style, **marker)
+            if all(r.get("kld_ci") for r in found):
+                low, high = zip(*(r["kld_ci"] for r in found), strict=True)
+                axes.fill_between(at, low, high, color=style["color"], alpha=0.1, linewidth=0)
+        for n, (name, found) in enumerate(_grouped(marks).items(), len(series)):
+            axes.plot(
+                [_at(r, places) for r in found], [r["kld_mean"] for r in found], linestyle="", markersize=7,
+                color=plots._style(n)["color"], marker=plots._marker(n), label=plots._text(name),
+            )  # fmt: skip
+        if places:
+            axes.set_xticks(list(places.values()), [plots._text(p) for p in places])
+        plots._log(axes, [r["kld_mean"] for r in (*drawn, *marks)])
+        plots._name(axes, x, _KLD, legend=len(series) + len(marks) > 1)
+        return figure
+
+
+def points(rows: Rows) -> Any:
+    """A line of the plot per x, a point with its 95% interval per series, one below the other; the KLD on a log axis."""
+    series, names = _grouped(rows), list(dict.fromkeys(str(r["x"]) for r in rows))
+    with plots._drawing(1.3 + 0.18 * len(names) * (1 + len(series))) as (figure, axes):
+        for n, (name, found) in enumerate(series.items()):
+            kept = [r for r in found if r["kld_mean"] > 0]
+            at = [names.index(str(r["x"])) + 0.7 * ((n + 0.5) / len(series) - 0.5) for r in kept]
+            middle = [r["kld_mean"] for r in kept]
+            ends = [r.get("kld_ci") or (r["kld_mean"],) * 2 for r in kept]
+            spread = [
+                [max(0.0, m - low) for m, (low, _) in zip(middle, ends, strict=True)],
+                [max(0.0, high - m) for m, (_, high) in zip(middle, ends, strict=True)],
+            ]
+            axes.errorbar(
+                middle, at, xerr=spread, linestyle="", marker=plots._marker(n), markersize=5.5, capsize=2.5,
+                color=plots._style(n)["color"], elinewidth=1.2, label=plots._text(name),
+            )  # fmt: skip
+        for between in range(1, len(names)):
+            axes.axhline(between - 0.5, color=plots.COLOURS["line"], linewidth=0.8)
+        axes.set_xscale("log")
+        plots._ticks(axes.xaxis)
+        axes.grid(visible=False, axis="y")
+        axes.set_yticks(range(len(names)), [plots._text(n) for n in names])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        plots._name(axes, _KLD, "", legend=len(series) > 1)
+        return figure
+
+
+def _grouped(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    """By series, in the order in which they come."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for r in rows:
+        found.setdefault(str(r["series"]), []).append(r)
+    return found
+
+
+def _places(rows: Rows) -> dict[str, int]:
+    """Where values of x stand that are text."""
+    return {x: n for n, x in enumerate(dict.fromkeys(r["x"] for r in rows if isinstance(r["x"], str)))}
+
+
+def _at(row: Mapping[str, Any], places: Mapping[str, int]) -> float:
+    return places[row["x"]] if isinstance(row["x"], str) else float(row["x"])
