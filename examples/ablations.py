@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -63,8 +64,10 @@ class Study:
         return recipe.Recipe("ablation", steps).apply(self.model, self.job(**calibration))
 
     def row(self, series: str, x: str | float, made: Model | Passes, **calibration: Any) -> Row:
-        model = made if isinstance(made, Model) else self.made(made, **calibration)
-        return {"series": series, "x": x, **self.yardstick(model)}
+        """The numbers of a model, or of what passes make of the source."""
+        found = self.yardstick(made if isinstance(made, Model) else self.made(made, **calibration))
+        print(f"{series or 'common to all'}, {x}: {found['kld_mean']:.3g}", file=sys.stderr, flush=True)
+        return {"series": series, "x": x, **found}
 
     def matrices(self) -> list[str]:
         return [r for r in self.model.entries if re.fullmatch(MATRICES, r)]
@@ -92,6 +95,7 @@ def domain(s: Study) -> Iterator[Row]:
     if given.parent == s.scratch:  # half of the bundled text, which is the old prose
         del texts["old prose"]
     texts |= {"source code": code, "random tokens": noise}
+    texts = {name: texts[name] for name in s.few(tuple(texts), "text of the same kind", "random tokens")}
     weights, zeros, inputs = "int3 weights (GPTQ)", "half zeros (SparseGPT)", "int8 inputs (static)"
     int3, int8 = {"grid": "int3", "group": 128}, {"grid": "int8", "group": -1}
     half = {"sparsity": 0.5}
@@ -162,14 +166,14 @@ def outlier_channels(s: Study) -> Iterator[Row]:
     scores: Mapping[str, Callable[[str, Any], Any]] = {
         "largest inputs": lambda role, w: inputs[role].squares.numpy(),
         "largest weights": lambda role, w: np.abs(w).max(0),
-        "inputs x weights": lambda role, w: inputs[role].squares.numpy() * np.square(w).sum(0),
         "at random": lambda role, w: random.random(w.shape[1]),
     }
-    for share in s.few((0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16), 0.0, 0.04):
+    none = s.row("", 0, {"rtn": INT4})
+    yield from (none | {"series": series} for series in scores)
+    for share in s.few((0.01, 0.02, 0.04, 0.08, 0.16), 0.04):
         for series, score in scores.items():
-            yield s.row(series, 100 * share, _exempted(s.model, s.matrices(), share, score)) | {
-                "bits_per_weight": 16 * share + (1 - share) * (4 + 16 / 128)
-            }
+            found = s.row(series, 100 * share, _exempted(s.model, s.matrices(), share, score))
+            yield found | {"bits_per_weight": 16 * share + (1 - share) * none["bits_per_weight"]}
 
 
 def _exempted(model: Model, roles: list[str], share: float, score: Callable[[str, Any], Any]) -> Model:
@@ -203,7 +207,9 @@ def outlier_matrices(s: Study) -> Iterator[Row]:
         "largest outlier first": sorted(roles, key=lambda r: -np.abs(weights[r]).max() / weights[r].std()),
         "at random": list(np.random.default_rng(0).permutation(roles)),
     }
-    for share in s.few((0.0, 0.05, 0.1, 0.2, 0.3, 0.5), 0.0, 0.2):
+    none = s.row("", 0, rounded)
+    yield from (none | {"series": series, "x": none["bits_per_weight"], "kept": 0} for series in orders)
+    for share in s.few((0.05, 0.1, 0.2, 0.3, 0.5), 0.2):
         for series, order in orders.items():
             exempt = {re.escape(r): "none" for r in order[: round(share * len(roles))]}
             found = s.row(series, 0, {"rtn": {**INT4, "grids": exempt}})
@@ -213,7 +219,9 @@ def outlier_matrices(s: Study) -> Iterator[Row]:
 def allocation(s: Study) -> Iterator[Row]:
     """GGUF's types for the layers' matrices; both series round in the same way, weighted by the mean squares of inputs."""
     types = s.few(("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"), "Q2_K", "Q4_K", "Q6_K")
-    options = allocate.Options("gguf", bpw=16, types=(*types, "Q8_0"), only=MATRICES, context=s.calibration.context)
+    options = allocate.Options(
+        "gguf", bpw=16, types=(*types, "Q8_0"), only=MATRICES, context=s.calibration.context
+    )
     search = allocate.Search(s.model, options, s.job())
 
     def of(types: Mapping[str, str]) -> Model:
@@ -241,16 +249,18 @@ PRUNERS: Mapping[str, Mapping[str, Any]] = {
 
 
 def sparsity(s: Study) -> Iterator[Row]:
-    for share in s.few((0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8), 0.0, 0.5):
+    whole = s.row("", 0, s.model)
+    yield from (whole | {"series": series} for series in PRUNERS)
+    for share in s.few((0.2, 0.4, 0.5, 0.6, 0.7, 0.8), 0.5):
         for series, options in PRUNERS.items():
-            pruned = {"sparse": {**options, "sparsity": share}} if share else {}
-            yield s.row(series, 100 * share, pruned)
+            yield s.row(series, 100 * share, {"sparse": {**options, "sparsity": share}})
 
 
 def patterns(s: Study) -> Iterator[Row]:
-    for x, options in (("any half", {"sparsity": 0.5}), ("4:8", {"pattern": "4:8"}), ("2:4", {"pattern": "2:4"})):
+    kinds = {"any half": {"sparsity": 0.5}, "4:8": {"pattern": "4:8"}, "2:4": {"pattern": "2:4"}}
+    for x in s.few(tuple(kinds), "any half", "2:4"):
         for series, pruner in PRUNERS.items():
-            yield s.row(series, x, {"sparse": {**pruner, **options}})
+            yield s.row(series, x, {"sparse": {**pruner, **kinds[x]}})
 
 
 def places(s: Study) -> Iterator[Row]:
@@ -333,11 +343,16 @@ def run(study: Study, out: Path, only: list[str] | None = None) -> dict[str, lis
         measured = {"windows": len(study.yardstick.texts), "calibration": calibration, "rows": rows}
         (out / f"{name}.json").write_text(json.dumps(about | measured, indent=1) + "\n", encoding="utf-8")
         plots.save(draw(ablation, rows), out / f"{name}.svg")
-        print(f"\n{name}: {ablation.about} ({time.perf_counter() - start:.0f} s)\n\n{table(ablation, rows)}", flush=True)
+        print(
+            f"\n{name}: {ablation.about} ({time.perf_counter() - start:.0f} s)\n\n{table(ablation, rows)}",
+            flush=True,
+        )
     return found
 
 
-def prepare(model: Path, out: Path, calibrate: Path | None = None, text: Path | None = None, *, quick: bool = False) -> Study:
+def prepare(
+    model: Path, out: Path, calibrate: Path | None = None, text: Path | None = None, *, quick: bool = False
+) -> Study:
     """What is measured, on which text; halves of the bundled text for those that are not given."""
     out.mkdir(parents=True, exist_ok=True)
     words = TEXT.read_text(encoding="utf-8")
@@ -349,13 +364,15 @@ def prepare(model: Path, out: Path, calibrate: Path | None = None, text: Path | 
         text = out / "second-half.txt"
         text.write_text(words[middle:], encoding="utf-8")
     source = lconvert.read(str(model))
-    shown = text_windows(source, text, *((4, 128) if quick else (8, None)))
+    shown = text_windows(source, text, *((4, 128) if quick else (8, 256)))
     calibration = Calibration(str(calibrate), *((8, 128) if quick else (16, 256)))
     return Study(source, Yardstick(source, shown), calibration, text, out, quick)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", type=Path, default=HERE / "demo_model")
     parser.add_argument("--calibrate", type=Path, metavar="TEXT")
     parser.add_argument("--text", type=Path, help="what is measured on")
