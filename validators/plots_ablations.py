@@ -15,16 +15,16 @@ Rows = Sequence[Mapping[str, Any]]
 _KLD = "mean KL divergence, nats"
 
 
-def curves(rows: Rows, x: str, marks: Rows = ()) -> Any:
-    """A curve per series with its 95% interval as a band; a series of one row is a line across. marks: rows drawn as points without a curve."""
+def curves(rows: Rows, x: str) -> Any:
+    """A curve per series with its 95% interval as a band; a series of one row is a line across. Rows that have a type are named by it."""
     with plots._drawing(4.2) as (figure, axes):
-        places = _places([*rows, *marks])
+        places = _places(rows)
         drawn = [r for r in rows if r["kld_mean"] > 0]
-        series = _grouped(drawn)
-        for n, (name, found) in enumerate(series.items()):
-            style = plots._style(n)
-            if len(found) == 1:
-                axes.axhline(found[0]["kld_mean"], label=plots._text(name), linewidth=1.4, **style)
+        series = _grouped(rows)
+        for n, (name, every) in enumerate(series.items()):
+            style, found = plots._style(n), [r for r in every if r in drawn]
+            if len(every) == 1:
+                axes.axhline(every[0]["kld_mean"], label=plots._text(name), linewidth=1.4, **style)
                 continue
             at = [_at(r, places) for r in found]
             marker = {"marker": plots._marker(n), "markersize": 4.5}
@@ -32,15 +32,14 @@ def curves(rows: Rows, x: str, marks: Rows = ()) -> Any:
             if all(r.get("kld_ci") for r in found):
                 low, high = zip(*(r["kld_ci"] for r in found), strict=True)
                 axes.fill_between(at, low, high, color=style["color"], alpha=0.1, linewidth=0)
-        for n, (name, found) in enumerate(_grouped(marks).items(), len(series)):
-            axes.plot(
-                [_at(r, places) for r in found], [r["kld_mean"] for r in found], linestyle="", markersize=7,
-                color=plots._style(n)["color"], marker=plots._marker(n), label=plots._text(name),
-            )  # fmt: skip
+        for r in drawn:
+            if "type" in r:
+                here = _at(r, places), r["kld_mean"]
+                plots._label(axes, *here, r["type"], plots.COLOURS["muted"], (5, 5), "left")
         if places:
             axes.set_xticks(list(places.values()), [plots._text(p) for p in places])
-        plots._log(axes, [r["kld_mean"] for r in (*drawn, *marks)])
-        plots._name(axes, x, _KLD, legend=len(series) + len(marks) > 1)
+        plots._log(axes, [r["kld_mean"] for r in drawn])
+        plots._name(axes, x, _KLD, legend=len(series) > 1)
         return figure
 
 
