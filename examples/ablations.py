@@ -138,21 +138,16 @@ def granularity(s: Study) -> Iterator[Row]:
     """Of weights: int8 has no square blocks here, fp8 no groups. Of inputs: one static scale, or one for every token."""
     tensor, row = "one per tensor", "one per row or token"
     places = {tensor: "tensor", "one per 128 x 128 block": "block", row: -1, "one per 128 of a row": 128}
-    smooth = {"smooth": {"alpha": 0.8}}
-    for x, group in places.items():
-        for grid, no in (("int8", "block"), ("fp8", 128)):
-            if group != no:
-                yield s.row(f"{grid} weights", x, {"rtn": {"grid": grid, "group": group}})
-        if x not in (tensor, row):
-            continue
-        for grid in ("int8", "fp8"):
-            w8a8: Passes = {
-                "rtn": {"grid": grid, "group": -1},
-                "activations": {"grid": grid, "dynamic": x == row},
-            }
-            yield s.row(f"{grid} inputs too", x, w8a8)
-            if grid == "int8":
-                yield s.row("int8 inputs too, SmoothQuant", x, {**smooth, **w8a8})
+    for grid, other in (("int8", "block"), ("fp8", 128)):
+        for name, group in places.items():
+            if group != other:
+                yield s.row(name, f"{grid} weights", {"rtn": {"grid": grid, "group": group}})
+    for grid, first in (("int8", ""), ("int8", "smooth"), ("fp8", "")):
+        for name in (tensor, row):
+            passes: dict[str, Mapping[str, Any]] = {"smooth": {"alpha": 0.8}} if first else {}
+            passes |= {"rtn": {"grid": grid, "group": -1}}
+            passes |= {"activations": {"grid": grid, "dynamic": name == row}}
+            yield s.row(name, f"{grid} inputs too{', SmoothQuant' if first else ''}", passes)
 
 
 # --- exceptions -----------------------------------------------------------------------------------------------

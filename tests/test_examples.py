@@ -102,10 +102,10 @@ def test_ablations_of_grids(ablations: Any) -> None:
         assert groups["GPTQ", group] < groups["RTN, scales by least squares", group] < groups["RTN", group]
     shared = _klds(ablations[1]["granularity"])
     tensor, row = "one per tensor", "one per row or token"
-    for series in {s for s, x in shared if x == row}:
+    for what in {x for s, x in shared if s == row}:
         # a float's steps grow with its values, so that a scale for fewer of them gains little
-        assert shared[series, row] < (1.1 if "fp8" in series else 0.9) * shared[series, tensor], series
-    assert shared["int8 weights", "one per 128 of a row"] < shared["int8 weights", row]
+        assert shared[row, what] < (1.1 if "fp8" in what else 0.9) * shared[tensor, what], what
+    assert shared["one per 128 of a row", "int8 weights"] < shared[row, "int8 weights"]
 
 
 def test_ablations_of_exceptions(ablations: Any) -> None:

@@ -44,32 +44,43 @@ def curves(rows: Rows, x: str) -> Any:
 
 
 def points(rows: Rows) -> Any:
-    """A line of the plot per x, a point with its 95% interval per series, one below the other; the KLD on a log axis."""
+    """A stripe of the plot per x, in it a point with its 95% interval for each of its rows, one below the other; the KLD on a log axis."""
     series, names = _grouped(rows), list(dict.fromkeys(str(r["x"]) for r in rows))
-    with plots._drawing(1.3 + 0.18 * len(names) * (1 + len(series))) as (figure, axes):
-        for n, (name, found) in enumerate(series.items()):
-            kept = [r for r in found if r["kld_mean"] > 0]
-            at = [names.index(str(r["x"])) + 0.7 * ((n + 0.5) / len(series) - 0.5) for r in kept]
-            middle = [r["kld_mean"] for r in kept]
-            ends = [r.get("kld_ci") or (r["kld_mean"],) * 2 for r in kept]
-            spread = [
-                [max(0.0, m - low) for m, (low, _) in zip(middle, ends, strict=True)],
-                [max(0.0, high - m) for m, (_, high) in zip(middle, ends, strict=True)],
-            ]
-            axes.errorbar(
-                middle, at, xerr=spread, linestyle="", marker=plots._marker(n), markersize=5.5, capsize=2.5,
-                color=plots._style(n)["color"], elinewidth=1.2, label=plots._text(name),
-            )  # fmt: skip
-        for between in range(1, len(names)):
-            axes.axhline(between - 0.5, color=plots.COLOURS["line"], linewidth=0.8)
+    stripes = {name: [r for r in rows if str(r["x"]) == name] for name in names}
+    with plots._drawing(1.3 + 0.17 * len(rows) + 0.17 * len(names) + 0.25 * len(series)) as (figure, axes):
+        at, middles, edges = 0.0, [], []
+        for found in stripes.values():
+            middles.append(at + (len(found) - 1) / 2)
+            for r in sorted(found, key=lambda r: list(series).index(str(r["series"]))):
+                _point(axes, r, at, list(series).index(str(r["series"])))
+                at += 1
+            edges.append(at)
+            at += 1
+        for n, name in enumerate(series):
+            shape = {"marker": plots._marker(n), "markersize": 5.5, "color": plots._style(n)["color"]}
+            axes.plot([], [], linestyle="", label=plots._text(name), **shape)
+        for edge in edges[:-1]:
+            axes.axhline(edge, color=plots.COLOURS["line"], linewidth=0.8)
         axes.set_xscale("log")
         plots._ticks(axes.xaxis)
         axes.grid(visible=False, axis="y")
-        axes.set_yticks(range(len(names)), [plots._text(n) for n in names])
+        axes.set_yticks(middles, [plots._text(n) for n in names])
         axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_ylim(edges[-1], -1)
         plots._name(axes, _KLD, "", legend=len(series) > 1)
         return figure
+
+
+def _point(axes: Any, row: Mapping[str, Any], at: float, n: int) -> None:
+    middle = row["kld_mean"]
+    if middle <= 0:
+        return
+    low, high = row.get("kld_ci") or (middle, middle)
+    spread = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+    axes.errorbar(
+        [middle], [at], xerr=spread, linestyle="", marker=plots._marker(n), markersize=5.5, capsize=2.5,
+        color=plots._style(n)["color"], elinewidth=1.2,
+    )  # fmt: skip
 
 
 def _grouped(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
