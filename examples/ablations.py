@@ -63,10 +63,11 @@ class Study:
         steps = tuple(recipe.step(name, options) for name, options in passes.items())
         return recipe.Recipe("ablation", steps).apply(self.model, self.job(**calibration))
 
-    def row(self, series: str, x: str | float, made: Model | Passes, **calibration: Any) -> Row:
-        """The numbers of a model, or of what passes make of the source."""
+    def row(self, series: str, x: str | float | None, made: Model | Passes, **calibration: Any) -> Row:
+        """The numbers of a model, or of what passes make of the source. x None: its bits per weight."""
         found = self.yardstick(made if isinstance(made, Model) else self.made(made, **calibration))
-        print(f"{series or 'common to all'}, {x}: {found['kld_mean']:.3g}", file=sys.stderr, flush=True)
+        x = found["bits_per_weight"] if x is None else x
+        print(f"{series or 'all'}, {x}: {found['kld_mean']:.3g}", file=sys.stderr, flush=True)
         return {"series": series, "x": x, **found}
 
     def matrices(self) -> list[str]:
@@ -202,21 +203,19 @@ def outlier_matrices(s: Study) -> Iterator[Row]:
         "largest outlier first": sorted(roles, key=lambda r: -np.abs(weights[r]).max() / weights[r].std()),
         "at random": list(np.random.default_rng(0).permutation(roles)),
     }
-    none = s.row("", 0, rounded)
-    yield from (none | {"series": series, "x": none["bits_per_weight"], "kept": 0} for series in orders)
+    none = s.row("", None, rounded)
+    yield from (none | {"series": series, "kept": 0} for series in orders)
     for share in s.few((0.05, 0.1, 0.2, 0.3, 0.5), 0.2):
         for series, order in orders.items():
             exempt = {re.escape(r): "none" for r in order[: round(share * len(roles))]}
-            found = s.row(series, 0, {"rtn": {**INT4, "grids": exempt}})
-            yield found | {"x": found["bits_per_weight"], "kept": len(exempt)}
+            yield s.row(series, None, {"rtn": {**INT4, "grids": exempt}}) | {"kept": len(exempt)}
 
 
 def allocation(s: Study) -> Iterator[Row]:
     """GGUF's types for the layers' matrices; both series round in the same way, weighted by the mean squares of inputs."""
-    types = s.few(("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"), "Q2_K", "Q4_K", "Q6_K")
-    options = allocate.Options(
-        "gguf", bpw=16, types=(*types, "Q8_0"), only=MATRICES, context=s.calibration.context
-    )
+    types = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
+    own = {"types": (*types, "Q8_0"), "only": MATRICES, "context": s.calibration.context}
+    options = allocate.Options("gguf", bpw=16, **own)
     search = allocate.Search(s.model, options, s.job())
 
     def of(types: Mapping[str, str]) -> Model:
@@ -224,13 +223,11 @@ def allocation(s: Study) -> Iterator[Row]:
             {r: search.rounding.entry(r, types[i.name]) for i in search.items for r in i.members}
         )
 
-    for type_ in types:
+    for type_ in s.few(types, "Q3_K", "IQ4_XS"):
         uniform = {i.name: type_ for i in search.items}
         size = sum(o.size for i in search.items for o in i.options if o.name == type_)
-        found = s.row("one type for all", 0, of(uniform))
-        yield found | {"x": found["bits_per_weight"], "type": type_}
-        found = s.row("allocated, same bytes", 0, of(allocator.within(search.items, size).names()))
-        yield found | {"x": found["bits_per_weight"]}
+        yield s.row("one type for all", None, of(uniform)) | {"type": type_}
+        yield s.row("allocated, same bytes", None, of(allocator.within(search.items, size).names()))
 
 
 # --- zeros ----------------------------------------------------------------------------------------------------
@@ -253,7 +250,7 @@ def sparsity(s: Study) -> Iterator[Row]:
 
 def patterns(s: Study) -> Iterator[Row]:
     kinds = {"any half": {"sparsity": 0.5}, "4:8": {"pattern": "4:8"}, "2:4": {"pattern": "2:4"}}
-    for x in s.few(tuple(kinds), "any half", "2:4"):
+    for x in s.few(tuple(kinds), "2:4"):
         for series, pruner in PRUNERS.items():
             yield s.row(series, x, {"sparse": {**pruner, **kinds[x]}})
 
@@ -262,7 +259,7 @@ def places(s: Study) -> Iterator[Row]:
     where = {"attention": r".*\.attn\..*", "MLP": r".*\.mlp\..*", "both": MATRICES}
     for share in s.few((0.3, 0.5, 0.7), 0.5):
         for series, targets in where.items():
-            found = s.row(series, 0, {"sparse": {"sparsity": share, "targets": targets}})
+            found = s.row(series, None, {"sparse": {"sparsity": share, "targets": targets}})
             yield found | {"x": 100 * found["zeros"]}
 
 

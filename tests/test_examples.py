@@ -90,8 +90,9 @@ def test_ablations_of_calibration(ablations: Any) -> None:
         assert size[series, "16"] < 1.05 * size[series, "1"], "more text does not hurt"
         assert size[series, "16"] < size["RTN, which needs none", "1"]
     kinds = _klds(ablations[1]["domain"])
-    for series in {s for s, _ in kinds}:
+    for series in ("int3 weights (GPTQ)", "half zeros (SparseGPT)"):
         assert kinds[series, "text of the same kind"] < kinds[series, "random tokens"]
+        assert kinds[series, "text of the same kind"] < kinds[series, "none: RTN, magnitude, dynamic"]
 
 
 def test_ablations_of_grids(ablations: Any) -> None:
@@ -124,9 +125,10 @@ def test_allocation_beats_one_type_for_all(ablations: Any) -> None:
     rows = list(ablations[1]["allocation"].values())
     uniform = [r for r in rows if "type" in r]
     allocated = [r for r in rows if "type" not in r]
-    assert len(uniform) == len(allocated) == 3
+    assert len(uniform) == len(allocated) == 2
     for one, other in zip(uniform, allocated, strict=True):
         assert other["bits_per_weight"] <= one["bits_per_weight"] and other["kld_mean"] <= one["kld_mean"]
+    assert any(other["kld_mean"] < one["kld_mean"] for one, other in zip(uniform, allocated, strict=True))
 
 
 def test_ablations_of_zeros(ablations: Any) -> None:
@@ -134,11 +136,10 @@ def test_ablations_of_zeros(ablations: Any) -> None:
     pruned = _klds(rows)
     for series in {s for s, _ in rows}:
         assert pruned[series, 0] < 1e-12 and abs(rows[series, 50]["zeros"] - 0.5) < 0.01
-    assert pruned["SparseGPT", 50] < pruned["Wanda", 50] < pruned["magnitude", 50]
-    assert pruned["magnitude, 8 steps", 50] < pruned["magnitude", 50]
-    bound = _klds(ablations[1]["patterns"])
-    for series in {s for s, _ in bound}:
-        assert bound[series, "any half"] < bound[series, "2:4"], "a pattern leaves less to choose"
+    assert max(pruned["SparseGPT", 50], pruned["magnitude, 8 steps", 50]) < pruned["magnitude", 50]
+    assert pruned["SparseGPT", 50] < pruned["Wanda", 50]
+    for (series, x), kld in _klds(ablations[1]["patterns"]).items():
+        assert x == "2:4" and kld > pruned[series, 50], "a pattern leaves less to choose"
     parts = {s: r for (s, _), r in ablations[1]["places"].items()}
     assert parts["attention"]["zeros"] + parts["MLP"]["zeros"] == pytest.approx(
         parts["both"]["zeros"], abs=0.01
