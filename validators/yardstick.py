@@ -62,7 +62,7 @@ def _logits(forward: Forward, texts: Sequence[list[int]]) -> dict[tuple[int, ...
     input would span a batch, so rounded inputs go alone."""
     torch, _ = packages()
     step = 1 if isinstance(forward, RoundedForward) else _BATCH
-    found = {}
+    found: dict[tuple[int, ...], Any] = {}
     with torch.no_grad():
         for i in range(0, len(texts), step):
             batch = texts[i : i + step]
