@@ -32,10 +32,13 @@ def curves(rows: Rows, x: str) -> Any:
             if all(r.get("kld_ci") for r in found):
                 low, high = zip(*(r["kld_ci"] for r in found), strict=True)
                 axes.fill_between(at, low, high, color=style["color"], alpha=0.1, linewidth=0)
-        for r in drawn:
-            if "type" in r:
-                here = _at(r, places), r["kld_mean"]
-                plots._label(axes, *here, r["type"], plots.COLOURS["muted"], (5, 5), "left")
+        for n, r in enumerate(
+            r for r in drawn if "type" in r
+        ):  # on both sides in turn: neighbours may be close
+            offset, align = ((5, 5), "left") if n % 2 == 0 else ((-4, -12), "right")
+            plots._label(
+                axes, _at(r, places), r["kld_mean"], r["type"], plots.COLOURS["muted"], offset, align
+            )
         if places:
             axes.set_xticks(list(places.values()), [plots._text(p) for p in places])
         plots._log(axes, [r["kld_mean"] for r in drawn])
