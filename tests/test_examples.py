@@ -24,7 +24,7 @@ from tests.conftest import DEMO, ROOT
 def _load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -62,6 +62,107 @@ def test_one_model_three_runtimes(tmp_path: Path) -> None:
     for row in proven:
         # a KL divergence is a squared distance: what a runtime adds to the model's own is at most this
         assert abs(row.cost**0.5 - exact.cost**0.5) <= 1.2 * row.fidelity**0.5 + 1e-6, row
+
+
+@pytest.fixture(scope="module")
+def ablations(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[tuple[str, Any], Any]]]:
+    """The quick run on the demo model: its folder, and by ablation the rows by (series, x), of which numbers are rounded."""
+    for name in ("matplotlib", "tokenizers", "torch", "transformers", "scipy"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    out = tmp_path_factory.mktemp("ablations")
+    example = _load("ablations")
+    found = example.run(example.prepare(DEMO, out, quick=True), out)
+    assert list(found) == list(example.ABLATIONS)
+
+    def place(x: Any) -> Any:
+        return x if isinstance(x, str) else round(x)
+
+    return out, {name: {(r["series"], place(r["x"])): r for r in rows} for name, rows in found.items()}
+
+
+def _klds(rows: dict[tuple[str, Any], Any]) -> dict[tuple[str, Any], float]:
+    return {key: r["kld_mean"] for key, r in rows.items()}
+
+
+def test_ablations_of_calibration(ablations: Any) -> None:
+    size = _klds(ablations[1]["calibration-size"])
+    for series in ("GPTQ", "GPTAQ"):
+        assert size[series, "16"] < 1.05 * size[series, "1"], "more text does not hurt"
+        assert size[series, "16"] < size["RTN, which needs none", "1"]
+    kinds = _klds(ablations[1]["domain"])
+    for series in ("int3 weights (GPTQ)", "half zeros (SparseGPT)"):
+        assert kinds[series, "text of the same kind"] < kinds[series, "random tokens"]
+        assert kinds[series, "text of the same kind"] < kinds[series, "none: RTN, magnitude, dynamic"]
+
+
+def test_ablations_of_grids(ablations: Any) -> None:
+    groups = _klds(ablations[1]["group-size"])
+    for series in {s for s, _ in groups}:
+        assert groups[series, "32"] < groups[series, "row"]
+    for group in ("32", "row"):
+        assert groups["GPTQ", group] < groups["RTN, scales by least squares", group] < groups["RTN", group]
+    shared = _klds(ablations[1]["granularity"])
+    tensor, row = "one per tensor", "one per row or token"
+    for what in {x for s, x in shared if s == row}:
+        # a float's steps grow with its values, so that a scale for fewer of them gains little
+        assert shared[row, what] < (1.1 if "fp8" in what else 0.9) * shared[tensor, what], what
+    assert shared["one per 128 of a row", "int8 weights"] < shared[row, "int8 weights"]
+
+
+def test_ablations_of_exceptions(ablations: Any) -> None:
+    channels = _klds(ablations[1]["outlier-channels"])
+    for series in ("largest inputs", "largest weights"):
+        assert channels[series, 4] < channels[series, 0]
+    assert channels["largest inputs", 4] < channels["at random", 4]
+    kept: dict[str, list[tuple[int, float]]] = {}
+    for r in ablations[1]["outlier-matrices"].values():
+        kept.setdefault(r["series"], []).append((r["kept"], r["kld_mean"]))
+    for rows in kept.values():
+        assert min(rows)[0] == 0 and max(rows)[1] < min(rows)[1], "the more are kept, the better"
+
+
+def test_allocation_beats_one_type_for_all(ablations: Any) -> None:
+    rows = list(ablations[1]["allocation"].values())
+    uniform = [r for r in rows if "type" in r]
+    allocated = [r for r in rows if "type" not in r]
+    assert len(uniform) == len(allocated) == 2
+    for one, other in zip(uniform, allocated, strict=True):
+        assert other["bits_per_weight"] <= one["bits_per_weight"] and other["kld_mean"] <= one["kld_mean"]
+    assert any(other["kld_mean"] < one["kld_mean"] for one, other in zip(uniform, allocated, strict=True))
+
+
+def test_ablations_of_zeros(ablations: Any) -> None:
+    rows = ablations[1]["sparsity"]
+    pruned = _klds(rows)
+    for series in {s for s, _ in rows}:
+        assert pruned[series, 0] < 1e-12 and abs(rows[series, 50]["zeros"] - 0.5) < 0.01
+    assert max(pruned["SparseGPT", 50], pruned["magnitude, 8 steps", 50]) < pruned["magnitude", 50]
+    assert pruned["SparseGPT", 50] < pruned["Wanda", 50]
+    for (series, x), kld in _klds(ablations[1]["patterns"]).items():
+        assert x == "2:4" and kld > pruned[series, 50], "a pattern leaves less to choose"
+    parts = {s: r for (s, _), r in ablations[1]["places"].items()}
+    assert parts["attention"]["zeros"] + parts["MLP"]["zeros"] == pytest.approx(
+        parts["both"]["zeros"], abs=0.01
+    )
+    assert max(parts["attention"]["kld_mean"], parts["MLP"]["kld_mean"]) < parts["both"]["kld_mean"]
+    orders = {s: r for (s, _), r in ablations[1]["order"].items()}
+    for r in orders.values():
+        assert r["zeros"] > 0.49 and r["bits_per_weight"] < 4.2
+    assert min(orders, key=lambda s: orders[s]["kld_mean"]) == "SparseGPT, then GPTQ"
+
+
+def test_ablations_are_drawn_and_written_down(ablations: Any) -> None:
+    out, found = ablations
+    for name, rows in found.items():
+        written = json.loads((out / f"{name}.json").read_text())
+        assert len(written["rows"]) == len(rows) and written["model"] == DEMO.name
+        for r in written["rows"]:
+            low, high = r["kld_ci"]
+            assert low <= r["kld_mean"] <= high and r["ppl"] > 1 and 0 < r["bits_per_weight"] <= 32
+        drawing = ElementTree.parse(out / f"{name}.svg").getroot()
+        texts = {e.text for e in drawing.iter("{http://www.w3.org/2000/svg}text")}
+        assert "mean KL divergence, nats" in texts
+        assert {r["series"] for r in written["rows"]} <= texts, "every series is in the legend"
 
 
 @pytest.mark.parametrize(
