@@ -17,7 +17,7 @@ import lconvert
 from lconvert.converters import modelopt_producer
 from lconvert.converters.modelopt_producer import probe, produce
 from lconvert.errors import MissingPackageError, OptionError, RuntimeFailure, UnsupportedError
-from lconvert.ir import E2M1, E4M3, Model, QTensor
+from lconvert.ir import E4M3, Model, QTensor, int_grid
 from lconvert.kernels.qtensor import effective
 from lconvert.primitives.job import Calibration, Job
 from tests.conftest import DEMO
@@ -80,11 +80,11 @@ def test_fp8(python: str, tmp_path: Path, text: str) -> None:
 
 
 def test_what_needs_no_text_gets_none_and_is_taken_over(python: str, tmp_path: Path) -> None:
-    first = produce(DEMO, "MXFP4_DEFAULT_CFG", job(tmp_path), python)
-    assert {q.grid for q in close(first, 0.2)} == {E2M1}
+    first = produce(DEMO, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", job(tmp_path), python)
+    assert {q.grid for q in close(first, 0.2)} == {int_grid(4, True)}
     (made,) = (tmp_path / "work").iterdir()
     stamp = (made / "about.json").stat().st_mtime_ns
-    again = produce(DEMO, "MXFP4_DEFAULT_CFG", job(tmp_path, resume=True), python)
+    again = produce(DEMO, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", job(tmp_path, resume=True), python)
     assert (made / "about.json").stat().st_mtime_ns == stamp and again.entries.keys() == first.entries.keys()
 
 
