@@ -53,8 +53,8 @@ METHODS = (
     Method("GPTQ", "uint4 g128", {LLMC: ("gptq-w4g128-asym",), GPTQM: ("gptq-w4g128-asym",)}),
     Method("AWQ", "int4 g128", {OURS: ("awq-w4g128",), LLMC: ("awq-w4g128",), MODELOPT: ("awq-w4g128",), GPTQM: ("awq-w4g128",)}),
     Method("AWQ", "uint4 g128", {OURS: ("awq-w4g128-asym",), LLMC: ("awq-w4g128-asym",), GPTQM: ("awq-w4g128-asym",)}),
-    *(Method("AutoRound", grid, {OURS: (f"autoround-{code}",), AUTOROUND: (f"autoround-{code}",)})
-      for grid, code in (("int4 g128", "w4g128"), ("int4 g32", "w4g32"), ("int3 g128", "w3g128"), ("int2 g32", "w2g32"))),
+    *(Method("AutoRound", grid, {OURS: (f"autoround-{code}", *((f"autoround-{code}-signed",) if signed else ())), AUTOROUND: (f"autoround-{code}",)})
+      for grid, code, signed in (("int4 g128", "w4g128", True), ("int4 g32", "w4g32", False), ("int3 g128", "w3g128", True), ("int2 g32", "w2g32", True))),
     Method("RTN", "W8A8", {LLMC: ("w8a8",), MODELOPT: ("w8a8",)}),
     Method("SmoothQuant", "W8A8", {OURS: ("smoothquant-w8a8",), LLMC: ("smoothquant-w8a8",), MODELOPT: ("smoothquant-w8a8",)}),
     Method("RTN", "FP8 dynamic", {OURS: ("fp8-dynamic",), LLMC: ("fp8-dynamic",), MODELOPT: ("fp8-dynamic",)}),
@@ -70,6 +70,7 @@ METHODS = (
     *(Method("Wanda", f"{kind}", {OURS: (f"wanda-{code}",), LLMC: (f"wanda-{code}",)})
       for kind, code in (("50%", "50"), ("2:4", "2of4"))),
     Method("GPTQ", "Q4_K", {OURS: ("gptq-q4_k",)}),
+    Method("AutoRound", "Q4_K", {OURS: ("autoround-q4_k",)}),
     Method("GPTQ", "Q3_K", {OURS: ("gptq-q3_k",)}),
     Method("GPTQ", "Q2_K", {OURS: ("gptq-q2_k",)}),
 )  # fmt: skip

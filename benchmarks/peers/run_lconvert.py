@@ -50,13 +50,19 @@ CASES: Mapping[str, Case] = {
         name: case(name)
         for name in (
             "fp8-dynamic", "fp8-static", "nvfp4", "mxfp4", "nf4", "gptq-w4g128", "gptq-w4g32", "gptq-w3g128", "gptaq-w4g128",
-            "gptq-nvfp4", "gptq-mxfp4", "gptq-q4_k", "smoothquant-w8a8", "sparsegpt-50", "sparsegpt-2of4", "wanda-2of4", "magnitude-50",
+            "gptq-nvfp4", "gptq-mxfp4", "gptq-q4_k", "autoround-w4g128", "autoround-w4g32", "autoround-q4_k", "smoothquant-w8a8", "sparsegpt-50", "sparsegpt-2of4", "wanda-2of4", "magnitude-50",
         )
     },
     "awq-w4g128": case([{"awq": {"grid": "int4", "group": 128}}]),
     "awq-w4g128-asym": case("awq-w4g128"),
     "gptaq-w4g32": case([{"gptq": {"grid": "int4", "group": 32, "asymmetric": True}}]),
     "gptaq-w3g128": case([{"gptq": {"grid": "int3", "group": 128, "asymmetric": True}}]),
+    **{
+        f"autoround-{code}-signed": case([{"autoround": {"grid": grid, "group": group, "signed": True}}])
+        for code, grid, group in (("w4g128", "int4", 128), ("w3g128", "int3", 128), ("w2g32", "int2", 32))
+    },
+    "autoround-w3g128": case([{"autoround": {"grid": "int3", "group": 128}}]),
+    "autoround-w2g32": case([{"autoround": {"grid": "int2", "group": 32}}]),
     "gptq-q3_k": case([{"gptq": {"grid": "Q3_K"}}]),
     "gptq-q2_k": case([{"gptq": {"grid": "Q2_K"}}]),
     "wanda-50": case([{"sparse": {"method": "wanda"}}]),
