@@ -287,36 +287,7 @@ def test_a_resumed_run_writes_the_same(tmp_path: Path) -> None:
     assert not all(np.array_equal(a, b) for a, b in zip(whole, other, strict=True))
 
 
-def test_experts_that_no_token_chose_are_rounded_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = text.Windows(((5, 6),))  # two tokens, of which each chooses two experts of four in each layer
-    monkeypatch.setattr(text, "windows", lambda model, calibration: one)
-    model = lconvert.read(case_models.folder(next(n for n in arch_cases.some(1) if n.startswith("mixtral"))))
-    router = "layers.0.moe.router"
-    rows = np.zeros(model.entries[router].shape, np.float32)
-    rows[:2] = np.array([[1], [2]])  # with a negative sum of inputs the other two win
-    model = model.with_entries({router: replace(model.entries[router], data=dense(rows))})
-    done = pass_.run(model, pass_.Options("int4", 32, **QUICK), calibration())
-    experts = [n for n in done.entries if ".experts." in n]
-    assert experts and all(isinstance(done.entries[n].data, QTensor) for n in experts)
-    said = {
-        line.split(": ")[1] for line in done.report if "no token of the calibration text came here" in line
-    }
-    assert said and said == {n for n in experts if "no input seen" in done.entries[n].provenance[-1]}
-    assert any("layer loss" in done.entries[n].provenance[-1] for n in experts)
-
-
 def test_options_that_cannot_be() -> None:
-    model = lconvert.read(DEMO)
-    with pytest.raises(OptionError, match="embed is a table that is looked up"):
-        pass_.run(model, pass_.Options("int4", 32, targets=".*"), calibration())
-    with pytest.raises(OptionError, match="no dense matrix matches"):
-        pass_.run(model, pass_.Options("int4", 32, targets="nothing"), calibration())
-    with pytest.raises(OptionError, match="needs a calibration text"):
-        pass_.run(model, pass_.Options("int4", 32))
-    with pytest.raises(OptionError, match="do not divide"):
-        pass_.run(model, pass_.Options("int4", 48), calibration())
-    with pytest.raises(OptionError, match="--memory"):
-        pass_.run(model, pass_.Options("int4", 32), calibration(memory=1 << 20))
     for wrong in (
         {"iterations": 0},
         {"batch": 0},

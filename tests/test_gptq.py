@@ -13,19 +13,18 @@ import torch
 from tokenizers import Tokenizer
 
 import lconvert
-from lconvert import kernels, passes
+from lconvert import kernels
 from lconvert.converters import targets
 from lconvert.errors import InputError, OptionError
 from lconvert.forward import Forward
-from lconvert.ir import QTensor, Transform, dense
+from lconvert.ir import QTensor, dense
 from lconvert.kernels.qtensor import dequantize
 from lconvert.passes import gptq as pass_
 from lconvert.passes import rtn
-from lconvert.primitives import gptq, grids, sweep, text
+from lconvert.primitives import gptq, grids, sweep
 from lconvert.primitives.gptq import Settings
 from lconvert.primitives.job import Calibration, Job
 from lconvert.primitives.placement import Placed
-from tests import arch_cases, case_models
 from tests.conftest import DEMO, ROOT
 from tests.test_grids import ALL, found
 
@@ -252,44 +251,7 @@ def test_a_model_costs_less_than_rounded_to_nearest(grid: str, target: str) -> N
     assert verdicts <= {"exact", "widened"}
 
 
-def test_experts_that_no_token_chose_are_rounded_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = text.Windows(((5, 6),))  # two tokens, of which each chooses two experts of four in each layer
-    monkeypatch.setattr(text, "windows", lambda model, calibration: one)
-    model = lconvert.read(case_models.folder(next(n for n in arch_cases.some(1) if n.startswith("mixtral"))))
-    router = "layers.0.moe.router"
-    rows = np.zeros(model.entries[router].shape, np.float32)
-    rows[:2] = np.array([[1], [2]])  # with a negative sum of inputs the other two win
-    model = model.with_entries({router: replace(model.entries[router], data=dense(rows))})
-    done = pass_.run(model, pass_.Options("int4", 32), calibration())
-    experts = [n for n in done.entries if ".experts." in n]
-    assert experts and all(isinstance(done.entries[n].data, QTensor) for n in experts)
-    said = {
-        line.split(": ")[1] for line in done.report if "no token of the calibration text came here" in line
-    }
-    assert said and said == {n for n in experts if "no input seen" in done.entries[n].provenance[-1]}
-    assert any("loss" in done.entries[n].provenance[-1] for n in experts)
-
-
 def test_options_that_cannot_be() -> None:
-    model = lconvert.read(DEMO)
-    with pytest.raises(OptionError, match="embed is a table that is looked up"):
-        pass_.run(model, pass_.Options("int4", 32, targets=".*"), calibration())
-    with pytest.raises(OptionError, match="no dense matrix matches"):
-        pass_.run(model, pass_.Options("int4", 32, targets="nothing"), calibration())
-    with pytest.raises(OptionError, match="needs a calibration text"):
-        pass_.run(model, pass_.Options("int4", 32))
     for wrong in ({"order": "random"}, {"damping": 0}, {"refine": -1}, {"alpha": 2}):
         with pytest.raises(OptionError, match="gptq: "):
             pass_.Options("int4", 32, **wrong)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_an_input_with_a_scale_of_its_own_is_refused(name: str) -> None:
-    """The layer computes with the product; rounding that and keeping the scale would count it twice."""
-    model, role = lconvert.read(DEMO), "layers.1.mlp.down"
-    entry = model.entries[role]
-    scale = Transform("input_scale", dense(np.full(entry.shape[1], 2.0, np.float32)), folded=False)
-    scaled = model.with_entries({role: replace(entry, transform=scale)})
-    found = passes.find(name)
-    with pytest.raises(OptionError, match=rf"{name}: {role}: its input has a scale that is not folded"):
-        found.run(scaled, found.Options(group=32), Job(Calibration("no text is read")))

@@ -1,0 +1,73 @@
+"""What every method that rounds by the inputs of matrices has in common: what it refuses, and what becomes of experts without inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lconvert
+from lconvert import passes
+from lconvert.errors import OptionError
+from lconvert.ir import QTensor, Transform, dense
+from lconvert.primitives import text
+from lconvert.primitives.job import Calibration, Job
+from tests import arch_cases, case_models
+from tests.conftest import DEMO, ROOT
+
+JOB = Job(Calibration(str(ROOT / "validators" / "text" / "excerpt.txt"), windows=4, context=64))
+#: Options that make a run short.
+QUICK: dict[str, dict[str, Any]] = {
+    "gptq": {},
+    "awq": {"ratios": 2, "clip": "none"},
+    "autoround": {"iterations": 6, "batch": 2, "precision": "f32"},
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_what_is_refused(name: str) -> None:
+    found, model = passes.find(name), lconvert.read(DEMO)
+    for options, job, message in (
+        ({"group": 32, "targets": ".*"}, JOB, "embed is a table that is looked up"),
+        ({"group": 32, "targets": "nothing"}, JOB, "no dense matrix matches"),
+        ({"group": 32}, Job(), "needs a calibration text"),
+        ({"group": 48}, JOB, r"layers\.0\.\S+: rows of \d+ values do not divide into groups of 48"),
+        ({"group": 32}, replace(JOB, memory=1 << 20), "--memory"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            found.run(model, found.Options(**options), job)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_an_input_with_a_scale_of_its_own_is_refused(name: str) -> None:
+    """The layer computes with the product; rounding that and keeping the scale would count it twice."""
+    model, role = lconvert.read(DEMO), "layers.1.mlp.down"
+    entry = model.entries[role]
+    scale = Transform("scale", "input", dense(np.full(entry.shape[1], 2.0, np.float32)), folded=False)
+    found = passes.find(name)
+    with pytest.raises(OptionError, match=rf"{name}: {role}: its input has a scale that is not folded"):
+        found.run(model.with_entries({role: replace(entry, transform=scale)}), found.Options(group=32), JOB)
+
+
+@pytest.mark.parametrize("name", ["gptq", "autoround"])
+def test_experts_that_no_token_chose_are_rounded_by_themselves(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = text.Windows(((5, 6),))  # two tokens, of which each chooses two experts of four in each layer
+    monkeypatch.setattr(text, "windows", lambda model, calibration: one)
+    model = lconvert.read(case_models.folder(next(n for n in arch_cases.some(1) if n.startswith("mixtral"))))
+    router = "layers.0.moe.router"
+    rows = np.zeros(model.entries[router].shape, np.float32)
+    rows[:2] = np.array([[1], [2]])  # with a negative sum of inputs the other two win
+    model = model.with_entries({router: replace(model.entries[router], data=dense(rows))})
+    found = passes.find(name)
+    done = found.run(model, found.Options("int4", 32, **QUICK[name]), JOB)
+    experts = [n for n in done.entries if ".experts." in n]
+    assert experts and all(isinstance(done.entries[n].data, QTensor) for n in experts)
+    said = {
+        line.split(": ")[1] for line in done.report if "no token of the calibration text came here" in line
+    }
+    assert said and said == {n for n in experts if "no input seen" in done.entries[n].provenance[-1]}
+    assert any("loss" in done.entries[n].provenance[-1] for n in experts)
