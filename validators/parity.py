@@ -17,6 +17,7 @@ from lconvert.converters import read
 from lconvert.errors import InputError, OptionError
 from lconvert.ir import Decoder, Encoder, Model
 from lconvert.passes import examples
+from lconvert.passes.rotate import untied
 from lconvert.validators import baseline as earlier
 from lconvert.validators import (
     classifier_data,
@@ -86,11 +87,12 @@ def validate(
             raise OptionError(f"{path}: {name} loads {' and '.join(RUNTIMES[name][2])} artifacts, not {what}")
     old = None if baseline is None else earlier.load(baseline)
     progress("reading")
-    source = read(reference)
     onnx = onnx_tier.read(path) if what == "onnx" else None
+    artifact = read(path) if what != "onnx" else onnx.model if onnx else None
+    source = _with_its_head(read(reference), artifact)
     proof = Proof(
         source=source,
-        artifact=read(path) if what != "onnx" else onnx.model if onnx else None,
+        artifact=artifact,
         graph=onnx,
         path=path,
         kind=what,
@@ -155,6 +157,13 @@ def _requirable(require: Sequence[str], tiers: Sequence[str], runtimes: Sequence
         if name not in used | {u.replace(".", "") for u in used}:
             known = f"this validation opens {', '.join(sorted(used)) or 'none'}"
             raise OptionError(f"{name} is required, but {known}; choose it (--runtime) or do not require it")
+
+
+def _with_its_head(source: Model, artifact: Model | None) -> Model:
+    """The source, with a head of its own beside the embedding where the artifact has one (rotations need that): the same function."""
+    ours, theirs = source.arch, None if artifact is None else artifact.arch
+    separate = isinstance(ours, Decoder) and isinstance(theirs, Decoder) and ours.tied and not theirs.tied
+    return untied(source) if separate else source
 
 
 def _same_model(source: Model, path: Path, artifact: Model) -> None:

@@ -102,7 +102,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         hint = f"; {rest} alone is possible ({'r1' if rest == 'r2' else 'r2'}: false)" if rest else ""
         raise UnsupportedError(f"rotate: {'; '.join(found)}{hint}")
     seed = job.calibration.seed
-    done = _Changes(_untied(model) if options.r1 else model)
+    done = _Changes(untied(model) if options.r1 else model)
     transforms = []
     if options.r1:
         turn = _turn(model.decoder.hidden, options, "residual stream", seed, 0)
@@ -143,7 +143,7 @@ def _heads(d: Decoder) -> list[Site]:
     return [s for s in sites(d) if s.name.endswith((".attn.v", ".attn.v_b"))]
 
 
-def _untied(model: Model) -> Model:
+def untied(model: Model) -> Model:
     """The model with a head of its own."""
     d = model.decoder
     if not d.tied:
