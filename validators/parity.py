@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,12 @@ from lconvert.errors import InputError, OptionError
 from lconvert.ir import Decoder, Encoder, Model
 from lconvert.passes import examples
 from lconvert.passes.rotate import untied
+from lconvert.plan import manifest_path
 from lconvert.validators import baseline as earlier
 from lconvert.validators import (
     classifier_data,
     classifier_tier,
+    documents,
     evaluation_text,
     layers,
     logit_tier,
@@ -89,7 +92,9 @@ def validate(
     progress("reading")
     onnx = onnx_tier.read(path) if what == "onnx" else None
     artifact = read(path) if what != "onnx" else onnx.model if onnx else None
-    source = _with_its_head(read(reference), artifact)
+    source = read(reference)
+    if _rotated(path, manifest):
+        source = _with_its_head(source, artifact)
     proof = Proof(
         source=source,
         artifact=artifact,
@@ -157,6 +162,16 @@ def _requirable(require: Sequence[str], tiers: Sequence[str], runtimes: Sequence
         if name not in used | {u.replace(".", "") for u in used}:
             known = f"this validation opens {', '.join(sorted(used)) or 'none'}"
             raise OptionError(f"{name} is required, but {known}; choose it (--runtime) or do not require it")
+
+
+def _rotated(path: Path, manifest: Mapping[str, Any] | None) -> bool:
+    """Whether the manifest, the given one or the one beside an artifact, says that weights were rotated."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    beside = next((m for f in files if (m := manifest_path(f)).is_file()), None)
+    if manifest is None and beside is not None:
+        with suppress(InputError):  # what is wrong with it is said elsewhere
+            manifest = documents.manifest(beside)
+    return "rotate" in weight_tiers.methods((manifest or {}).get("plan", {}))[0]
 
 
 def _with_its_head(source: Model, artifact: Model | None) -> Model:

@@ -149,7 +149,7 @@ def _values(proof: Proof, found: tensors.TensorCheck, plan: Mapping[str, Any]) -
     bad = [f"{r.name} holds {r.non_finite}" for r in found.table if r.non_finite]
     if bad:
         proof.count("tensors", "NaN or infinite values", bad, "")
-    moved, compensated = _methods(plan)
+    moved, compensated = methods(plan)
     if moved:
         proof.not_proven.append(
             f"tensors: distances to the source's weights, which {' and '.join(moved)} replaced by others; what the model predicts is compared"
@@ -206,7 +206,7 @@ def _values(proof: Proof, found: tensors.TensorCheck, plan: Mapping[str, Any]) -
             )
 
 
-def _methods(plan: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def methods(plan: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Passes that a manifest names which changed what the weights are (transforms, masks), and those that rounded so that errors make up
     for each other, which no weight by itself can tell from a fault."""
     recipe = plan.get("options", {}).get("recipe") or {}
