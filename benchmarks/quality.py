@@ -217,7 +217,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         key = (r["maker"], r["method"], r["grid"])
         if key not in best or r["kld_mean"] < best[key]["kld_mean"]:
             best[key] = r
-    stock = [r for r in rows if r.get("scope") == "matrices" and r["method"] == "stock"]
+    widest = 1.3 * max((r["bits_per_weight"] for r in best.values()), default=8.0)
+    stock = [
+        r
+        for r in rows
+        if r.get("scope") == "matrices" and r["method"] == "stock" and r["bits_per_weight"] < widest
+    ]
     plots.save(drawing(list(best.values()), stock, "llama.cpp's types"), path)
 
 

@@ -14,6 +14,7 @@ import lconvert
 from lconvert import recipe as recipes
 from lconvert.converters import lcir
 from lconvert.executor import execute
+from lconvert.forward import packages
 from lconvert.primitives.job import Calibration, Job
 
 Passes = list[dict[str, dict[str, Any]]]
@@ -22,6 +23,7 @@ Passes = list[dict[str, dict[str, Any]]]
 def case(recipe: str | Passes) -> Case:
     def run(task: Task) -> None:
         windows, context = task.ids.shape
+        packages()  # imported when first asked for: the peers import theirs before the clock runs, too
         model = lconvert.read(str(task.model))
         job = Job(Calibration(task.text, windows, context))
         if isinstance(recipe, str):
