@@ -23,6 +23,7 @@ from lconvert.passes import rtn
 from lconvert.primitives import awq, folding, grids, text
 from lconvert.primitives.placement import Placed
 from lconvert.primitives.sites import sites
+from lconvert.primitives.statistics import importance
 from tests import arch_cases, case_models, random_models
 from tests.conftest import DEMO
 from tests.test_folding import distance
@@ -108,7 +109,7 @@ def test_clipping_never_costs_a_group_and_helps_where_one_weight_stands_out(plac
     w[:, weak] *= 12  # what hardly any input meets claims the range of its group
     g = found(placed, w)
     target = awq.clipped(w, h, g, 10)
-    d = awq.importance(h)
+    d = importance(h.diagonal())
 
     def costs(target: Any) -> Any:
         e = w - g.values(*g.nearest(target, d))
@@ -125,7 +126,7 @@ def test_inputs_that_are_always_zero_still_have_a_scale() -> None:
     x[:, :32] = 0
     w, _ = problem(8, 64)
     h = x.T @ x
-    d = awq.importance(h)
+    d = importance(h.diagonal())
     assert (d > 0).all() and torch.equal(d[32:], h.diagonal()[32:])
     g = grids.find(Placed("int4", 32), 64)
     y = g.values(*g.nearest(awq.clipped(w, h, g, 5), d))

@@ -133,7 +133,7 @@ def test_float_zeros() -> None:
 def test_a_slab_is_as_good_as_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lconvert.read(DEMO)
     one = hqq.run(model, hqq.Options(iterations=3))
-    monkeypatch.setattr(hqq, "_SLAB", 1)
+    monkeypatch.setattr(hqq, "SLAB", 1)
     two = hqq.run(model, hqq.Options(iterations=3))
     for name in one.entries:
         np.testing.assert_array_equal(effective(one.entries[name]), effective(two.entries[name]))

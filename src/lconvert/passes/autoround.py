@@ -11,12 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from lconvert.errors import OptionError
 from lconvert.ir import Entry, Model, Tensor
-from lconvert.passes.gptq import grid_of, held, mask, named
-from lconvert.passes.rtn_float import peaks
+from lconvert.passes.gptq import deployed, held, mask, named
 from lconvert.primitives import budget
 from lconvert.primitives import gptq as first
 from lconvert.primitives.grids import DeploymentGrid
@@ -25,7 +24,7 @@ from lconvert.primitives.placement import Placed, Placement, with_inputs
 from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.signround import Held, Rounding, Settings, latent, tune
 from lconvert.primitives.slots import waves
-from lconvert.primitives.statistics import Hessian, Moments
+from lconvert.primitives.statistics import Hessian, Moments, importance
 from lconvert.spec import check
 
 #: Bytes that a weight's rounding takes: itself, its offset, place and code, its gradient, and codes of three iterates.
@@ -73,10 +72,7 @@ class Options(Placement):
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
     """The model with every matching dense matrix of its layers, and the head, on its grid."""
     wanted = with_inputs("autoround", options, model)
-    shared = peaks(model) if any(p.grid == "fp4" for p in wanted.values()) else {}
-    made = {
-        name: grid_of(model.entries[name], placed, shared, options.signed) for name, placed in wanted.items()
-    }
+    made = deployed(model, wanted, signed=options.signed)
     most = held(job)
     threads = job.threads or os.cpu_count() or 1
 
@@ -153,7 +149,7 @@ def _starts(
                     yield _Start(role, None, near)
                     continue
                 if isinstance(s, Moments):
-                    near = g.nearest(w, _importance(s))
+                    near = g.nearest(w, importance((s.squares / s.count).float()))
                     rounding = Rounding(w, g, near[1], kept)
                 else:
                     along = first.path(settings, g)
@@ -166,14 +162,6 @@ def _starts(
                     rounding = Rounding(latent(w, g, done.position, done.sides), g, done.sides, kept)
                 block.set(role, rounding.values())
                 yield _Start(role, rounding, near)
-
-
-def _importance(seen: Moments) -> Any:
-    """Mean squares of inputs (cols,) fp32; of those that are always zero a thousandth of the others'."""
-    squares = (seen.squares / seen.count).float()
-    alive = squares > 0
-    typical = squares[alive].mean() if bool(alive.any()) else squares.new_ones(())
-    return squares.where(alive, typical * 1e-3)
 
 
 def _need(model: Model, wanted: Mapping[str, Placed], length: int) -> int:

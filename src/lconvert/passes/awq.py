@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -26,7 +26,6 @@ from lconvert.forward import packages
 from lconvert.ir import Entry, Model, QTensor, Tensor
 from lconvert.kernels.qtensor import effective
 from lconvert.passes import gptq
-from lconvert.passes.rtn_float import peaks
 from lconvert.primitives import awq as method
 from lconvert.primitives import folding, grids
 from lconvert.primitives.gptq import objective
@@ -35,8 +34,8 @@ from lconvert.primitives.job import Job, identity
 from lconvert.primitives.placement import Placed, Placement, with_inputs
 from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.sites import Site, cached, sites, unfoldable
-from lconvert.primitives.slots import waves
-from lconvert.primitives.statistics import Hessian, Moments
+from lconvert.primitives.slots import cut, waves
+from lconvert.primitives.statistics import Hessian, Moments, importance
 from lconvert.spec import check
 
 if TYPE_CHECKING:
@@ -109,8 +108,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         if options.rounder == "none":
             return new
         mine = {role: wanted[role] for stage in block.stages for role in stage if role in wanted}
-        shared = peaks(moved) if any(p.grid == "fp4" for p in mine.values()) else {}
-        made = {r: gptq.grid_of(moved.entries[r], placed, shared, signed=False) for r, placed in mine.items()}
+        made = gptq.deployed(moved, mine)
         if options.rounder == "gptq":
             placement = {f.name: getattr(options, f.name) for f in fields(Placement)}
             return new | gptq.rounded(moved, block, made, gptq.Options(**placement), threads, most)
@@ -187,7 +185,9 @@ def _searched(
     total = {name: torch.zeros(len(t), dtype=torch.float64) for name, t in tried.items()}
     home = {reader: s for s in here if s.name in tried for reader in s.consumers if reader in wanted}
 
-    for together in _batches(block, home, most, model):
+    searched = [mine for stage in block.stages if (mine := tuple(role for role in stage if role in home))]
+    # as many as fit, as none changes before all are known
+    for together in cut(searched, lambda role: 4 * model.entries[role].shape[1] ** 2, most):
         hessians = [(roles, Hessian()) for roles in together]
         block.observe({role: h for roles, h in hessians for role in roles})
         for roles, h in hessians:
@@ -230,26 +230,6 @@ def _tries(
     return method.tries(
         site.seen(inputs).mean(axis=1), site.seen(weights).mean(axis=1), options.ratios, _DUO[options.scaling]
     )
-
-
-def _batches(
-    block: Block, home: Mapping[str, Site], most: int, model: Model
-) -> Iterator[list[tuple[str, ...]]]:
-    """Stages whose Hessians are held together: as many as fit, as none changes before all are known."""
-    batch: list[tuple[str, ...]] = []
-    held = 0
-    for stage in block.stages:
-        roles = tuple(role for role in stage if role in home)
-        if not roles:
-            continue
-        size = 4 * model.entries[roles[0]].shape[1] ** 2
-        if batch and held + size > most:
-            yield batch
-            batch, held = [], 0
-        batch.append(roles)
-        held += size
-    if batch:
-        yield batch
 
 
 def _folded(model: Model, chosen: Mapping[str, tuple[Site, method.Try]]) -> Model:
@@ -311,7 +291,7 @@ def _placed(
         )
     else:
         target = method.clipped(w, h.sum, g, _STEPS) if options.clips(entry.name) else w
-        position, sides = g.nearest(target, method.importance(h.sum))
+        position, sides = g.nearest(target, importance(h.sum.diagonal()))
         whole = float(objective(w, w * 0, h.sum).sum())
         lost = float(objective(w, g.values(position, sides), h.sum).sum())
         clipped = float((target != w).float().mean())

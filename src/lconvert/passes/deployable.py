@@ -17,8 +17,6 @@ from lconvert.kernels.blocks import BLOCKS
 from lconvert.passes.fused import groups
 from lconvert.primitives.placement import MATRICES, NONE, Placed, check, own_blocks, parse
 
-Shape = tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Target:

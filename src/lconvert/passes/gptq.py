@@ -67,10 +67,7 @@ class Options(Placement):
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
     """The model with every matching dense matrix of its layers, and the head, on its grid."""
     wanted = with_inputs("gptq", options, model)
-    shared = peaks(model) if any(p.grid == "fp4" for p in wanted.values()) else {}
-    made = {
-        name: grid_of(model.entries[name], placed, shared, options.signed) for name, placed in wanted.items()
-    }
+    made = deployed(model, wanted, signed=options.signed)
     for g in made.values():
         method.path(options.settings(), g)
     threads = job.threads or os.cpu_count() or 1
@@ -128,7 +125,17 @@ def named(wanted: Mapping[str, Placed]) -> str:
     return ", ".join(sorted({str(p) for p in wanted.values()}))
 
 
-def grid_of(entry: Entry, placed: Placed, shared: Mapping[str, Peak], signed: bool) -> DeploymentGrid:
+def deployed(
+    model: Model, wanted: Mapping[str, Placed], *, signed: bool = False
+) -> dict[str, DeploymentGrid]:
+    """The deployment grids of these matrices. fp4's global scale covers all that runtimes fuse; signed: as in Options."""
+    shared = peaks(model) if any(p.grid == "fp4" for p in wanted.values()) else {}
+    return {
+        name: _grid(model.entries[name], placed, shared, signed=signed) for name, placed in wanted.items()
+    }
+
+
+def _grid(entry: Entry, placed: Placed, shared: Mapping[str, Peak], signed: bool) -> DeploymentGrid:
     """The deployment grid of an entry; `shared`: peaks of what runtimes fuse, which fp4's global scale has to cover."""
     peak = shared[entry.name].value() if entry.name in shared else None
     if placed.grid == "fp4" and peak is None:

@@ -17,14 +17,12 @@ from lconvert.errors import InputError, OptionError
 from lconvert.forward import packages
 from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, dense, int_grid
 from lconvert.primitives import hqq as method
-from lconvert.primitives.families import half, short
+from lconvert.primitives.families import SLAB, half, short
 from lconvert.primitives.finished import Folder
 from lconvert.primitives.hqq import Settings, Store
 from lconvert.primitives.job import Job
 from lconvert.primitives.placement import Placed, Placement
 from lconvert.spec import check
-
-_SLAB = 1 << 18  # values that are searched together: what fits a core's cache
 
 
 @dataclass(frozen=True)
@@ -136,6 +134,6 @@ def _store(options: Options, top: int) -> Store:
 
 
 def _slabs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _SLAB // cols)
+    step = max(1, SLAB // cols)
     for a in range(0, rows, step):
         yield a, min(a + step, rows)

@@ -26,17 +26,16 @@ from lconvert.forward import packages
 from lconvert.primitives import grids
 from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.placement import Placed
+from lconvert.primitives.statistics import importance
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: Rows of a matrix that a search looks at; all rows confirm what it finds.
+#: Rows of a matrix that a search looks at, evenly spread; they stand for all.
 ROWS = 128
 #: Factors are at most this, and at least its reciprocal.
 _FAR = 1e4
-#: Importance of inputs that are always zero, as a share of the mean.
-_DEAD = 1e-3
 
 
 @dataclass(frozen=True)
@@ -83,21 +82,13 @@ def tries(
     return found
 
 
-def importance(h: Any) -> Any:
-    """(cols,): the diagonal of H; of inputs that are always zero a little, so that their groups get scales too."""
-    d = h.diagonal()
-    alive = d > 0
-    typical = d[alive].mean() if bool(alive.any()) else d.new_ones(())
-    return d.where(alive, typical * _DEAD)
-
-
 def losses(
     weights: Mapping[str, Any], h: Any, factors: Sequence[Any], placed: Mapping[str, Placed], rows: int = ROWS
 ) -> Any:
     """tr (E H E^T) of readers of one input for every (cols,) of `factors`: (tries,) fp64, on the cpu. weights, placed: role -> (rows, cols) and its
     grid. Of matrices with more, `rows` evenly spread ones stand for all. fp4's global scale covers all readers, as where they are fused."""
     torch, _ = packages()
-    d, cols = importance(h), len(h)
+    d, cols = importance(h.diagonal()), len(h)
     peak = torch.stack([w.abs().amax(0) for w in weights.values()]).amax(0)
     parts = []
     for grid in dict.fromkeys(placed[role] for role in weights):  # readers on one grid are fitted in one go
@@ -119,7 +110,7 @@ def clipped(w: Any, h: Any, g: DeploymentGrid, steps: int, least: float = 0.5) -
     """w (rows, cols) with every span of columns clipped at one of `steps` shares, 1 down to above `least`, of its groups' largest magnitudes: the
     one with which it is rounded best, 1 where none is better."""
     torch, _ = packages()
-    d = importance(h)
+    d = importance(h.diagonal())
     rows, cols = w.shape
     own = torch.stack([h[a : a + g.span, a : a + g.span] for a in range(0, cols, g.span)])
     groups = w.reshape(rows, -1, g.group)

@@ -36,18 +36,14 @@ def plan(forward: Forward, d: Decoder, shown: Windows, job: Job, *, reference: b
     sizes = [[p.numel() * 4 for p in layer.parameters()] for layer in forward.layers]
     layer = max(map(sum, sizes))
     weights = layer * (2 if reference else 1) + 2 * max(max(s) for s in sizes)
-    states = len(shown.ids) * shown.length * (d.hidden * BYTES[job.activations] + _attended(d) * 4)
-    states *= 2 if reference else 1
     one = _window(d, shown.length)
     scores = max(d.layer(i).attention.heads for i in range(d.layers)) * shown.length**2 * 4
     batch = max(1, min(_BATCH, len(shown.ids), _SCORES // scores))
+    streams = len(shown.ids) * shown.length * (2 if reference else 1)
+    states = streams * (d.hidden * BYTES[job.activations] + _attended(d) * 4)
     wide = (
-        len(shown.ids)
-        * shown.length
-        * 4
-        * max((m.hidden for _, layer in d.each() if isinstance(m := layer.mlp, Mlp)), default=0)
+        streams * 4 * max((m.hidden for _, layer in d.each() if isinstance(m := layer.mlp, Mlp)), default=0)
     )
-    wide *= 2 if reference else 1
     if job.memory is None:
         return Plan(batch, False, wide <= _WIDE)
     while batch > 1 and weights + statistics + batch * one > job.memory:

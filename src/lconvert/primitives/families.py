@@ -28,7 +28,8 @@ from lconvert.primitives.sides import Sides
 if TYPE_CHECKING:
     from lconvert.primitives.grids import DeploymentGrid
 
-_SLAB = 1 << 18  # values that a search looks at together
+#: Values that a search looks at together: what fits a core's cache.
+SLAB = 1 << 18
 
 
 def _groups(g: DeploymentGrid, w: Any, h: Any) -> tuple[Any, Any]:
@@ -418,7 +419,7 @@ class Doubled(Family):
 
     def fit(self, g: DeploymentGrid, w: Any, h: Any) -> Sides:
         torch, _ = packages()
-        step = max(1, _SLAB // w.shape[1])
+        step = max(1, SLAB // w.shape[1])
         found = [
             one_scale(*_groups(g, w[a : a + step], h), g.levels, lambda s: s)
             for a in range(0, w.shape[0], step)

@@ -37,6 +37,7 @@ from lconvert.primitives import sweep
 from lconvert.primitives.factor import factor
 from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.sides import Sides, joined, picked
+from lconvert.primitives.statistics import importance
 
 #: Columns whose errors are gathered before the rest of the matrix hears of them (lazy batches of the paper's 3.3).
 BLOCK = 128
@@ -107,16 +108,15 @@ def inputs(h: Any, order: str, settings: Settings, what: str, cross: Any = None)
     torch, _ = packages()
     along = torch.argsort(h.diagonal(), descending=True, stable=True) if order != "none" else None
     f = factor(h if along is None else h[along][:, along], settings.damping, what)
-    notes, importance = [], h.diagonal().clone()
-    dead = importance <= 0
+    notes: list[str] = []
+    weights = importance(h.diagonal())
+    dead = h.diagonal() <= 0
     if bool(dead.any()):
         notes.append(
             f"{int(dead.sum())} of {len(dead)} inputs are always zero; their weights are rounded to nearest"
         )
-        typical = importance[~dead].mean() if not bool(dead.all()) else importance.new_ones(())
         h = h.clone()
-        h.diagonal()[dead] = typical
-        importance = torch.where(dead, typical * 1e-3, importance)
+        h.diagonal()[dead] = h.diagonal()[~dead].mean() if not bool(dead.all()) else 1.0
     if f.damping != settings.damping:
         notes.append(f"its Hessian is singular at a damping of {settings.damping:g}; took {f.damping:g}")
     shift = None
@@ -124,7 +124,7 @@ def inputs(h: Any, order: str, settings: Settings, what: str, cross: Any = None)
         back = slice(None) if along is None else torch.argsort(along)
         inverse = (f.upper.T @ f.upper)[back][:, back]
         shift = (settings.alpha * cross.double() @ inverse).float()
-    return Inputs(h, importance, along, f.upper.float(), shift, f.damping, tuple(notes))
+    return Inputs(h, weights, along, f.upper.float(), shift, f.damping, tuple(notes))
 
 
 def objective(w: Any, q: Any, h: Any) -> Any:

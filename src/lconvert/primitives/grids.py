@@ -28,6 +28,7 @@ from lconvert.forward import packages
 from lconvert.ir import E2M1, E4M3, E8M0, Grid, QTensor, Tensor, int_grid
 from lconvert.primitives import levels as of_levels
 from lconvert.primitives.families import (
+    SLAB,
     Coded,
     Doubled,
     Family,
@@ -42,9 +43,6 @@ from lconvert.primitives.levels import NF4, Levels, power_of_two_above
 from lconvert.primitives.placement import Placed
 from lconvert.primitives.sides import Sides
 from lconvert.primitives.trials import over
-
-#: Values that a search looks at together: what fits a core's cache.
-_SLAB = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def _in_slabs(g: DeploymentGrid, w: Any, h: Any, fit: Callable[..., Sides]) -> S
     """fit over slabs of rows; importances one row for all."""
     torch, _ = packages()
     h = _importance(w, h)
-    step = max(1, _SLAB // w.shape[1])
+    step = max(1, SLAB // w.shape[1])
     found = [fit(g, w[a : a + step], h) for a in range(0, w.shape[0], step)]
 
     def cat(parts: list[Any]) -> Any:

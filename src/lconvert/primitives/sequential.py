@@ -113,12 +113,9 @@ class Block:
     def set(self, role: str, weight: Any) -> None:
         """Compute with `weight` from now on. The Model is not touched; what `visit` does not return comes back after it."""
         slot, torch = self._slot(role), self._run.torch
-        new = weight.to(self._run.device, torch.float32)
-        self._changed.add(role)
-        if torch.equal(slot.get(), new):
-            return
         with torch.no_grad():
-            slot.set(new)
+            slot.set(weight.to(self._run.device, torch.float32))
+        self._changed.add(role)
         for end, replay in self._replays.get(self.module, {}).items():
             if not role.startswith(tuple(f"layers.{self.index}.{part}" for part in _ENDS[end])):
                 replay.forget()
@@ -344,7 +341,9 @@ class _Run:
     def install(self, block: Block, new: Mapping[str, Entry]) -> None:
         """What the Model says now, wherever the block may differ from it."""
         for role in block._changed | new.keys():
-            block.set(role, self.torch.from_numpy(effective(self.model.entries[role])))
+            weight = self.torch.from_numpy(effective(self.model.entries[role])).to(self.device)
+            if not self.torch.equal(block.weight(role), weight):  # what is there already keeps its replays
+                block.set(role, weight)
 
     def advance(self, block: Block) -> None:
         """The block's outputs in the place of its inputs."""

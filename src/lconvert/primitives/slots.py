@@ -119,15 +119,20 @@ def waves(
     for stage in stages:
         if mine := tuple(role for role in stage if role in wanted):
             levels.setdefault(re.sub(r"\.experts\.[0-9]+\.", ".experts.", stage[0]), []).append(mine)
-    out: list[list[tuple[str, ...]]] = []
-    for level in levels.values():
-        wave: list[tuple[str, ...]] = []
-        held = 0
-        for stage in level:
-            if wave and held + size(stage[0]) > most:
-                out.append(wave)
-                wave, held = [], 0
-            wave.append(stage)
-            held += size(stage[0])
-        out.append(wave)
-    return out
+    return [wave for level in levels.values() for wave in cut(level, size, most)]
+
+
+def cut(
+    stages: Iterable[tuple[str, ...]], size: Callable[[str], int], most: float
+) -> Iterator[list[tuple[str, ...]]]:
+    """Stages in order, as many together as take at most `most`, and one at least."""
+    wave: list[tuple[str, ...]] = []
+    held = 0
+    for stage in stages:
+        if wave and held + size(stage[0]) > most:
+            yield wave
+            wave, held = [], 0
+        wave.append(stage)
+        held += size(stage[0])
+    if wave:
+        yield wave

@@ -16,6 +16,9 @@ from typing import Any, Protocol
 
 from lconvert.forward import packages
 
+#: Importance of inputs that are always zero, as a share of the others' mean.
+_DEAD = 1e-3
+
 
 class Accumulator(Protocol):
     """What `Block.observe` feeds."""
@@ -83,6 +86,14 @@ class Moments:
             squares, magnitudes = self.squares + squares, self.magnitudes + magnitudes
         self.low, self.high, self.squares, self.magnitudes = low, high, squares, magnitudes
         self.count += len(x)
+
+
+def importance(squares: Any) -> Any:
+    """What errors of columns count, from mean or summed squares of their inputs (cols,): of inputs that are always zero a thousandth of the
+    others' mean, so that their groups get scales too."""
+    alive = squares > 0
+    typical = squares[alive].mean() if bool(alive.any()) else squares.new_ones(())
+    return squares.where(alive, typical * _DEAD)
 
 
 class Together:
