@@ -22,6 +22,7 @@ from lconvert.ir import Model, QTensor
 from lconvert.kernels.qtensor import values
 from lconvert.passes import allocate, deployable
 from lconvert.plan import refusals
+from lconvert.primitives import allocator
 from lconvert.primitives.job import Calibration, Job
 from lconvert.primitives.placement import patterns
 from tests import random_models
@@ -113,7 +114,8 @@ def test_rows_that_blocks_of_256_do_not_divide_get_blocks_of_32(tmp_path: Path) 
 def test_the_budget_is_kept_and_nothing_better_fits(search: allocate.Search) -> None:
     found = search.outcome()
     assert found.bpw <= 5.0 < found.bpw + 0.2
-    assert found.allocation.loss <= min(loss for size, loss, _ in found.front if size <= found.size)
+    front = allocator.front(search.items)
+    assert found.allocation.loss <= min(a.loss for a in front if a.size <= found.allocation.size)
     assert 0.3 < found.allocation.loss / found.measured < 3
     made = search.model_of(found)
     file = lconvert.plan_gguf(made, "m.gguf")
@@ -138,7 +140,7 @@ def test_max_kld_is_what_is_measured(search: allocate.Search) -> None:
 
 
 def test_refinement_never_loses(search: allocate.Search) -> None:
-    from lconvert.primitives import allocator, evolve
+    from lconvert.primitives import evolve
 
     start = allocator.within(search.items, search.budget())
     found = evolve.refine(
@@ -154,7 +156,7 @@ def test_refinement_never_loses(search: allocate.Search) -> None:
 
 def test_refinement_finds_what_single_losses_hide() -> None:
     """Two items whose losses are small alone and large together: only a measurement of both shows it."""
-    from lconvert.primitives import allocator, evolve
+    from lconvert.primitives import evolve
     from lconvert.primitives.allocator import Allocation, Item, Option
 
     options = (Option("s", 1, 1.0), Option("l", 2, 0.0))

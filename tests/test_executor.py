@@ -340,7 +340,7 @@ def test_resume_really_continues(checkpoint: Path, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as m:
         m.setattr(executor.os, "pwrite", full)
         with pytest.raises(OutputError, match="--resume"):
-            lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x")
+            lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x", threads=1)  # slabs in order
     assert _left(tmp_path) == ["m.gguf.partial", "m.gguf.partial.json"]
     first: list[int] = []
     result = lconvert.convert(
@@ -351,7 +351,7 @@ def test_resume_really_continues(checkpoint: Path, tmp_path: Path, monkeypatch: 
         resume=True,
         progress=lambda n, f: first.append(n),
     )
-    assert first[0] > 500_000, "the first report is what was there already, whichever slabs were under way"
+    assert first[0] > 1_000_000, "the first report is what was there already"
     lconvert.convert(checkpoint, tmp_path / "w.gguf", ftype="Q8_0", name="x")
     assert _sha(tmp_path / "m.gguf") == _sha(tmp_path / "w.gguf")
     assert result.manifest["files"]["m.gguf"]["sha256"] == _sha(tmp_path / "w.gguf")

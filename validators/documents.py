@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lconvert.errors import InputError
+from lconvert.plan import manifest_path
 
 #: name of a schema without its number -> (the number this version reads, its file)
 SCHEMAS: Mapping[str, tuple[int, str]] = {
@@ -156,6 +157,15 @@ def manifest(path: Path) -> dict[str, Any]:
     if not sound:
         raise InputError(f"{path}: is not a manifest of lconvert; convert again or move it away")
     return dict(data)
+
+
+def beside(files: Iterable[Path]) -> dict[str, Any] | None:
+    """The manifest beside the first of an artifact's files that has one; None where there is none, or none of lconvert's."""
+    found = next((path for path in map(manifest_path, files) if path.is_file()), None)
+    try:
+        return None if found is None else manifest(found)
+    except InputError:
+        return None
 
 
 def finite(data: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from lconvert.errors import InputError, OptionError
 from lconvert.ir import Decoder, Encoder, Model
 from lconvert.passes import examples
 from lconvert.passes.rotate import untied
-from lconvert.plan import manifest_path
 from lconvert.validators import baseline as earlier
 from lconvert.validators import (
     classifier_data,
@@ -166,12 +164,8 @@ def _requirable(require: Sequence[str], tiers: Sequence[str], runtimes: Sequence
 
 def _rotated(path: Path, manifest: Mapping[str, Any] | None) -> bool:
     """Whether the manifest, the given one or the one beside an artifact, says that weights were rotated."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    beside = next((m for f in files if (m := manifest_path(f)).is_file()), None)
-    if manifest is None and beside is not None:
-        with suppress(InputError):  # what is wrong with it is said elsewhere
-            manifest = documents.manifest(beside)
-    return "rotate" in weight_tiers.methods((manifest or {}).get("plan", {}))[0]
+    given = manifest or documents.beside(sorted(path.iterdir()) if path.is_dir() else [path]) or {}
+    return "rotate" in weight_tiers.methods(given.get("plan", {}))[0]
 
 
 def _with_its_head(source: Model, artifact: Model | None) -> Model:

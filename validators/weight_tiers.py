@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lconvert.errors import InputError
 from lconvert.passes import STAGES
 from lconvert.plan import manifest_path
 from lconvert.validators import (
@@ -130,11 +129,7 @@ def _plan(proof: Proof, hashes: Hashes) -> Mapping[str, Any]:
     if given is None:
         if not hashes or any(seen != wanted for seen, wanted in hashes.values()):
             return {}
-        beside = (manifest_path(f) for f in _files(proof))
-        try:
-            given = documents.manifest(next(path for path in beside if path.is_file()))
-        except (InputError, StopIteration):
-            return {}
+        given = documents.beside(_files(proof)) or {}
     plan: Mapping[str, Any] = given.get("plan", {})
     return plan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from lconvert.errors import OptionError
 if TYPE_CHECKING:
     from lconvert.ir import Model
     from lconvert.passes.allocate import Options, Outcome, Search
+    from lconvert.primitives.allocator import Allocation
     from lconvert.primitives.job import Job
     from lconvert.recipe import Recipe
 
@@ -95,6 +96,7 @@ def run(model: Model, wanted: Request, job: Job, method: str | None, *, quiet: b
     """The recipe that rounds to the types that were chosen, by `method`; prints what was, and writes the recipe and the front."""
     from lconvert.converters import methods
     from lconvert.passes.allocate import Options, Search
+    from lconvert.primitives import allocator
 
     assert wanted.target is not None
     fail_fast_files(written=[wanted.recipe_out, wanted.pareto])
@@ -114,15 +116,16 @@ def run(model: Model, wanted: Request, job: Job, method: str | None, *, quiet: b
         told = replace(job, progress=lambda what, done, total: say(f"{what} {done}/{total}"))
         search = Search(model, options, told)
         found = _fitting(search, options, wanted)
+    points = allocator.front(search.items) if wanted.pareto is not None or not quiet else []
     if not quiet:
-        show(search, found)
+        show(search, found, points)
     made = recipe(search, found)
     if method is not None:
         made = methods.applied(method, made, job.calibration.text)
     if wanted.recipe_out is not None:
         save(wanted.recipe_out, _about(search, found) + made.to_yaml())
     if wanted.pareto is not None:
-        front(search, found, wanted.pareto)
+        front(search, found, points, wanted.pareto)
     return made
 
 
@@ -165,10 +168,10 @@ def _name(target: str) -> str:
 # --- what is told ------------------------------------------------------------------------------------------
 
 
-def show(search: Search, found: Outcome) -> None:
+def show(search: Search, found: Outcome, optima: Sequence[Allocation]) -> None:
     """The front as a table, the choice among it, and how many weights each type got."""
     chosen = (found.size, found.allocation.loss, "chosen")
-    points = [(size, loss, "") for size, loss, _ in found.front]
+    points = [(a.size + search.menu.fixed, a.loss, "") for a in optima]
     step = max(1, len(points) // _SHOWN)
     rows = sorted([*points[::step], chosen])
     unit = "nats, predicted" if search.options.sensitivity != "kld" else "nats, each matrix alone"
@@ -211,12 +214,10 @@ def _about(search: Search, found: Outcome) -> str:
     )
 
 
-def front(search: Search, found: Outcome, path: Path) -> None:
+def front(search: Search, found: Outcome, optima: Sequence[Allocation], path: Path) -> None:
     """The front as data or as a plot: predicted losses, and the measured KLD of every point."""
-    from lconvert.primitives import allocator
-
     rows: list[dict[str, Any]] = []
-    for best in allocator.front(search.items):
+    for best in optima:
         size = best.size + search.menu.fixed
         rows.append(
             {

@@ -90,14 +90,13 @@ class Options:
 @dataclass(frozen=True)
 class Outcome:
     """What was chosen: the type of every item, sizes in bytes of all tensors, the predicted loss, and the measured KLD of the whole (nats per
-    token on the calibration windows). front: optima at other budgets, as (bytes, predicted loss, types)."""
+    token on the calibration windows)."""
 
     allocation: Allocation
     size: int
     bpw: float
     measured: float
     grids: Mapping[str, str]
-    front: tuple[tuple[int, float, Mapping[str, str]], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -319,7 +318,6 @@ class Search:
 
     def _told(self, best: Allocation, measured: float) -> Outcome:
         size = best.size + self.menu.fixed
-        front = tuple((a.size + self.menu.fixed, a.loss, a.names()) for a in allocator.front(self.items))
         types = best.names()
         roles = {r: types[i.name] for i in self.items for r in i.members}
         return Outcome(
@@ -328,7 +326,6 @@ class Search:
             8 * size / self.menu.weights,
             measured,
             patterns(roles, self.model.decoder.layers),
-            front,
             self.notes,
         )
 
