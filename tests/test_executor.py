@@ -340,7 +340,8 @@ def test_resume_really_continues(checkpoint: Path, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as m:
         m.setattr(executor.os, "pwrite", full)
         with pytest.raises(OutputError, match="--resume"):
-            lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x", threads=1)  # slabs in order
+            # One thread: slabs are written in order, so the first of them is done.
+            lconvert.convert(checkpoint, tmp_path / "m.gguf", ftype="Q8_0", name="x", threads=1)
     assert _left(tmp_path) == ["m.gguf.partial", "m.gguf.partial.json"]
     first: list[int] = []
     result = lconvert.convert(
