@@ -14,8 +14,10 @@ from lconvert.primitives.job import Job
 if TYPE_CHECKING:
     from lconvert.primitives.text import Windows
 
-#: Windows that run at once at most, and what their attention scores may take.
-_BATCH, _SCORES = 8, 256 << 20
+#: Tokens that run at once. More are slower on a CPU: what one operation makes of them has left the caches before the next reads it.
+_TOKENS = {"cpu": 1024, "cuda": 8192}
+#: What their attention scores may take.
+_SCORES = 256 << 20
 #: What inputs of mlp.down may take, which are the widest there are and save half a pass through an MLP.
 _WIDE = 2 << 30
 
@@ -38,7 +40,9 @@ def plan(forward: Forward, d: Decoder, shown: Windows, job: Job, *, reference: b
     weights = layer * (2 if reference else 1) + 2 * max(max(s) for s in sizes)
     one = _window(d, shown.length)
     scores = max(d.layer(i).attention.heads for i in range(d.layers)) * shown.length**2 * 4
-    batch = max(1, min(_BATCH, len(shown.ids), _SCORES // scores))
+    batch = max(
+        1, min(_TOKENS[job.device.partition(":")[0]] // shown.length, len(shown.ids), _SCORES // scores)
+    )
     streams = len(shown.ids) * shown.length * (2 if reference else 1)
     states = streams * (d.hidden * BYTES[job.activations] + _attended(d) * 4)
     wide = (

@@ -324,8 +324,14 @@ class _Run:
         skeleton = Skeleton(self.forward, self.model, {i for w in self.shown.ids for i in w})
         count, length, hidden = len(self.shown.ids), self.shown.length, self.model.decoder.hidden
 
+        rooms: dict[tuple[str, int], Activations] = {}
+
         def room(name: str, width: int, dtype: Any = "f32") -> Activations:
-            return Activations(count, length, width, dtype, folder.spill(name) if plan.spill else None)
+            """The same one for every layer, as fresh memory takes time to get."""
+            if (name, width) not in rooms:
+                file = folder.spill(name) if plan.spill else None
+                rooms[name, width] = Activations(count, length, width, dtype, file)
+            return rooms[name, width]
 
         self.room = room
         self.hidden = room("hidden", hidden, kept)
