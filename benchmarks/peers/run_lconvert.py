@@ -14,7 +14,7 @@ import lconvert
 from lconvert import recipe as recipes
 from lconvert.converters import lcir
 from lconvert.executor import execute
-from lconvert.forward import packages
+from lconvert.forward import Forward
 from lconvert.primitives.job import Calibration, Job
 
 Passes = list[dict[str, dict[str, Any]]]
@@ -23,8 +23,8 @@ Passes = list[dict[str, dict[str, Any]]]
 def case(recipe: str | Passes) -> Case:
     def run(task: Task) -> None:
         windows, context = task.ids.shape
-        packages()  # imported when first asked for: the peers import theirs before the clock runs, too
         model = lconvert.read(str(task.model))
+        Forward(model, lazily=True)  # imports what the model needs: the peers' clock runs on a model that is loaded, too
         job = Job(Calibration(task.text, windows, context))
         if isinstance(recipe, str):
             steps = recipes.load(recipe).steps

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@cache
 def packages() -> tuple[Any, Any]:
     """torch and transformers, imported; MissingPackageError says what to install."""
     # transformers asks whether the package `kernels` exists and would find this project's folder of that name when
