@@ -43,10 +43,10 @@ def _gptq(code: str, *more: str) -> dict[str, tuple[str, ...]]:
 
 
 METHODS = (
-    Method("RTN", "int4 g128", {OURS: ("rtn-w4g128", "rtn-mse-w4g128"), LLMC: ("rtn-w4g128",), MODELOPT: ("rtn-w4g128",),
+    Method("RTN", "int4 g128", {OURS: ("rtn-w4g128", "rtn-mse-w4g128", "rtn-w4g128-importance", "rtn-w4g128-importance-signed"), LLMC: ("rtn-w4g128",), MODELOPT: ("rtn-w4g128",),
                                 AUTOROUND: ("rtn-w4g128",)}),
-    Method("RTN", "int4 g32", {OURS: ("rtn-w4g32", "rtn-mse-w4g32"), LLMC: ("rtn-w4g32",)}),
-    Method("RTN", "int3 g128", {OURS: ("rtn-w3g128", "rtn-mse-w3g128"), LLMC: ("rtn-w3g128",)}),
+    Method("RTN", "int4 g32", {OURS: ("rtn-w4g32", "rtn-mse-w4g32", "rtn-w4g32-importance", "rtn-w4g32-importance-signed"), LLMC: ("rtn-w4g32",)}),
+    Method("RTN", "int3 g128", {OURS: ("rtn-w3g128", "rtn-mse-w3g128", "rtn-w3g128-importance", "rtn-w3g128-importance-signed"), LLMC: ("rtn-w3g128",)}),
     Method("GPTQ", "int4 g128", _gptq("w4g128", "plain", "actorder", "mse")),
     Method("GPTQ", "int4 g32", _gptq("w4g32")),
     Method("GPTQ", "int3 g128", _gptq("w3g128")),
@@ -55,7 +55,7 @@ METHODS = (
     Method("AWQ", "uint4 g128", {OURS: ("awq-w4g128-asym",), LLMC: ("awq-w4g128-asym",), GPTQM: ("awq-w4g128-asym",)}),
     *(Method("AutoRound", grid, {OURS: (f"autoround-{code}", *((f"autoround-{code}-signed",) if signed else ())), AUTOROUND: (f"autoround-{code}",)})
       for grid, code, signed in (("int4 g128", "w4g128", True), ("int4 g32", "w4g32", False), ("int3 g128", "w3g128", True), ("int2 g32", "w2g32", True))),
-    Method("RTN", "W8A8", {LLMC: ("w8a8",), MODELOPT: ("w8a8",)}),
+    Method("RTN", "W8A8", {OURS: ("w8a8",), LLMC: ("w8a8",), MODELOPT: ("w8a8",)}),
     Method("SmoothQuant", "W8A8", {OURS: ("smoothquant-w8a8",), LLMC: ("smoothquant-w8a8",), MODELOPT: ("smoothquant-w8a8",)}),
     Method("RTN", "FP8 dynamic", {OURS: ("fp8-dynamic",), LLMC: ("fp8-dynamic",), MODELOPT: ("fp8-dynamic",)}),
     Method("RTN", "FP8 static", {OURS: ("fp8-static",), LLMC: ("fp8-static",), MODELOPT: ("fp8-static",)}),

@@ -44,7 +44,7 @@ METHODS: Mapping[str, Method] = {
     "autoround": Method("AutoRound", "autoround"),
     "smoothquant": Method("SmoothQuant, then to nearest", first=(("smooth", {"alpha": 0.8}),), scheme="w8a8"),
     "quarot": Method("QuaRot's rotations folded into the weights, then GPTQ", "gptq", first=(("rotate", {}),)),
-    "sparsegpt": Method("half of the weights zero by SparseGPT, then GPTQ", "gptq", first=(("sparse", {"method": "sparsegpt", "sparsity": 0.5}),)),
+    "sparsegpt": Method("half of the weights zero by SparseGPT, in the sweep of GPTQ", "gptq", {"prune": 0.5}),
     "wanda": Method("half of the weights zero by Wanda, then GPTQ", "gptq", first=(("sparse", {"method": "wanda", "sparsity": 0.5}),)),
     "magnitude": Method("the smaller half of the weights zero, then to nearest", first=(("sparse", {"method": "magnitude", "sparsity": 0.5}),), text=False),
 }  # fmt: skip
@@ -172,7 +172,8 @@ def outline(recipe: Recipe) -> Recipe:
     steps = []
     for s in recipe.steps:
         stages = passes.stages(s.name, s.options)
-        if "rounds" in stages and isinstance(s.options, Placement) and s.name != "rtn":
+        plainly = s.name == "rtn" and not passes.calibrates(s.name, s.options)
+        if "rounds" in stages and isinstance(s.options, Placement) and not plainly:
             steps.append(step("rtn", {f.name: getattr(s.options, f.name) for f in fields(Placement)}))
         elif not {"transforms", "masks"} & set(stages):
             steps.append(s)

@@ -21,7 +21,8 @@ from lconvert.ir import QTensor, dense
 from lconvert.kernels.qtensor import dequantize
 from lconvert.passes import gptq as pass_
 from lconvert.passes import rtn
-from lconvert.primitives import gptq, grids, sweep
+from lconvert.primitives import gptq, grids, masks, sparsegpt, sweep
+from lconvert.primitives.factor import factor
 from lconvert.primitives.gptq import Settings
 from lconvert.primitives.job import Calibration, Job
 from lconvert.primitives.placement import Placed
@@ -219,6 +220,39 @@ def test_pruned_weights_stay_zero() -> None:
         assert not y[~kept].any() and done.loss < done.nearest
 
 
+def test_gptaq_does_not_wake_pruned_weights() -> None:
+    """Its shift moves zeros too; rows that rounding to nearest serves better have to keep them all the same."""
+    w, h = problem(16, 256)
+    kept = torch.rand(16, 256, generator=torch.Generator().manual_seed(5)) > 0.5
+    w = w * kept
+    cross = 40.0 * torch.randn(256, 256, generator=torch.Generator().manual_seed(6))
+    g = found(Placed("int4", 64), w)
+    seen = gptq.inputs(h, "weight", Settings(), "w", cross)
+    done = gptq.gptq(w, seen, g, Settings(), kept=kept)
+    assert bool((w + w @ seen.shift)[~kept].any())
+    assert not g.values(done.position, done.sides)[~kept].any()
+
+
+@pytest.mark.parametrize("how", ["2:4", "4:8", 0.5])
+@pytest.mark.parametrize("grid", ["int4", "uint4", "fp4", "Q6_K"])
+def test_pruning_in_the_sweep_beats_pruning_before_it(how: str | float, grid: str) -> None:
+    """Exact counts of zeros, and outputs nearer to those of the weights as they came than after SparseGPT alone and GPTQ of what it left."""
+    w, h = problem(32, 256)
+    g, settings = found(Placed(grid, 64), w), Settings()
+    seen = gptq.inputs(h, gptq.path(settings, g), settings, "w")
+    pattern, share = masks.asked(how)
+    kept = gptq.pruned(w, h, g, pattern, share, settings, "w")
+    if pattern.of:
+        assert bool((kept.reshape(32, -1, pattern.of).sum(-1) == pattern.keep).all())
+    assert int(kept.sum()) == kept.numel() // 2
+    joint = gptq.gptq(w, seen, g, settings, kept=kept)
+    after, mask = sparsegpt.sweep(w, factor(h, settings.damping, "w"), pattern, share)
+    two = gptq.gptq(after, seen, g, settings, kept=mask)
+    y, z = g.values(joint.position, joint.sides), g.values(two.position, two.sides)
+    assert not y[~kept].any() and not z[~mask].any()
+    assert gptq.objective(w, y, h).sum() < gptq.objective(w, z, h).sum()
+
+
 # --- the pass ---------------------------------------------------------------------------------------------
 
 
@@ -252,6 +286,13 @@ def test_a_model_costs_less_than_rounded_to_nearest(grid: str, target: str) -> N
 
 
 def test_options_that_cannot_be() -> None:
-    for wrong in ({"order": "random"}, {"damping": 0}, {"refine": -1}, {"alpha": 2}):
+    for wrong in (
+        {"order": "random"},
+        {"damping": 0},
+        {"refine": -1},
+        {"alpha": 2},
+        {"prune": "4:2"},
+        {"prune": 1.5},
+    ):
         with pytest.raises(OptionError, match="gptq: "):
             pass_.Options("int4", 32, **wrong)  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,14 @@ from lconvert.converters.gguf_carry import carry
 from lconvert.errors import InputError, LconvertError, OptionError
 from lconvert.formats.gguf_blocks import SCHEMES, native_type, packer
 from lconvert.ir import QTensor, Tensor, dense
-from lconvert.kernels.qtensor import dequantize
+from lconvert.kernels.qtensor import dequantize, effective
 from lconvert.passes import rtn
+from lconvert.primitives import importance
+from lconvert.primitives.job import Calibration, Job
 from tests.checkpoints import bf16, write_llama
-from tests.conftest import DEMO
+from tests.conftest import DEMO, ROOT
+
+TEXT = ROOT / "validators" / "text" / "excerpt.txt"
 
 RNG = np.random.default_rng(5)
 
@@ -156,13 +162,14 @@ def test_nan_is_refused() -> None:
     [
         ({"grid": "int9"}, "grid 'int9'; choose int2..int8"),
         ({"group": 0}, "group 0"),
-        ({"search": "best"}, "choose minmax, signed-max or mse"),
+        ({"search": "best"}, "choose minmax, signed-max, mse or importance"),
+        ({"search": "mse", "signed": True}, "it is for importance"),
         ({"targets": "("}, "not a regular expression"),
     ],
 )
-def test_wrong_options(options: dict[str, str], message: str) -> None:
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        rtn.Options(**options)  # type: ignore[arg-type]
+        rtn.Options(**options)
 
 
 def test_wrong_group_for_a_tensor(tmp_path: Path) -> None:
@@ -197,3 +204,32 @@ def test_recipe_file(tmp_path: Path) -> None:
     model = recipe.load(path).apply(lconvert.read(DEMO))
     assert isinstance(model.entries["layers.0.attn.q"].data, QTensor)
     assert isinstance(model.entries["layers.0.mlp.down"].data, Tensor)
+
+
+@pytest.mark.parametrize("grid", ["int4", "uint4", "Q4_K", "fp4"])
+def test_importances_count_the_errors_of_strong_inputs(grid: str) -> None:
+    """On what calibration saw, sum h_j (w_j - q_j)^2 is less than with the scales that rtn takes by itself."""
+    model = lconvert.read(DEMO)
+    job = Job(Calibration(str(TEXT), windows=8, context=128))
+    placement: dict[str, Any] = {"grid": grid, "group": 32, "targets": r"layers\.0\.attn\.[qkv]"}
+    seen = importance.measure(model, job).moments
+    plain = rtn.run(model, rtn.Options(**placement))
+    done = rtn.run(model, rtn.Options(**placement, search="importance"), job)
+    for role in ("layers.0.attn.q", "layers.0.attn.k", "layers.0.attn.v"):
+        w, h = effective(model.entries[role]), seen[role].squares.numpy()
+        mine, theirs = (((effective(m.entries[role]) - w) ** 2 @ h).sum() for m in (done, plain))
+        assert mine < theirs, role
+        assert "importance" in done.entries[role].provenance[-1]
+
+
+def test_signed_scales_serve_better() -> None:
+    model = lconvert.read(DEMO)
+    job = Job(Calibration(str(TEXT), windows=8, context=128))
+    role, error = "layers.1.mlp.up", []
+    for signed in (False, True):
+        options = rtn.Options("int4", 32, targets=re.escape(role), search="importance", signed=signed)
+        data = rtn.run(model, options, job).entries[role].data
+        assert isinstance(data, QTensor)
+        error.append(float(((dequantize(data) - effective(model.entries[role])) ** 2).sum()))
+        assert bool((data.scale.read(0, 8) < 0).any()) == signed
+    assert error[1] < error[0]

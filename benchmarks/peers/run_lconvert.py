@@ -24,7 +24,9 @@ def case(recipe: str | Passes) -> Case:
     def run(task: Task) -> None:
         windows, context = task.ids.shape
         model = lconvert.read(str(task.model))
-        Forward(model, lazily=True)  # imports what the model needs: the peers' clock runs on a model that is loaded, too
+        Forward(
+            model, lazily=True
+        )  # imports the model's classes: the peers have theirs before the clock runs, too
         job = Job(Calibration(task.text, windows, context))
         if isinstance(recipe, str):
             steps = recipes.load(recipe).steps
@@ -48,6 +50,13 @@ CASES: Mapping[str, Case] = {
     "rtn-mse-w4g128": case(rtn("int4", 128, "mse")),
     "rtn-mse-w4g32": case(rtn("int4", 32, "mse")),
     "rtn-mse-w3g128": case(rtn("int3", 128, "mse")),
+    **{
+        f"rtn-{code}-importance{'-signed' * signed}": case([{"rtn": {"grid": grid, "group": group, "search": "importance", "signed": signed}}])
+        for code, grid, group in (("w4g128", "int4", 128), ("w4g32", "int4", 32), ("w3g128", "int3", 128))
+        for signed in (False, True)
+    },
+    "w8a8": case([{"rtn": {"grid": "int8", "group": -1}}, {"activations": {"grid": "int8"}}]),
+    "sparsegpt-2of4-w4g128": case("sparsegpt-2of4-w4g128"),
     **{
         name: case(name)
         for name in (

@@ -204,7 +204,8 @@ def outlined(plan: Plan, recipe: Recipe) -> Plan:
     left = [
         s.name
         for s in recipe.steps
-        if s.name != "rtn" and {"rounds", "transforms", "masks"} & set(passes.stages(s.name, s.options))
+        if (s.name != "rtn" or passes.calibrates(s.name, s.options))
+        and {"rounds", "transforms", "masks"} & set(passes.stages(s.name, s.options))
     ]
     note = f"planned without {' and '.join(left)}: sizes and types are those of the run, values are rounded to nearest"
     return replace(plan, notes=(*plan.notes, note)) if left and methods.outline(recipe) != recipe else plan

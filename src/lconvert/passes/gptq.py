@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import OptionError
 from lconvert.forward import packages
 from lconvert.ir import Entry, Model, QTensor, Tensor, dense
 from lconvert.passes.rtn_float import Peak, peaks
 from lconvert.primitives import gptq as method
-from lconvert.primitives import grids
+from lconvert.primitives import grids, masks, sparsegpt
+from lconvert.primitives.factor import factor
 from lconvert.primitives.gptq import Settings
 from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.job import Job, identity
@@ -26,6 +27,9 @@ from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.slots import waves
 from lconvert.primitives.statistics import Accumulator, Cross, Hessian, Together
 from lconvert.spec import check
+
+if TYPE_CHECKING:
+    from lconvert.passes import Stage
 
 #: Bytes of Hessians that are held together where a run has no memory limit: experts of large layers take turns.
 _HELD = 4 << 30
@@ -37,7 +41,8 @@ _PRUNED = 0.2
 class Options(Placement):
     """damping, order, refine: as in primitives/gptq.py. asymmetric: GPTAQ, which aims at the outputs of the uncompressed model, with `alpha`
     of its correction. signed: integer scales may be negative, which llama.cpp, ONNX Runtime and compressed-tensors take and TensorRT does
-    not. keep_zeros: weights that a mask made zero stay zero."""
+    not. keep_zeros: weights that a mask made zero stay zero. prune: zeros are chosen and made up for in the same sweep (SparseGPT's joint
+    form), N of every M in quotes or a share of the matrix."""
 
     damping: float = 0.01
     order: str = "auto"
@@ -46,6 +51,7 @@ class Options(Placement):
     alpha: float = 0.5
     signed: bool = False
     keep_zeros: bool = True
+    prune: str | float = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,8 +66,19 @@ class Options(Placement):
                 f"gptq: refine {self.refine}, alpha {self.alpha}; expected rounds from 0 on and a share"
             )
 
+        if self.prune != "":
+            try:
+                masks.asked(self.prune)
+            except OptionError as e:
+                raise OptionError(f"gptq: prune {e}") from None
+
     def settings(self) -> Settings:
         return Settings(self.damping, self.order, self.alpha, self.refine)  # type: ignore[arg-type]
+
+
+def stages(options: Options) -> tuple[Stage, ...]:
+    """With `prune` it makes a mask, too."""
+    return ("rounds",) if options.prune == "" else ("masks", "rounds")
 
 
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
@@ -85,6 +102,8 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         reference=options.asymmetric,
         statistics=need(model, wanted, options.asymmetric),
     )
+    if options.prune != "":
+        out = out.with_entries({}, f"sparse: {len(wanted)} matrices, {options.prune}, in the sweep of gptq")
     return check(out.with_entries({}, f"gptq: {len(wanted)} matrices to {named(wanted)}"))
 
 
@@ -160,11 +179,15 @@ def _rounded(
     for role in roles:
         entry, g, w, lines = model.entries[role], made[role], block.weight(role), []
         assert isinstance(entry.data, Tensor)
-        kept, line = mask("gptq", role, w, g) if options.keep_zeros else (None, "")
+        zeros = "" if options.prune == "" else f", pruned {options.prune}"
+        if options.prune != "":
+            w, kept, line = _pruned(w, h, g, options, role)
+        else:
+            kept, line = mask("gptq", role, w, g) if options.keep_zeros else (None, "")
         lines += [line] if line else []
         if h.sum is None or h.count == 0:
             position, sides = g.nearest(w)
-            order, note = None, f"gptq {g.placed}, no input seen"
+            order, note = None, f"gptq {g.placed}{zeros}, no input seen"
             lines.append(
                 f"gptq: {role}: no token of the calibration text came here; rounded by its own squared error"
             )
@@ -177,12 +200,25 @@ def _rounded(
                 lines += [f"gptq: {', '.join(roles)}: {n}" for n in seen[along].notes]
             done = method.gptq(w, seen[along], g, settings, kept=kept, threads=threads)
             position, sides, order = done.position, done.sides, done.order
-            note = f"gptq {g.placed}, loss {done.loss:.3e} of {done.nearest:.3e} to nearest"
+            note = f"gptq {g.placed}{zeros}, loss {done.loss:.3e} of {done.nearest:.3e} to nearest"
         q = g.qtensor(position, sides, entry.data)
         if order is not None:
             q = _in_groups(q, order, g.group)
         block.set(role, g.values(position, sides) if order is None else _moved(g, position, sides, order))
         yield replace(entry, data=q, provenance=(*entry.provenance, note)), lines
+
+
+def _pruned(w: Any, h: Hessian, g: DeploymentGrid, options: Options, role: str) -> tuple[Any, Any, str]:
+    """The weights to round, which of them stay, and a line where zeros cannot be: what a grid with zeros gets are the weights as they came,
+    since the sweep that rounds makes up for the zeros as well."""
+    pattern, share = masks.asked(options.prune)
+    if h.count == 0:
+        w = w * masks.kept(masks.magnitude(w), pattern, share, role)
+    elif g.holds_zero:
+        return w, method.pruned(w, h.sum, g, pattern, share, options.settings(), role), ""
+    else:
+        w, _ = sparsegpt.sweep(w, factor(h.sum, options.damping, role), pattern, share, name=role)
+    return w, *mask("gptq", role, w, g)
 
 
 def mask(who: str, role: str, w: Any, g: DeploymentGrid) -> tuple[Any, str]:

@@ -8,7 +8,8 @@ what llama-quantize writes. Portable integer grids (int2 .. int8, uint2 .. uint8
 
 search "signed-max" (symmetric only) gives the value of the largest magnitude the code -2^(b-1), which makes s smaller, and negative where
 that value is positive: what Q4_0 (ggml-quants.c quantize_row_q4_0_ref) and ONNX Runtime's quantizer (mlas q4_dq.cpp) do. TensorRT takes
-no negative scales. "mse" tries s, 0.99 s .. 0.5 s and keeps the smallest squared error. Chosen scales are rounded to 8 significant
+no negative scales. "mse" tries s, 0.99 s .. 0.5 s and keeps the smallest squared error. "importance" looks at a calibration text and takes the
+scales with the least squared error weighted by each input's mean square (passes/rtn_weighted.py), on every grid. Chosen scales are rounded to 8 significant
 bits first (7 for asymmetric ones), which makes them exact in fp16 and bf16 runtimes and, up to 4 bits, keeps z * s exact
 in fp16 (7 + 4 bits fit its 11).
 
@@ -40,15 +41,19 @@ _SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
 
 @dataclass(frozen=True)
 class Options(Placement):
-    """search: minmax, signed-max (int2 .. int8) or mse, how scales of integer grids are chosen. Of a convolution, a row is an output channel,
-    and int8 may have one scale for a whole tensor (group: tensor)."""
+    """search: minmax, signed-max (int2 .. int8) or mse, how scales of integer grids are chosen; importance: by least squares weighted with the inputs
+    of a calibration text, on any grid; signed: these may be negative for integers, which TensorRT does not take. Of a convolution, a row is an output
+    channel, and int8 may have one scale for a whole tensor (group: tensor)."""
 
-    search: Literal["minmax", "signed-max", "mse"] = "minmax"
+    search: Literal["minmax", "signed-max", "mse", "importance"] = "minmax"
+    signed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.search not in ("minmax", "signed-max", "mse"):
-            raise OptionError(f"rtn: search {self.search!r}; choose minmax, signed-max or mse")
+        if self.search not in ("minmax", "signed-max", "mse", "importance"):
+            raise OptionError(f"rtn: search {self.search!r}; choose minmax, signed-max, mse or importance")
+        if self.signed and self.search != "importance":
+            raise OptionError(f"rtn: signed with search {self.search}; it is for importance")
         if self.search == "signed-max" and not re.fullmatch(r"int[2-8]", self.grid):
             raise OptionError(f"rtn: search signed-max with {self.grid}; it is for int2 .. int8")
         if self.group == "tensor" and self.grid == "int8" and self.search != "minmax":
@@ -58,7 +63,11 @@ class Options(Placement):
 
 
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
-    """The model with every matching dense matrix as a QTensor; nothing is computed before it is read."""
+    """The model with every matching dense matrix as a QTensor; nothing is computed before it is read, but for search importance."""
+    if options.search == "importance":
+        from lconvert.passes import rtn_weighted
+
+        return rtn_weighted.run(model, options, job)
     new: dict[str, Entry] = {}
     wanted = list(options.chosen(model))
     peaks = rtn_float.peaks(model) if {options.grid, *(p.grid for _, p in wanted)} & {"fp4", "fp8"} else {}
@@ -74,11 +83,11 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
 
 
 def calibrated(options: Options) -> bool:
-    """Weights alone are looked at."""
-    return False
+    """Search importance alone looks at inputs."""
+    return options.search == "importance"
 
 
-def _search(options: Options, placed: Placed) -> Literal["minmax", "signed-max", "mse"]:
+def _search(options: Options, placed: Placed) -> Literal["minmax", "signed-max", "mse", "importance"]:
     """The search of `options` where an exception's grid has it."""
     if options.search == "signed-max" and not re.fullmatch(r"int[2-8]", placed.grid):
         return "minmax"

@@ -28,14 +28,15 @@ Llamas, int4 g128: .00246 and .0122 without, .00222 and .0107 with alpha .5; int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lconvert.errors import OptionError
 from lconvert.forward import packages
-from lconvert.primitives import sweep
+from lconvert.primitives import sparsegpt, sweep
 from lconvert.primitives.factor import factor
 from lconvert.primitives.grids import DeploymentGrid
+from lconvert.primitives.masks import Pattern
 from lconvert.primitives.sides import Sides, joined, picked
 from lconvert.primitives.statistics import importance
 
@@ -136,7 +137,7 @@ def objective(w: Any, q: Any, h: Any) -> Any:
 def gptq(
     w: Any, seen: Inputs, g: DeploymentGrid, settings: Settings, *, kept: Any = None, threads: int = 1
 ) -> Rounded:
-    """w (rows, cols) fp32 on the grid g. kept (rows, cols) bool: where False, the value is zero and stays so.
+    """w (rows, cols) fp32 on the grid g. kept (rows, cols) bool: where False, the value becomes zero, which is made up for like any rounding.
 
     Rows that rounding to nearest serves better keep that: the objective is never worse.
     """
@@ -154,7 +155,7 @@ def gptq(
         h, weights, columns = h[seen.order][:, seen.order], weights[seen.order], columns[:, seen.order]
         mask = None if mask is None else mask[:, seen.order]
     order = None if moving else seen.order
-    near_sides = g.fit(columns, weights)
+    near_sides = g.fit(_where(columns, mask), weights)
     if seen.order is None:
         position, sides = _in_order(columns, weights, seen, g, mask, threads)
     else:
@@ -166,7 +167,7 @@ def gptq(
         for _ in range(settings.refine):
             sides = g.rescaled(columns, position, sides, damped)
             position = _descend(columns, position, sides, damped, g, mask, threads)
-    near = g.round(columns, near_sides)
+    near = g.round(_where(columns, mask), near_sides)
     mine = objective(columns, g.values(position, sides), h)
     theirs = objective(columns, g.values(near, near_sides), h)
     position, sides = picked(theirs < mine, (near, near_sides), (position, sides))
@@ -176,6 +177,29 @@ def gptq(
     if moving:
         position = position[:, torch.argsort(seen.order)]
     return Rounded(position, sides, seen.order if moving else None, loss, nearest)
+
+
+def pruned(
+    w: Any, h: Any, g: DeploymentGrid, pattern: Pattern, sparsity: float, settings: Settings, what: str
+) -> Any:
+    """Which weights SparseGPT keeps (rows, cols) where survivors are rounded to the grid in the same sweep: for `kept` of `gptq`, which sweeps
+    the weights as they came again, in its own order (arXiv 2301.00774, 3.5). h: sum x x^T (cols, cols)."""
+    sides = g.fit(w, importance(h.diagonal()))
+    one = replace(g, group=1, span=1)
+
+    def rounded(x: Any, column: int) -> Any:
+        k = column // g.group
+        own = sides.columns(k, k + 1)
+        return one.values(one.round(x.unsqueeze(1), own), own).squeeze(1)
+
+    f = factor(h, settings.damping, what)
+    return sparsegpt.sweep(w, f, pattern, sparsity, rounded=rounded, name=what)[1]
+
+
+def _where(w: Any, mask: Any, first: int = 0, last: int | None = None) -> Any:
+    """Columns of w, with zeros where the mask (rows, cols) uint8 has them."""
+    part = w[:, first:last]
+    return part.contiguous() if mask is None else part * mask[:, first:last]
 
 
 def _sweep(w: Any, order: Any, seen: Inputs, g: DeploymentGrid, sides: Sides, mask: Any, threads: int) -> Any:
@@ -221,11 +245,11 @@ def _in_order(w: Any, h: Any, seen: Inputs, g: DeploymentGrid, mask: Any, thread
     position = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     found: list[Sides] = []
     for first in range(0, cols, g.span):
-        sides = g.fit(work[:, first : first + g.span].contiguous(), h[first : first + g.span])
+        sides = g.fit(_where(work, mask, first, first + g.span), h[first : first + g.span])
         for k in range(g.span // g.group):
             start = first + k * g.group
             if k:
-                g.refit(sides, k, work[:, start : start + g.group].contiguous(), h[start : start + g.group])
+                g.refit(sides, k, _where(work, mask, start, start + g.group), h[start : start + g.group])
             own = sides.columns(k, k + 1)
             for a in range(start, start + g.group, BLOCK):
                 b = min(a + BLOCK, start + g.group)

@@ -52,6 +52,17 @@ def parse(text: str, per: Literal["row", "tensor"] = "row") -> Pattern:
     return Pattern(keep, of)
 
 
+def asked(how: str | float) -> tuple[Pattern, float]:
+    """Pattern and share of zeros of N:M, or of a share over the whole tensor; OptionError for anything else."""
+    if isinstance(how, str):
+        pattern = parse(how)
+        if pattern.sparsity is not None:
+            return pattern, pattern.sparsity
+    elif not isinstance(how, bool) and 0 < how < 1:
+        return Pattern(per="tensor"), float(how)
+    raise OptionError(f"{how!r}; expected N:M in quotes, such as '2:4', or a share of zeros, such as 0.5")
+
+
 def fits(pattern: Pattern, cols: int, name: str) -> None:
     """OptionError for rows that groups of M do not divide."""
     if pattern.of and cols % pattern.of:
