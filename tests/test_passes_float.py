@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lconvert
-from lconvert import executor
+from lconvert import executor, kernels
 from lconvert.converters import targets
 from lconvert.converters.kinds import matrices, plain
 from lconvert.errors import InputError, LconvertError, OptionError
 from lconvert.executor import execute
+from lconvert.formats.gguf_blocks import packer
 from lconvert.ir import E2M1, E4M3, ActSpec, Model, QTensor, Tensor, dense
 from lconvert.kernels.qtensor import dequantize, float_values
 from lconvert.passes import activations, fused, kv, rtn, rtn_float
@@ -558,3 +559,29 @@ def test_nvfp4_weights_and_inputs_are_exact_in_both_conventions(
         x, y = float(a.scale.load().reshape(-1)[0]), float(b.scale.load().reshape(-1)[0])
         assert x == (1 / y if b.divisor else y)
         assert np.array_equal(dequantize(e.data), dequantize(back.entries[name].data))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("grid", "group"), [("MXFP4", 32), ("fp4", 16)])
+def test_searched_scales_of_microscaled_floats_are_the_best_near_the_rule(grid: str, group: int) -> None:
+    """Group by group no worse than the rule's scale; of MXFP4 the best there is over all powers of two."""
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((24, 128)).astype(np.float32) * np.exp(rng.uniform(-6, 3, (24, 1))).astype(
+        np.float32
+    )
+    x[3] = 0
+    t = dense(x)
+
+    def errors(search: Any) -> Any:
+        q = rtn.quantized(t, rtn.Options(grid, search=search))
+        return ((dequantize(q) - x).astype(np.float64) ** 2).reshape(24, -1, group).sum(-1), q
+
+    (plain, _), (found, q) = errors("minmax"), errors("mse")
+    assert (found <= plain).all() and found.sum() < 0.95 * plain.sum()
+    if grid == "MXFP4":
+        scale = 2.0 ** np.arange(-30, 12)
+        values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        y = np.abs(x.reshape(24, -1, 1, group)) / scale[:, None]
+        best = ((values[np.abs(y[..., None] - values).argmin(-1)] - y) * scale[:, None]) ** 2
+        np.testing.assert_allclose(found, best.sum(-1).min(-1), rtol=1e-6)
+        blocks = packer("MXFP4", q)(0, 24)
+        assert np.array_equal(kernels.dequantize("MXFP4", blocks, 128), dequantize(q))

@@ -41,7 +41,7 @@ _SHRINK = 50  # candidates of the MSE search: s, 0.99 s, .. 0.51 s
 
 @dataclass(frozen=True)
 class Options(Placement):
-    """search: minmax, signed-max (int2 .. int8) or mse, how scales of integer grids are chosen; importance: by least squares weighted with the inputs
+    """search: minmax, signed-max (int2 .. int8) or mse, how scales of integer grids, fp4 and MXFP4 are chosen; importance: by least squares weighted with the inputs
     of a calibration text, on any grid; signed: these may be negative for integers, which TensorRT does not take. Of a convolution, a row is an output
     channel, and int8 may have one scale for a whole tensor (group: tensor)."""
 
@@ -96,8 +96,10 @@ def _search(options: Options, placed: Placed) -> Literal["minmax", "signed-max",
 
 def quantized(t: Tensor, options: Options, peak: Peak | None = None) -> QTensor:
     """A dense (out, in) matrix on the grid of `options`, lazily. peak: the largest magnitude that its global scale must cover."""
-    if options.grid in rtn_float.GRIDS and len(t.shape) == 2:
-        return rtn_float.quantized(t, options.grid, options.group, peak or Peak((t,)))
+    searched = options.grid.upper() == "MXFP4" and options.search == "mse"
+    if (options.grid in rtn_float.GRIDS or searched) and len(t.shape) == 2:
+        name = options.grid.upper() if searched else options.grid
+        return rtn_float.quantized(t, name, options.group, peak or Peak((t,)), options.search)
     if options.group == "tensor" or len(t.shape) == 4:
         return rtn_whole.quantized(t, options)
     if re.fullmatch(r"u?int[2-8]", options.grid):

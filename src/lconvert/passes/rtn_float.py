@@ -1,9 +1,12 @@
-"""Round to nearest on small floats: FP8, NVFP4 and NF4.
+"""Round to nearest on small floats: FP8, NVFP4, MXFP4 and NF4.
 
     fp8   E4M3 (OCP), largest value 448: s = max|x| / 448 per row, tensor or block of 128 x 128, on 8 significant bits.
     fp4   NVFP4: E2M1 in groups of 16; group scale max|x| / 6 / g in E4M3; g = 2^ceil(log2(max|X| / (6 * 448))), a power of two, so
           that its reciprocal, which compressed-tensors stores, is exact. NVIDIA's own recipe takes max|X| / (6 * 448) itself; a power
-          of two costs at most one binade of E4M3's seventeen.
+          of two costs at most one binade of E4M3's seventeen. Search "mse" tries the codes around and keeps the least squared error of
+          each group ("four over six" looks at the one for max|x| / 4 besides).
+    MXFP4 with search "mse": E2M1 in groups of 32, the power of two with the least squared error out of the OCP rule's (2^(floor(log2 max|x|) - 2),
+          which is ggml's and cuts off what exceeds 6 of it) and its neighbours.
     nf4   the 16 quantiles of QLoRA (arXiv 2305.14314, appendix E), group scale max|x| in fp32, as bitsandbytes stores it.
     nf4dq the same with these scales in 8 bits (primitives/doubled.py), QLoRA's double quantization; codes are those of nf4, as in bitsandbytes.
 
@@ -13,13 +16,13 @@ A code is the nearest value of the grid, ties to the even code; what exceeds the
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import InputError, OptionError
-from lconvert.ir import E2M1, E4M3, Grid, Model, QTensor, Tensor, as_f32, parts
+from lconvert.ir import E2M1, E4M3, E8M0, Grid, Model, QTensor, Tensor, as_f32, parts
 from lconvert.primitives import doubled
 from lconvert.primitives.levels import NF4, power_of_two_above
 
@@ -114,12 +117,14 @@ def _over(x: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.floa
     return np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
 
 
-def quantized(t: Tensor, grid: str, group: int | str, peak: Peak) -> QTensor:
-    """A dense (out, in) matrix on one of GRIDS, lazily."""
+def quantized(t: Tensor, grid: str, group: int | str, peak: Peak, search: str = "minmax") -> QTensor:
+    """A dense (out, in) matrix on one of GRIDS, or on MXFP4 by search, lazily."""
     if grid == "fp8":
         return {-1: _fp8_rows, "tensor": _fp8_tensor, "block": _fp8_blocks}[group](t, peak)
     if grid == "fp4":
-        return _fp4(t, peak)
+        return _fp4(t, peak, search)
+    if grid == "MXFP4":
+        return _mxfp4(t)
     plain = _nf4(t, int(group))
     return plain if grid == "nf4" else _doubled(plain)
 
@@ -192,31 +197,67 @@ def _fp8_blocks(t: Tensor, peak: Peak) -> QTensor:
     return QTensor(t.shape, Tensor(t.shape, "U8", codes, t.origin, t.files), E4M3, (_TILE, _TILE), side)
 
 
-def _fp4(t: Tensor, peak: Peak) -> QTensor:
+def _fp4(t: Tensor, peak: Peak, search: str) -> QTensor:
     import numpy as np
-
-    if t.shape[1] % 16:
-        raise OptionError(f"{t.origin}: rows of {t.shape[1]} values do not divide into groups of 16")
-    groups = t.shape[1] // 16
 
     def outer() -> np.float32:
         return np.float32(power_of_two_above(peak.value() / (_FP4_MAX * _FP8_MAX)))
 
+    def covering(top: NDArray[np.float32]) -> NDArray[np.int16]:
+        return nearest(E4M3, top / np.float32(_FP4_MAX) / outer()).astype(np.int16)
+
+    return _micro(t, 16, E4M3, 0x7E, outer, covering, range(-2, 6) if search == "mse" else range(1))
+
+
+def _mxfp4(t: Tensor) -> QTensor:
+    import numpy as np
+
+    def covering(top: NDArray[np.float32]) -> NDArray[np.int16]:
+        exponent = np.frexp(top)[1] - 1  # floor(log2)
+        return np.where(top > 0, exponent - 2 + 127, 0).astype(np.int16)
+
+    return _micro(t, 32, E8M0, 0xFE, lambda: np.float32(1), covering, range(-1, 2))
+
+
+def _micro(
+    t: Tensor,
+    group: int,
+    side: Grid,
+    most: int,
+    outer: Callable[[], np.float32],
+    covering: Callable[[NDArray[np.float32]], NDArray[np.int16]],
+    steps: Iterable[int],
+) -> QTensor:
+    """E2M1 under scales of `side`, codes 0 .. most, times `outer`. covering: largest magnitudes of groups -> codes; steps: what is added to those
+    to find the least squared error."""
+    import numpy as np
+
+    if t.shape[1] % group:
+        raise OptionError(f"{t.origin}: rows of {t.shape[1]} values do not divide into groups of {group}")
+    groups = t.shape[1] // group
+
     def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:
         from lconvert.kernels.qtensor import grid_values
 
-        x = _finite(t, start, stop).reshape(stop - start, groups, 16)
-        g = outer()
-        local = nearest(E4M3, np.abs(x).max(-1) / np.float32(_FP4_MAX) / g)
-        scale = grid_values(E4M3, local) * g
-        codes = nearest(E2M1, _over(x, np.broadcast_to(scale[..., None], x.shape)))
+        x = _finite(t, start, stop).reshape(stop - start, groups, group)
+        first = covering(np.abs(x).max(-1))
+        least = np.full(first.shape, np.inf)
+        codes, local = np.zeros(x.shape, np.uint8), np.zeros(first.shape, np.uint8)
+        for step in steps:
+            now = np.clip(first + step, 0, most).astype(np.uint8)
+            scale = (grid_values(side, now) * outer())[..., None]
+            found = nearest(E2M1, _over(x, np.broadcast_to(scale, x.shape)))
+            error = ((grid_values(E2M1, found) * scale - x).astype(np.float64) ** 2).sum(-1)
+            better = error < least
+            least, local = np.where(better, error, least), np.where(better, now, local)
+            codes = np.where(better[..., None], found, codes)
         return {"codes": codes.reshape(stop - start, -1), "local": local}
 
     reader = parts(compute, t.shape[1])
     codes = Tensor(t.shape, "U8", reader("codes"), t.origin, t.files)
     local = Tensor((t.rows, groups), "U8", reader("local"), t.origin, t.files)
     one = Tensor((1, 1), "F32", lambda a, b: np.full((1, 1), outer())[a:b], t.origin, t.files)
-    return QTensor(t.shape, codes, E2M1, (1, 16), QTensor(local.shape, local, E4M3, (-1, -1), one))
+    return QTensor(t.shape, codes, E2M1, (1, group), QTensor(local.shape, local, side, (-1, -1), one))
 
 
 def _nf4(t: Tensor, group: int) -> QTensor:
