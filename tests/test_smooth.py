@@ -116,7 +116,7 @@ def test_activations_inside_experts_are_seen_too(name: str, monkeypatch: pytest.
     shown = Windows((tuple(i % model.decoder.vocab for i in range(7, 199)),))
     monkeypatch.setattr(text, "windows", lambda model, calibration: shown)
     inner = [s for s in sites(model.decoder) if ".experts." in s.name]
-    found = smooth.peaks(model, inner, JOB)
+    found, _ = smooth.peaks(model, inner, JOB)
     assert inner and set(found) <= {s.name for s in inner} and len(found) > len(inner) / 2
     assert all(
         x.shape == (s.channels,) and x.max() > 0 for s in inner if (x := found.get(s.name)) is not None

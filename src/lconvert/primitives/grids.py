@@ -40,7 +40,7 @@ from lconvert.primitives.families import (
     short,
 )
 from lconvert.primitives.levels import NF4, Levels, power_of_two_above
-from lconvert.primitives.placement import Placed
+from lconvert.primitives.placement import Placed, undivided
 from lconvert.primitives.sides import Sides
 from lconvert.primitives.trials import over
 
@@ -169,22 +169,21 @@ def find(
             Single(lambda s: short(s, 8), False, "F32", False),
         )
     else:
-        made = _block_type(placed, cols)
+        made = _block_type(placed, cols, what)
     if cols % made.span:
-        raise OptionError(
-            f"{what}: rows of {cols} values do not divide into groups of {made.span} ({placed})"
-        )
+        raise undivided(what, cols, made.span, placed.grid)
     return made
 
 
-def _block_type(placed: Placed, cols: int) -> DeploymentGrid:
+def _block_type(placed: Placed, cols: int, what: str) -> DeploymentGrid:
     from lconvert.formats.gguf_blocks import SCHEMES
 
     type_ = placed.grid.upper()
     scheme = SCHEMES.get(type_)
     if scheme is None or scheme.grid.lattice or scheme.sub == 256:
         raise OptionError(
-            f"grid {placed}: nobody but rtn rounds on it; its codes are confined to a lattice, or its scales to a tensor"
+            f"{what}: grid {placed}: nobody but rtn rounds on it; its codes are confined to a lattice, or its scales to a tensor; choose "
+            "another grid, or give it to rtn"
         )
     family: Family
     if scheme.scale in (E8M0,):
