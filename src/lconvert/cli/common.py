@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,8 @@ def fail_fast_files(*, read: Sequence[Path | None] = (), written: Sequence[Path 
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             what = "is a folder" if path.is_dir() else "its folder does not exist"
             raise OutputError(f"{path}: {what}; name a file in an existing folder")
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise OutputError(f"{path}: its folder is read-only; choose another one")
 
 
 def keep_inputs(models: Sequence[Path], read: Sequence[Path], written: Sequence[Path]) -> None:
