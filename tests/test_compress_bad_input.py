@@ -105,6 +105,18 @@ def test_norms_that_are_no_numbers(name: str) -> None:
         found.run(changed(NORM, infinite), found.Options(), JOB)
 
 
+@pytest.mark.parametrize("grid", ["int4", "Q4_K", "uint4"])
+def test_weights_whose_scales_are_too_large(grid: str) -> None:
+    def large(values: Any) -> None:
+        values[:, ::2] = 1e30
+
+    found, role = passes.find("gptq"), "layers.0.attn.q"
+    with pytest.raises(
+        InputError, match=rf"q_proj\.weight: {grid}\S* has no scale for it in F16; its weights are too large"
+    ):
+        found.run(changed(role, large), found.Options(grid, 32, targets=role), JOB)
+
+
 # --- channels that nothing comes through -----------------------------------------------------------------
 
 ONE = {"targets": r"layers\.0\.attn\.q"}

@@ -19,13 +19,14 @@ them stays, for rounders that change weights on the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lconvert.errors import OptionError
+from lconvert.errors import InputError, OptionError
 from lconvert.forward import packages
-from lconvert.ir import E2M1, E4M3, E8M0, Grid, QTensor, Tensor, int_grid
+from lconvert.ir import E2M1, E4M3, E8M0, Grid, QTensor, Tensor, as_f32, int_grid
 from lconvert.primitives import levels as of_levels
 from lconvert.primitives.families import (
     SLAB,
@@ -43,6 +44,9 @@ from lconvert.primitives.levels import NF4, Levels, power_of_two_above
 from lconvert.primitives.placement import Placed, undivided
 from lconvert.primitives.sides import Sides
 from lconvert.primitives.trials import over
+
+#: The least end of the ranges that scales in F16 are clamped to (families.py): seven significant bits.
+_END = 65024.0
 
 
 @dataclass(frozen=True)
@@ -104,15 +108,31 @@ class DeploymentGrid:
         return self.round(w, sides), sides
 
     def qtensor(self, position: Any, sides: Sides, like: Tensor) -> QTensor:
-        """The QTensor of these positions and sides; `like` is the weight that they stand for."""
+        """The QTensor of these positions and sides; `like` is the weight that they stand for. InputError where a side is beyond what stores it."""
         codes = self.levels.stored[position.cpu().numpy()]
         made = self.family.qtensor(self, codes, {k: v.cpu() for k, v in sides.stored.items()})
+        if wide := _beyond(made.scale) or _beyond(made.offset):
+            raise InputError(
+                f"{like.origin or 'a matrix'}: {self.placed} has no scale for it in {wide}; its weights are too large, or damaged"
+            )
         return replace(made, codes=replace(made.codes, origin=like.origin))
 
     @property
     def holds_zero(self) -> bool:
         """Whether an exact 0 is on the grid whatever the scales are."""
         return bool((self.levels.values == 0).any()) and not self.family.minimum
+
+
+def _beyond(side: Tensor | QTensor | None) -> str:
+    """The dtype whose range a side, or the scales of its codes, has left: infinite, or at the end of what families clamp to. "" where none has."""
+    import numpy as np
+
+    while isinstance(side, QTensor):
+        side = side.scale
+    if side is None:
+        return ""
+    most = float(np.abs(as_f32(side.load(), side.dtype)).max(initial=0))
+    return "" if most < (_END if side.dtype == "F16" else math.inf) else side.dtype
 
 
 def _importance(x: Any, h: Any) -> Any:
