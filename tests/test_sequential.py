@@ -487,6 +487,7 @@ def test_numbers_that_are_none_are_reported_where_they_begin(role: str, named: s
 
     with pytest.raises(InputError, match=f"the input of {named} holds NaN or infinite values"):
         walk(broken, job(), look, what="test", key="0")
+    bad = bad.copy()
     bad[3, 5] = np.nan
     broken = model.with_entries({role: replace(model.entries[role], data=dense(bad))})
     with pytest.raises(InputError, match=f"{role} holds NaN or infinite values, first in row 3"):

@@ -91,7 +91,8 @@ def test_a_dead_channel_is_reported(model: Model) -> None:
     w[[3, 8]] = 0
     one = model.with_entries({name: replace(model.entries[name], data=dense(w))})
     out = smooth.run(one, smooth.Options(), JOB)
-    assert out.report[-1] == "smooth: 2 channels without activations or weights keep the factor 1"
+    said = f"smooth: channels without activations or weights keep the factor 1: 2 of {len(w)} at {name}"
+    assert out.report[-1] == said
     assert (values(out.entries[name].data)[[3, 8]] == 0).all()
 
 
@@ -161,7 +162,7 @@ def test_what_it_refuses(model: Model) -> None:
     bad[4] = np.inf
     with pytest.raises(
         InputError,
-        match=r"the input of layers\.1\.mlp\.gate holds NaN or infinite values on the calibration text",
+        match=r"layers\.1\.mlp_norm holds NaN or infinite values, first in row 4",
     ):
         run(model.with_entries({norm.name: replace(norm, data=dense(bad))}), some, JOB)
 
