@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lconvert import passes
-from lconvert.errors import OptionError
+from lconvert.errors import OptionError, meant
 from lconvert.ir import Model, QTensor
 from lconvert.primitives.job import Calibration
 from lconvert.primitives.placement import NONE, NOTHING, TABLES, Placement
@@ -56,7 +56,8 @@ PRODUCERS = ("modelopt",)
 
 def find(name: str) -> Method:
     if name not in METHODS:
-        raise OptionError(f"method {name!r}; choose {', '.join(METHODS)} or modelopt:CONFIG")
+        hint = meant(name, (*METHODS, *PRODUCERS))
+        raise OptionError(f"method {name!r}; {hint}choose {', '.join(METHODS)} or modelopt:CONFIG")
     return METHODS[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from tokenizers import Tokenizer
@@ -16,10 +17,9 @@ from lconvert.primitives.job import Calibration
 from lconvert.primitives.text import windows
 from tests.conftest import DEMO
 
-WORDS = (
-    "The valley was settled long before anyone wrote about it, and most of what is known comes from the river. "
-    * 400
-)
+SENTENCE = "The valley was settled long before anyone wrote about it, and most of what is known comes from the river. "
+#: No sixteen words of it occur twice.
+WORDS = " ".join(Random(0).choices(SENTENCE.split(), k=8000))
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,11 @@ def test_a_text_that_the_tokenizer_was_not_made_for_is_reported(
     assert len(found.notes) == 1 and re.search(said, found.notes[0]), found.notes
     good = windows(model, Calibration(written(tmp_path / "g.txt", WORDS), 2, 128))
     assert not good.notes
+
+
+def test_a_text_that_says_the_same_again_and_again_is_reported(model: Model, tmp_path: Path) -> None:
+    found = windows(model, Calibration(written(tmp_path / "t.txt", SENTENCE * 400), 2, 128))
+    assert len(found.notes) == 1 and "of t.txt repeats what stands before in it" in found.notes[0]
 
 
 def test_what_is_no_text_is_refused(model: Model, tmp_path: Path) -> None:

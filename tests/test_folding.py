@@ -201,8 +201,13 @@ def test_what_was_measured_stays_as_it_was() -> None:
 def test_factors_must_be_positive_and_fit_and_have_a_place() -> None:
     model = lconvert.read(DEMO)
     hidden = model.decoder.hidden
-    for bad in (np.ones(3), np.zeros(hidden), np.full(hidden, np.nan), -np.ones(hidden)):
-        with pytest.raises(OptionError, match=rf"layers\.0\.mlp_norm: expected {hidden} positive factors"):
+    for bad, said in (
+        (np.ones(3), f"{hidden} factors, found shape \\(3,\\)"),
+        (np.zeros(hidden), "positive factors, found 0"),
+        (np.full(hidden, np.nan), "positive factors, found nan"),
+        (-np.ones(hidden), "positive factors, found -1"),
+    ):
+        with pytest.raises(OptionError, match=rf"layers\.0\.mlp_norm: expected {said}"):
             folding.scaled(model, {"layers.0.mlp_norm": bad})
     with pytest.raises(OptionError, match=r"layers\.0\.attn\.q: no factor can move through it in llama"):
         folding.scaled(model, {"layers.0.attn.q": np.ones(hidden)})

@@ -156,6 +156,6 @@ def test_what_cannot_be() -> None:
     with pytest.raises(OptionError, match="lattice"):
         grids.find(Placed("IQ2_XS", -1), 512)
     with pytest.raises(
-        OptionError, match=r"layers\.0\.attn\.q: rows of 500 values do not divide into groups of 256"
+        OptionError, match=r"layers\.0\.attn\.q: rows of 500 values do not divide into \S+'s blocks of 256"
     ):
         grids.find(Placed("Q4_K", -1), 500, what="layers.0.attn.q")

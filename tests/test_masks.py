@@ -108,5 +108,5 @@ def test_rows_that_do_not_divide() -> None:
 
 
 def test_scores_without_an_order() -> None:
-    with pytest.raises(InputError, match="head: its scores hold NaN"):
+    with pytest.raises(InputError, match="head: its weights hold NaN"):
         masks.kept(torch.tensor([[1.0, float("nan")]]), masks.parse("unstructured"), 0.5, "head")

@@ -354,7 +354,7 @@ def test_a_dry_run_calibrates_nothing(slow: Slow, text: Path, tmp_path: Path) ->
         (["compress", DEMO, "--seed", "-1"], "Invalid value for '--seed'"),
         (["compress", DEMO, "--device", "tpu"], "--device 'tpu': expected cpu, cuda or cuda:N"),
         (["compress", DEMO, "--device", "cuda:99", "--method", "slow", "--calibrate", "TEXT"], "--device cuda:99: torch sees "),
-        (["compress", DEMO, "--memory", "lots"], "size 'lots': expected a number of bytes"),
+        (["compress", DEMO, "--memory", "lots"], "--memory 'lots': expected a number of bytes"),
         (["hf-to-vllm", "Q", "--method", "slow", "--calibrate", "TEXT"],
          "--method slow: Q: 21 matrices are quantized already, so there is nothing to round; give the model as it was before, or"),
         (["hf-to-gguf", "Q", "--q4_0", "--method", "slow", "--calibrate", "TEXT"], "21 matrices are quantized already, so there is nothing to round"),
@@ -474,7 +474,8 @@ def test_an_interrupt_before_the_first_layer_leaves_nothing(slow: Slow, text: Pa
 
 def test_a_pass_that_fails_leaves_its_finished_layers(slow: Slow, text: Path, tmp_path: Path) -> None:
     slow.fail_after, slow.fails = 1, OptionError("memory is not enough")
-    assert fails(*slowly(tmp_path, text)) == "memory is not enough"
+    kept = f"finished layers are kept in {tmp_path / 'm.lcir.work'} for --resume"
+    assert fails(*slowly(tmp_path, text)) == f"memory is not enough; {kept}"
     assert workplace.holds_layers(tmp_path / "m.lcir.work")
 
 

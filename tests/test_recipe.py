@@ -137,7 +137,10 @@ def test_passes_that_share_the_weights_between_them() -> None:
         ("passes: [{rtn: {group: true}}]", "rtn: group True: expected a whole number or a text"),
         ("passes: [{rtn: {grid: 4}}]", "rtn: grid 4: expected a text"),
         ("passes: [{rtn: {grid: null}}]", "rtn: grid None: expected a text"),
-        ("passes: [{rtn: {grid: int9}}]", "rtn: grid 'int9'; choose int2..int8"),
+        ("passes: [{rtn: {grid: int9}}]", "rtn: grid 'int9'; did you mean int8? choose int2..int8"),
+        ("passes: [{rtn: {grid: q4k}}]", "rtn: grid 'q4k'; did you mean Q4_K? choose int2..int8"),
+        ("passes: [{rtn: {grid: best}}]", "rtn: grid 'best'; choose int2..int8"),
+        ("pases: [rtn]", "unknown key 'pases'; did you mean passes? a recipe has schema, "),
         ("passes: [{rtn: {search: best}}]", "rtn: search 'best': expected one of minmax, signed-max, mse"),
         ("passes: [{rtn: {targets: '('}}]", "rtn: '(' is not a regular expression"),
         ("passes: [{rtn: {grids: [a]}}]", "rtn: grids ['a']: expected a mapping from a text to a text"),
@@ -156,7 +159,8 @@ def test_passes_that_share_the_weights_between_them() -> None:
         ("passes: [!!python/object:os.system {}]", "not readable as YAML (line 2: could not determine a constructor"),
         ("passes: " + "[" * 2000, "not readable as YAML ("),
         ("passes: [rtn]\ncalibration: 128", "calibration 128: expected a mapping of text, windows, context, seed"),
-        ("passes: [rtn]\ncalibration: {window: 1}", "calibration {'window': 1}: expected a mapping of text, windows"),
+        ("passes: [rtn]\ncalibration: {window: 1}", "calibration: unknown key 'window'; did you mean windows? keys: text, windows"),
+        ("passes: [rtn]\ncalibration: {tokens: 1}", "calibration: unknown key 'tokens'; keys: text, windows, context, seed"),
         ("passes: [rtn]\ncalibration: {windows: 0}", "calibration: windows 0; expected a whole number from 1 on"),
         ("passes: [rtn]\ncalibration: {context: 1.5}", "calibration: context 1.5; expected a whole number"),
         ("passes: [rtn]\ncalibration: {seed: -1}", "calibration: seed -1; expected a whole number from 0 on"),
@@ -210,6 +214,9 @@ def test_a_recipe_that_is_no_file(tmp_path: Path) -> None:
         ("rtn, activations, {activations: {grid: fp8}}", "activations says how inputs are quantized of layers.0.attn.q, as"),
         ("static, activations", "activations says how inputs are quantized of layers.0.attn.q, as static before it does"),
         ("kv, rtn, kv", "kv quantizes the cache, as a kv before it; leave one out"),
+        ("rtn, rotate", "rotate changes dense weights, but rtn in front of it has rounded them; put rotate first"),
+        ("gptq, sparse", "sparse re-fits the weights that it keeps, but gptq in front of it has rounded them; put sparse first, or prune by magnitude"),
+        ("gptq, {sparse: {method: magnitude, steps: 2}}", "sparse re-fits the weights that it keeps, but gptq"),
     ],
 )  # fmt: skip
 def test_contradictory_passes(steps: str, message: str) -> None:
@@ -219,7 +226,8 @@ def test_contradictory_passes(steps: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "steps", ["kv", "activations", "kv, rtn, activations", "{rtn: {grids: {'.*down': none}}}, {rtn: {targets: '.*down'}}"]
+    "steps", ["kv", "activations", "kv, rtn, activations", "gptq, {sparse: {method: wanda}}", "sparse, gptq",
+              "{gptq: {ignore: '.*down'}}, {sparse: {targets: '.*down'}}", "{rtn: {grids: {'.*down': none}}}, {rtn: {targets: '.*down'}}"]
 )  # fmt: skip
 def test_passes_that_go_together(steps: str) -> None:
     assert parsed(f"passes: [{steps}]").steps

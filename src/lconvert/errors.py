@@ -6,6 +6,8 @@ these into one line on stderr and the exit code of the class; anything else is a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 
 class LconvertError(Exception):
     """Base of all intended failures. `exit_code` is what the command line returns for it."""
@@ -43,3 +45,17 @@ class RuntimeFailure(LconvertError):
     """A runtime died, hung past its time limit, or broke off in the middle of an answer."""
 
     exit_code = 1
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """`did you mean NAME? ` for a word that is nearly one of `known`, whatever its case; else nothing. In front of the list of them."""
+    import difflib
+
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(word).lower(), names, 1)
+    return f"did you mean {names[close[0]]}? " if close else ""
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .archs import find
 from .archs.common import Bind, binds
 from .errors import InputError, LconvertError, MissingPackageError, UnsupportedError
-from .ir import Conv, Convnet, Decoder, Linear, Model, Plain, Pool
+from .ir import Conv, Convnet, Decoder, Linear, Model, Plain, Pool, Tensor
 from .kernels.qtensor import effective
 from .spec import shapes
 
@@ -102,6 +102,22 @@ def hf_tensor(model: Model, bind: Bind) -> NDArray[np.float32]:
     return np.ascontiguousarray(out.swapaxes(-1, -2)) if bind.transpose else out
 
 
+def _no_numbers(model: Model, bind: Bind) -> InputError:
+    """Which of the entries of a tensor that holds NaN or infinite values has them, and where."""
+    import numpy as np
+
+    for role, _ in bind.parts:
+        data = model.entries[role].data
+        bad = ~np.isfinite(effective(model.entries[role]).reshape(data.shape[0], -1)).all(axis=1)
+        if bad.any():
+            where = f"{data.origin}: " if isinstance(data, Tensor) and data.origin else ""
+            return InputError(
+                f"{where}{role} holds NaN or infinite values, first in row {int(bad.argmax())}; the weights are damaged, or what "
+                "they were multiplied by is"
+            )
+    raise AssertionError("a tensor is made of its entries")
+
+
 def _plain_attention(model: Model) -> bool:
     """Whether attention is a softmax of scaled products and nothing more."""
     if not isinstance(model.arch, Decoder):
@@ -167,7 +183,13 @@ class Forward:
         root.get_submodule(owner)._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
 
     def _load(self, full: str, shape: tuple[int, ...]) -> Any:
-        return self._torch.from_numpy(hf_tensor(self._model, self.bind(full, shape)))
+        import numpy as np
+
+        bind = self.bind(full, shape)
+        made = hf_tensor(self._model, bind)
+        if not np.isfinite(made).all():
+            raise _no_numbers(self._model, bind)
+        return self._torch.from_numpy(made)
 
     def bind(self, full: str, shape: tuple[int, ...]) -> Bind:
         """Which canonical rows the parameter (or buffer) of this name and shape holds."""

@@ -12,14 +12,13 @@ recipe's folder. passes: each one a mapping of its name to its options, which ar
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lconvert import passes, recipe_check
-from lconvert.errors import OptionError
+from lconvert.errors import OptionError, meant
 from lconvert.ir import Model
 from lconvert.primitives.job import Calibration, Job
 
@@ -99,10 +98,8 @@ def load(recipe: str | Path) -> Recipe:
     if text in names():
         return parse(text, (FOLDER / f"{text}.yaml").read_text(encoding="utf-8"), FOLDER)
     if not path.is_file():
-        close = difflib.get_close_matches(text, names(), 1)
-        hint = f"did you mean {close[0]}? " if close else ""
         raise OptionError(
-            f"{text}: neither a recipe file nor a recipe's name; {hint}names: {', '.join(names())}"
+            f"{text}: neither a recipe file nor a recipe's name; {meant(text, names())}names: {', '.join(names())}"
         )
     try:
         if path.stat().st_size > _LARGEST:
@@ -119,7 +116,8 @@ def parse(where: str, content: str, folder: Path) -> Recipe:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise OptionError(f"{where}: expected 'schema: {SCHEMA}' at the top")
     if unknown := [k for k in data if k not in _KEYS]:
-        raise OptionError(f"{where}: unknown key {unknown[0]!r}; a recipe has {', '.join(_KEYS)}")
+        hint = meant(unknown[0], _KEYS)
+        raise OptionError(f"{where}: unknown key {unknown[0]!r}; {hint}a recipe has {', '.join(_KEYS)}")
     for key in ("name", "about"):
         if not isinstance(data.get(key, ""), str):
             raise OptionError(f"{where}: {key} {data[key]!r}: expected a text")
@@ -139,8 +137,7 @@ def _step(where: str, item: Any) -> Step:
         raise OptionError(f"{where}: each pass is one mapping such as 'rtn: {{grid: int4}}', found {item!r}")
     ((name, given),) = item.items()
     if name not in passes.PASSES:
-        close = difflib.get_close_matches(str(name), passes.PASSES, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = meant(name, passes.PASSES)
         raise OptionError(f"{where}: unknown pass {name!r}; {hint}passes: {', '.join(passes.PASSES)}")
     given = {} if given is None else given
     if not isinstance(given, dict):
@@ -150,8 +147,11 @@ def _step(where: str, item: Any) -> Step:
 
 def _calibration(where: str, given: Any, folder: Path) -> Calibration:
     known = [f.name for f in fields(Calibration)]
-    if not isinstance(given, dict) or set(given) - set(known):
+    if not isinstance(given, dict):
         raise OptionError(f"{where}: calibration {given!r}: expected a mapping of {', '.join(known)}")
+    if unknown := [k for k in given if k not in known]:
+        hint = meant(unknown[0], known)
+        raise OptionError(f"{where}: calibration: unknown key {unknown[0]!r}; {hint}keys: {', '.join(known)}")
     text = given.get("text", "")
     if not isinstance(text, str):
         raise OptionError(f"{where}: calibration: text {text!r}: expected the path of a text")

@@ -6,7 +6,6 @@ The types are those of the fields of a pass's `Options`; ranges are its own busi
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import types
@@ -15,7 +14,7 @@ from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lconvert import passes
-from lconvert.errors import LconvertError, OptionError
+from lconvert.errors import LconvertError, OptionError, meant
 from lconvert.primitives.placement import Placement
 
 
@@ -25,8 +24,7 @@ def options(where: str, name: str, given: Mapping[str, Any]) -> Any:
     known = [f.name for f in fields(kind)]
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = meant(key, known)
             raise OptionError(f"{where}: {name}: unknown option {key!r}; {hint}options: {', '.join(known)}")
     hints = get_type_hints(kind)
     taken = {}
@@ -115,11 +113,16 @@ def stages(where: str, steps: Sequence[tuple[str, Any]]) -> None:
     """OptionError where passes (name, options) contradict each other in this order."""
     kinds = [passes.stages(name, options) for name, options in steps]
     rounding = [i for i, kind in enumerate(kinds) if "rounds" in kind]
-    for i, (name, _) in enumerate(steps):
+    for i, (name, options) in enumerate(steps):
         if "transforms" in kinds[i] and rounding and rounding[0] < i:
             raise OptionError(
                 f"{where}: {name} changes dense weights, but {steps[rounding[0]][0]} in front of it has rounded them; "
                 f"put {name} first"
+            )
+        if getattr(options, "refits", False) and (done := _both(steps[:i], kinds, options)):
+            raise OptionError(
+                f"{where}: {name} re-fits the weights that it keeps, but {done} in front of it has rounded them; put {name} first, or prune by "
+                "magnitude or wanda in one step"
             )
         if kinds[i] == ("inputs",) and rounding and rounding[0] > i:
             raise OptionError(
@@ -132,6 +135,16 @@ def stages(where: str, steps: Sequence[tuple[str, Any]]) -> None:
         ("cache", "quantizes"),
     ):
         _once(where, [steps[i] for i, kind in enumerate(kinds) if stage in kind], done)
+
+
+def _both(earlier: Sequence[tuple[str, Any]], kinds: Sequence[tuple[str, ...]], options: Any) -> str:
+    """The pass that has rounded a weight which `options` mean too; "" for none."""
+    mine = _meant(options)
+    for (name, before), kind in zip(earlier, kinds, strict=False):
+        theirs = _meant(before)
+        if "rounds" in kind and any(mine(n) and theirs(n) for n in _names()):
+            return name
+    return ""
 
 
 def _once(where: str, steps: Sequence[tuple[str, Any]], does: str) -> None:

@@ -72,7 +72,10 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def request(given: dict[str, Any]) -> Request:
     """The options of an allocation, taken out of a command's keywords. OptionError where they lack --target or contradict it."""
-    types = tuple(t for t in str(given.pop("types")).split(",") if t)
+    said = str(given.pop("types"))
+    types = tuple(t for t in said.split(",") if t)
+    if said and not types:
+        raise OptionError(f"--types {said!r}: names no type; expected some of them, such as Q4_K,Q6_K")
     names = [f for f in Request.__dataclass_fields__ if f != "types"]
     found = Request(types=types, **{name: given.pop(name) for name in names})
     if found.wanted:
@@ -103,7 +106,7 @@ def run(model: Model, wanted: Request, job: Job, method: str | None, *, quiet: b
     options = Options(
         target=wanted.target,
         bpw=wanted.bpw,
-        size=parse_size(wanted.size),
+        size=parse_size(wanted.size, "--size"),
         max_kld=wanted.max_kld,
         sensitivity=wanted.sensitivity,
         types=wanted.types,

@@ -129,7 +129,7 @@ def command(source: str, output: Path, backend: str, dtype: str, batch: str, seq
     options = tensorrt.Options(
         backend, tensorrt.span(batch), *spans(sequence, past, _context(source)), capabilities(sm),
         str(timing_cache or ""), version_compatible, hardware, strip_plan, refit, weight_streaming, sparse,
-        parse_size(workspace), level,
+        parse_size(workspace, "--workspace"), level,
     )  # fmt: skip
     tensorrt.load(backend)
     with tempfile.TemporaryDirectory(prefix="lconvert-") as scratch, status("building") as step:

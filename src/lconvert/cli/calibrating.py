@@ -14,7 +14,7 @@ import click
 
 from lconvert.cli.common import fail_fast_files, fail_fast_output, parse_size, steps_bar
 from lconvert.converters import methods
-from lconvert.errors import InputError, OptionError, UnsupportedError
+from lconvert.errors import InputError, LconvertError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from lconvert.ir import Model
@@ -54,9 +54,13 @@ class How:
             raise OptionError(f"--device {self.device!r}: expected cpu, cuda or cuda:N")
         if self.pythons and self.produced is None:
             raise OptionError("--python names the interpreter of a producer; add --method modelopt:CONFIG")
-        parse_size(self.memory)
+        self.bytes()
         if self.calibration is not None:
             _check_text(self.calibration)
+
+    def bytes(self) -> int | None:
+        """What calibration may take."""
+        return parse_size(self.memory, "--memory")
 
     def calibrated(self, recipe: Recipe) -> Calibration:
         """The recipe's calibration, with what the command line says instead."""
@@ -140,7 +144,7 @@ def run(
         calibration,
         how.device,
         how.activations,
-        memory=parse_size(how.memory),
+        memory=how.bytes(),
         resume=resume,
         threads=threads,
     )
@@ -156,9 +160,9 @@ def run(
     except BaseException as e:
         if not workplace.holds_layers(folder):
             workplace.end(folder)
-        elif isinstance(e, KeyboardInterrupt):
+        elif isinstance(e, KeyboardInterrupt | LconvertError):
             kept = f"finished layers are kept in {folder} for --resume"
-            raise KeyboardInterrupt("; ".join([*map(str, e.args), kept])) from None
+            raise type(e)("; ".join([*map(str, e.args), kept])) from None
         raise
     if how.work is None or not workplace.holds_layers(folder):
         workplace.end(folder)
@@ -174,7 +178,11 @@ def possible(
     outline = methods.outline(recipe)
     if outline == recipe or any(passes.calibrates(s.name, s.options) for s in outline.steps):
         return
-    plan = planned(outline.apply(model))
+    try:
+        plan = planned(outline.apply(model))
+    except OptionError as e:  # what the outline rounds to nearest, the recipe does otherwise
+        rounder = next((s.name for s in recipe.steps if "rounds" in passes.stages(s.name, s.options)), "rtn")
+        raise OptionError(re.sub("^rtn: ", f"{rounder}: ", str(e))) from None
     if refused := refusals(plan):
         raise UnsupportedError("; ".join(refused[:3]))
     for file in plan.files:
@@ -259,5 +267,5 @@ def check_device(device: str) -> None:
     torch, _ = packages()
     index = int(device.partition(":")[2] or 0)
     if torch.cuda.device_count() <= index:
-        found = f"{torch.cuda.device_count()} of them" if torch.cuda.is_available() else "none"
+        found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
         raise OptionError(f"--device {device}: torch sees {found}; choose another, or cpu")

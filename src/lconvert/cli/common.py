@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,14 +40,15 @@ def write_card(
     card.write(folder or path.parent, text, name, merged=folder is not None)
 
 
-def parse_size(text: str | None) -> int | None:
-    """'4G', '500M', '1000000' as bytes (decimal multiples, as llama.cpp's splitter)."""
+def parse_size(text: str | None, option: str = "size") -> int | None:
+    """'4G', '1.5G', '500M', '1000000' as bytes (decimal multiples, as llama.cpp's splitter). option: whose value it is, for messages."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+)([KMG]?)B?", text.strip().upper())
-    if not found or not int(found[1]):
-        raise OptionError(f"size {text!r}: expected a number of bytes with K, M or G, such as 4G")
-    return int(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]]
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper(), re.ASCII)
+    size = round(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]]) if found else 0
+    if not size:
+        raise OptionError(f"{option} {text!r}: expected a number of bytes with K, M, G or T, such as 4G")
+    return size
 
 
 def fail_fast_output(out: Path, force: bool) -> None:
@@ -64,6 +66,8 @@ def fail_fast_files(*, read: Sequence[Path | None] = (), written: Sequence[Path 
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             what = "is a folder" if path.is_dir() else "its folder does not exist"
             raise OutputError(f"{path}: {what}; name a file in an existing folder")
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise OutputError(f"{path}: its folder is read-only; choose another one")
 
 
 def keep_inputs(models: Sequence[Path], read: Sequence[Path], written: Sequence[Path]) -> None:

@@ -91,7 +91,8 @@ def command(
     with producing.source(how, source, output or Path(), **run) as found:
         model = found.model
         if wanted.wanted:
-            job = Job(how.calibrated(passes), how.device, threads=threads)
+            calibrating.check_device(how.device)
+            job = Job(how.calibrated(passes), how.device, how.activations, how.bytes(), threads=threads)
             passes = allocating.run(model, wanted, job, how.method, quiet=as_json)
         if how.method is not None:
             methods.something_to_round(how.method, passes, model)

@@ -162,7 +162,7 @@ def command(
     lowering = api.gguf_options(
         ftype=ftype,
         tensor_types=[gguf_mixture.parse_tensor_type(t) for t in tensor_types],
-        split_max_size=parse_size(split_max_size),
+        split_max_size=parse_size(split_max_size, "--split-max-size"),
         **options,
     )
     base = gguf_mixture.FTYPES[ftype].base if ftype else None

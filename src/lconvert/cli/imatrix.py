@@ -76,7 +76,7 @@ def command(
         job = Job(
             calibration,
             device=device,
-            memory=parse_size(memory),
+            memory=parse_size(memory, "--memory"),
             threads=threads,
             progress=lambda what, done, total: tell(f"layer {done} of {total}"),
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lconvert.cli import calibrating
 from lconvert.cli.calibrating import How
-from lconvert.cli.common import fail_fast_output, interpreters, parse_size, steps_bar
+from lconvert.cli.common import fail_fast_output, interpreters, steps_bar
 from lconvert.errors import OptionError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def source(
     job = Job(
         calibration,
         how.device,
-        memory=parse_size(how.memory),
+        memory=how.bytes(),
         resume=resume,
         threads=threads,
         interpreters=_interpreters(how),

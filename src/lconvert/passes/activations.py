@@ -11,10 +11,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lconvert.errors import OptionError
+from lconvert.errors import OptionError, few
 from lconvert.forward import packages
 from lconvert.ir import E2M1, E4M3, ActSpec, Entry, Grid, Model, QTensor, as_f32, dense, int_grid
-from lconvert.primitives import importance
+from lconvert.primitives import importance, text
 from lconvert.primitives.job import Job
 
 _GRIDS: dict[str, tuple[Grid, float]] = {
@@ -66,6 +66,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     per: Literal["token", "group", "tensor"] = "tensor" if not options.dynamic else options.per or "token"
     per = "group" if size else per
     new: dict[str, Entry] = {}
+    dead: list[str] = []
     for name, entry in model.entries.items():
         wanted = re.fullmatch(options.targets, name) and not (
             options.ignore and re.fullmatch(options.ignore, name)
@@ -78,12 +79,19 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
                 raise OptionError(
                     f"activations: no input of {name} was seen; static scales are not to be had for it"
                 )
+            if not peaks[name]:
+                dead.append(name)
             scale = dense(np.array([_chosen(peaks[name] / top, options.grid)], np.float32))
         spec = ActSpec(grid, per, options.grid == "fp4" or options.dynamic, size, scale)
         note = f"inputs {options.grid}, {'dynamic' if options.dynamic else 'static'}{' per tensor' if options.per == 'tensor' else ''}"
         new[name] = replace(entry, activation=spec, provenance=(*entry.provenance, note))
     if not new:
         raise OptionError(f"activations: no quantized matrix matches targets {options.targets!r}")
+    if dead:
+        lines = (
+            *lines,
+            f"activations: {few(dead)}: inputs are always zero on the calibration text; their scale is 1",
+        )
     told = replace(model, report=(*model.report, *lines))
     return told.with_entries(new, f"activations: inputs of {len(new)} matrices to {options.grid}")
 
@@ -111,10 +119,10 @@ def _peaks(model: Model, options: Options, job: Job) -> tuple[dict[str, float], 
         kind = re.sub(r"experts\.\d+", r"experts.\\d+", role)
         if others := [x for r, x in peaks.items() if re.fullmatch(kind, r)]:
             peaks[role] = max(others)
-    lines = [*found.notes]
+    lines = [*text.unsaid(found.notes, model)]
     if unseen:
         lines.append(
-            f"activations: no token of the text chose {', '.join(unseen[:3])}{f' and {len(unseen) - 3} more' if len(unseen) > 3 else ''}; "
+            f"activations: no token of the text chose {few(unseen)}; "
             "their inputs get the largest scale of their layer's experts"
         )
     return peaks, tuple(lines)

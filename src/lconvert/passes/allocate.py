@@ -11,12 +11,13 @@ that is how a recipe repeats a result, on another text too. The methods of sensi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lconvert.errors import OptionError
+from lconvert.errors import InputError, OptionError, few
 from lconvert.ir import Entry, Model, QTensor, Tensor
 from lconvert.passes import rtn, rtn_float
 from lconvert.passes.deployable import Menu, find_target, menu
@@ -66,7 +67,7 @@ class Options:
         if len(given) > 1:
             raise OptionError(f"allocate: needs one of bpw, size and max_kld, found {' and '.join(given)}")
         for name in given:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"allocate: {name} {getattr(self, name)!r}; expected a positive number")
         if self.sensitivity not in sensitivity.METHODS:
             raise OptionError(
@@ -112,8 +113,12 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
 def applied(model: Model, grids: Mapping[str, str], options: Options, job: Job) -> Model:
     """The model rounded as `grids` say, weighted by importances of the job's text where it has one."""
     placed = list(Placement(targets=NOTHING, grids=grids).chosen(model))
+    if not placed and set(grids.values()) == {NONE}:
+        return model.with_entries({}, "allocate: every tensor stays as it is")
     if not placed:
-        raise OptionError("allocate: no dense matrix matches the grids")
+        raise OptionError(
+            f"allocate: no dense matrix matches the grids: {few(list(grids))}; they were chosen for another model, or it is quantized already"
+        )
     met: Mapping[str, NDArray[np.float32]] = {}
     notes: tuple[str, ...] = ()
     if job.calibration.text:
@@ -197,7 +202,14 @@ def block_rows(t: Tensor, type_: str, importance: NDArray[np.float32] | None) ->
 
     if importance is None and type_ in NEEDS_WEIGHTS:
         importance = np.ones(t.shape[1], np.float32)
-    return lambda start, stop: kernels.quantize(type_, t.read(start, stop), t.dtype, importance)
+
+    def read(start: int, stop: int) -> Any:
+        try:
+            return kernels.quantize(type_, t.read(start, stop), t.dtype, importance)
+        except InputError as e:
+            raise InputError(f"{t.origin}: {e} (rows counted from {start})") from None
+
+    return read
 
 
 class Search:
@@ -209,8 +221,16 @@ class Search:
         self.model, self.options, self.job = model, options, job
         self.menu: Menu = menu(model, options.target, tuple(options.types), options.only)
         job.text("allocate")
+        if options.max_kld is None:
+            self.budget()  # refused before the long part
         mine = own(job, options)
         found = text.windows(model, mine.calibration)
+        held = 4 * (self.menu.weights + found.tokens * model.decoder.hidden * (model.decoder.layers + 1))
+        if job.memory is not None and held > job.memory:
+            raise OptionError(
+                f"--memory {job.memory / 1e6:.1f} MB: an allocation holds the whole model in fp32 and what enters its layers, {held / 1e6:.1f} MB; "
+                "allow more memory, or say the types in a recipe"
+            )
         self.probe = Probe(model, found.ids, job.device)
         if job.threads:
             self.probe.torch.set_num_threads(job.threads)
@@ -279,12 +299,17 @@ class Search:
             budget = self.budget() if budget is None else budget
             best = allocator.within(self.items, budget)
         if self.options.refine and budget is not None:
-            found = evolve.refine(
+            refined = evolve.refine(
                 self.items, best, budget, self.measure, generations=self.options.refine, seed=self.job.calibration.seed,
                 driver=self.options.driver, tell=self.job.tell,
             )  # fmt: skip
-            best, measured = found.allocation, found.measured
-        return self._told(best, self.measure(best) if measured is None else measured)
+            best, measured = refined.allocation, refined.measured
+        found = self._told(best, self.measure(best) if measured is None else measured)
+        most = sum(max(c.sizes.values()) for c in self.menu.choices)
+        if budget is not None and budget > most:
+            note = f"allocate: the budget is more than the widest types take ({most + self.menu.fixed} bytes of tensors); nothing was gained by the rest"
+            found = replace(found, notes=(*found.notes, note))
+        return found
 
     def below(self, bound: float) -> tuple[Allocation, float]:
         """The smallest allocation, of optima by predicted loss, that measures at most `bound`: bisection on the budget."""

@@ -134,6 +134,10 @@ def _starts(
         seen: list[Hessian | Moments] = [Hessian() if by_codes else Moments() for _ in stages]
         block.observe({role: s for stage, s in zip(stages, seen, strict=True) for role in stage})
         for stage, s in zip(stages, seen, strict=True):
+            if isinstance(s, Moments) and s.count and (dead := int((s.squares <= 0).sum())):
+                block.say(
+                    f"autoround: {', '.join(stage)}: {dead} of {len(s.squares)} inputs are always zero; their weights are rounded to nearest"
+                )
             inputs: dict[str, first.Inputs] = {}
             for role in stage:
                 g, w = made[role], block.weight(role)

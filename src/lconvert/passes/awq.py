@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
-from lconvert.errors import OptionError, UnsupportedError
+from lconvert.errors import OptionError, UnsupportedError, few
 from lconvert.forward import packages
 from lconvert.ir import Entry, Model, QTensor, Tensor
 from lconvert.kernels.qtensor import effective
@@ -147,7 +147,7 @@ def _places(model: Model, options: Options, wanted: Mapping[str, Placed]) -> tup
     for consumers, why in unfoldable(model.decoder):
         if readers := [c for c in consumers if c in wanted]:
             held.setdefault(why, []).extend(readers)
-    return found, [f"awq: {_few(names)}: not scaled; {why}" for why, names in held.items()]
+    return found, [f"awq: {few(names)}: not scaled; {why}" for why, names in held.items()]
 
 
 def _stands(model: Model, site: Site) -> str:
@@ -160,10 +160,6 @@ def _stands(model: Model, site: Site) -> str:
     except UnsupportedError as e:
         return str(e)
     return ""
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _index(site: Site, model: Model) -> int:
@@ -273,6 +269,10 @@ def _nearest(
         hessians = [(roles, Hessian()) for roles in wave]
         block.observe({role: h for roles, h in hessians for role in roles})
         for roles, h in hessians:
+            if h.count and (dead := int((h.sum.diagonal() <= 0).sum())):
+                block.say(
+                    f"awq: {', '.join(roles)}: {dead} of {len(h.sum)} inputs are always zero; their weights are rounded to nearest"
+                )
             for role in roles:
                 new[role] = _placed(model.entries[role], block, h, made[role], said.get(role, "1"), options)
     return new

@@ -113,7 +113,10 @@ def menu(model: Model, target: str, types: tuple[str, ...] = (), only: str = "")
     wanted = tuple(n.upper() if n.upper() in BLOCKS else n for n in types) or t.types
     for name in wanted:
         if name != NONE:
-            check("allocate", parse("allocate", name, -1))
+            placed = parse("allocate", name, -1)
+            check("allocate", placed)
+            if placed.grid in BLOCKS and target != "gguf":
+                raise OptionError(f"allocate: {target} does not run {name}; it has {', '.join(t.types)}")
     chosen = [
         r
         for r, e in model.entries.items()
@@ -140,7 +143,10 @@ def menu(model: Model, target: str, types: tuple[str, ...] = (), only: str = "")
             )
         choices[members[0]] = Choice(members[0], members, sizes)
     if not choices:
-        raise OptionError(f"allocate: no dense matrix of this model has a choice for {target}")
+        among = f" and matches only {only!r}" if only else ""
+        raise OptionError(
+            f"allocate: no dense matrix of this model has a choice for {target}{among}; lconvert inspect lists what it has"
+        )
     inside = {r for c in choices.values() for r in c.roles}
     fixed = sum(_kept(model, r, t, target) for r in model.entries if r not in inside)
     return Menu(target, tuple(choices.values()), fixed, sum(e.data.size for e in model.entries.values()))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lconvert.errors import OptionError
+from lconvert.errors import OptionError, few
 from lconvert.forward import packages
 from lconvert.ir import Entry, Model, QTensor, Tensor, dense
 from lconvert.passes.rtn_float import Peak, peaks
@@ -118,6 +118,7 @@ def rounded(
     """The entries of a block that have a grid in `made`, stage after stage. model: whose entries they take the place of. most: bytes of Hessians
     that are held together."""
     new: dict[str, Entry] = {}
+    thin: list[str] = []
     for stages in waves(block.stages, made, lambda role: 4 * model.entries[role].shape[1] ** 2, most):
         watch: dict[str, Accumulator] = {}
         hessians: list[tuple[tuple[str, ...], Hessian, Cross | None]] = []
@@ -126,11 +127,17 @@ def rounded(
             watch |= dict.fromkeys(roles, h if c is None else Together(h, c))
             hessians.append((roles, h, c))
         block.observe(watch, reference=options.asymmetric)
+        thin += [roles[0] for roles, h, _ in hessians if 0 < h.count < model.entries[roles[0]].shape[1]]
         for roles, h, c in hessians:
             for entry, lines in _rounded(model, block, roles, h, c, made, options, threads):
                 new[entry.name] = entry
                 for line in lines:
                     block.say(line)
+    if thin:
+        block.say(
+            f"gptq: {few(thin)}: fewer tokens than inputs, so the Hessian is singular and its damping decides what they leave open; give "
+            "more text"
+        )
     return new
 
 

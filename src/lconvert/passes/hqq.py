@@ -21,7 +21,7 @@ from lconvert.primitives.families import SLAB, half, short
 from lconvert.primitives.finished import Folder
 from lconvert.primitives.hqq import Settings, Store
 from lconvert.primitives.job import Job
-from lconvert.primitives.placement import Placed, Placement
+from lconvert.primitives.placement import Placed, Placement, nothing, undivided
 from lconvert.spec import check
 
 
@@ -53,7 +53,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     """The model with every matching dense matrix on its grid, layer after layer; what is finished lies in a file."""
     wanted = list(options.chosen(model))
     if not wanted:
-        raise OptionError(f"hqq: no dense matrix matches targets {options.targets!r}")
+        raise nothing("hqq", options.targets, model)
     for entry, placed in wanted:
         _check(entry, placed)
     folder = Folder(None, "", "hqq", resume=False)
@@ -94,9 +94,7 @@ def _check(entry: Entry, placed: Placed) -> None:
             f"hqq: {entry.name}: is a convolution; it rounds matrices, so leave it out (grids: {{{entry.name}: none}})"
         )
     if placed.group != -1 and shape[1] % int(placed.group):
-        raise OptionError(
-            f"hqq: {entry.name}: rows of {shape[1]} values do not divide into groups of {placed.group}"
-        )
+        raise undivided(f"hqq: {entry.name}", shape[1], int(placed.group), placed.grid)
 
 
 def _quantized(entry: Entry, placed: Placed, options: Options, device: str) -> QTensor:

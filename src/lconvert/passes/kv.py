@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lconvert.errors import OptionError
+from lconvert.errors import InputError, OptionError
 from lconvert.forward import Forward, packages
 from lconvert.ir import E4M3, ActSpec, KVSpec, Model, Tensor, dense
 from lconvert.primitives.job import Job
-from lconvert.primitives.text import windows
+from lconvert.primitives.text import unsaid, windows
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
 
     layers = model.decoder.layers
     keys, values = dict.fromkeys(range(layers), 448.0), dict.fromkeys(range(layers), 448.0)
+    notes: tuple[str, ...] = ()
     text = options.text or job.calibration.text
     if text:
         own = options if options.text else job.calibration
         shown = windows(model, replace(job.calibration, text=text, windows=own.windows, context=own.context))
         keys, values = peaks(model, shown.ids)
+        notes = unsaid(shown.notes, model)
         if len(keys) != layers:
             raise OptionError(f"kv: {len(keys)} of {layers} layers showed a cache of keys and values")
 
@@ -52,7 +55,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         ActSpec(E4M3, "tensor", False, scale=scales(values)),
     )
     how = "calibrated" if text else "scale 1"
-    return replace(model, kv=spec, report=(*model.report, f"kv: cache in fp8, {how}"))
+    return replace(model, kv=spec, report=(*model.report, *notes, f"kv: cache in fp8, {how}"))
 
 
 def peaks(model: Model, windows: Iterable[Sequence[int]]) -> tuple[dict[int, float], dict[int, float]]:
@@ -69,4 +72,9 @@ def peaks(model: Model, windows: Iterable[Sequence[int]]) -> tuple[dict[int, flo
         for i, layer in enumerate(held):
             keys[i] = max(keys.get(i, 0.0), float(layer.keys.abs().max()))
             values[i] = max(values.get(i, 0.0), float(layer.values.abs().max()))
+    if bad := [i for i in keys if not math.isfinite(keys[i] + values[i])]:
+        raise InputError(
+            f"{model.source}: keys or values of layer {bad[0]} are NaN or infinite on the calibration text; its weights are damaged or "
+            "overflow in fp32"
+        )
     return keys, values

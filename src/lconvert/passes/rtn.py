@@ -29,7 +29,7 @@ from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, int_grid, parts
 from lconvert.passes import rtn_float, rtn_whole
 from lconvert.passes.rtn_float import Peak
 from lconvert.primitives.job import Job
-from lconvert.primitives.placement import Placed, Placement
+from lconvert.primitives.placement import Placed, Placement, nothing, undivided
 from lconvert.spec import check
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         data = quantized(entry.data, chosen, peaks.get(entry.name))
         new[entry.name] = replace(entry, data=data, provenance=(*entry.provenance, note))
     if not new:
-        raise OptionError(f"rtn: no dense matrix matches targets {options.targets!r}")
+        raise nothing("rtn", options.targets, model)
     return check(model.with_entries(new, f"rtn: {len(new)} tensors to {options.grid}"))
 
 
@@ -113,12 +113,13 @@ def _block_type(t: Tensor, type_: str) -> QTensor:
 
     block = kernels.BLOCKS[type_]
     if t.shape[1] % block.elems:
-        raise OptionError(
-            f"{t.origin}: rows of {t.shape[1]} values do not divide into {type_}'s blocks of {block.elems}"
-        )
+        raise undivided(t.origin, t.shape[1], block.elems, type_)
 
     def read(start: int, stop: int) -> Any:
-        return kernels.quantize(type_, t.read(start, stop), t.dtype)
+        try:
+            return kernels.quantize(type_, t.read(start, stop), t.dtype)
+        except InputError as e:
+            raise InputError(f"{t.origin}: {e} (rows counted from {start})") from None
 
     return raised(type_, Tensor((t.rows, block.row_bytes(t.shape[1])), "U8", read, t.origin, t.files))
 
@@ -132,7 +133,7 @@ def _portable(t: Tensor, options: Options) -> QTensor:
     assert isinstance(options.group, int)  # Options has checked it
     group = cols if options.group == -1 else options.group
     if cols % group:
-        raise OptionError(f"{t.origin}: rows of {cols} values do not divide into groups of {group}")
+        raise undivided(t.origin, cols, group, options.grid)
     count = cols // group
 
     def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:

@@ -21,10 +21,11 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lconvert.errors import InputError, OptionError
+from lconvert.errors import InputError
 from lconvert.ir import E2M1, E4M3, E8M0, Grid, Model, QTensor, Tensor, as_f32, parts
 from lconvert.primitives import doubled
 from lconvert.primitives.levels import NF4, power_of_two_above
+from lconvert.primitives.placement import undivided
 
 if TYPE_CHECKING:
     import numpy as np
@@ -233,7 +234,7 @@ def _micro(
     import numpy as np
 
     if t.shape[1] % group:
-        raise OptionError(f"{t.origin}: rows of {t.shape[1]} values do not divide into groups of {group}")
+        raise undivided(t.origin, t.shape[1], group, "MXFP4" if side is E8M0 else "fp4")
     groups = t.shape[1] // group
 
     def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:
@@ -264,7 +265,7 @@ def _nf4(t: Tensor, group: int) -> QTensor:
     import numpy as np
 
     if group < 1 or t.shape[1] % group:
-        raise OptionError(f"{t.origin}: rows of {t.shape[1]} values do not divide into groups of {group}")
+        raise undivided(t.origin, t.shape[1], group, "nf4")
     count = t.shape[1] // group
 
     def compute(start: int, stop: int) -> dict[str, NDArray[Any]]:

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lconvert.errors import OptionError
+from lconvert.errors import OptionError, few
 from lconvert.ir import Model
 from lconvert.kernels.qtensor import effective
-from lconvert.primitives import importance
+from lconvert.primitives import importance, text
 from lconvert.primitives.folding import plain, scaled
 from lconvert.primitives.job import Job
 from lconvert.primitives.sites import Site, cached, sites
@@ -62,23 +62,23 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         )
     for name in (name for site in chosen for name in (site.name, *site.consumers)):
         plain(model, name, "scaled")  # refused before the text is run
-    seen = peaks(model, chosen, job)
-    factors, dead = {}, 0
+    seen, notes = peaks(model, chosen, job)
+    factors, dead = {}, list[str]()
     for site in chosen:
         if site.name not in seen:
             continue
         x, w = seen[site.name], heaviest(model, site)
         factors[site.name], count = smoothing(x, w, options)
-        dead += count
+        dead += [f"{count} of {len(x)} at {site.name}"] if count else []
     if not factors:
         raise OptionError(f"smooth: of no site that matches {options.sites!r} an activation was seen")
     out = scaled(model, factors, f"smooth alpha {options.alpha:g}")
     said = [f"smooth: {len(factors)} activations, alpha {options.alpha:g}"]
     if unseen := [s.name for s in chosen if s.name not in seen]:
-        said.append(f"smooth: {_few(unseen)}: no activation was seen, left as they are")
+        said.append(f"smooth: {few(unseen)}: no activation was seen, left as they are")
     if dead:
-        said.append(f"smooth: {dead} channels without activations or weights keep the factor 1")
-    for line in said:
+        said.append(f"smooth: channels without activations or weights keep the factor 1: {few(dead)}")
+    for line in (*text.unsaid(notes, model), *said):
         out = out.with_entries({}, line)
     return check(out)
 
@@ -108,17 +108,16 @@ def heaviest(model: Model, site: Site) -> NDArray[np.float32]:
     return top
 
 
-def peaks(model: Model, chosen: Iterable[Site], job: Job) -> dict[str, NDArray[np.float32]]:
-    """Site name -> (channels,), the largest magnitudes over the calibration text; none for an expert that no token chose."""
+def peaks(
+    model: Model, chosen: Iterable[Site], job: Job
+) -> tuple[dict[str, NDArray[np.float32]], tuple[str, ...]]:
+    """Site name -> (channels,), the largest magnitudes over the calibration text, none for an expert that no token chose; and what the report
+    should say of the text."""
     job.text("smooth")
-    found = importance.measure(model, job).moments
+    measured = importance.measure(model, job)
+    found = measured.moments
     return {
         site.name: site.seen(found[site.consumers[0]].peak.cpu().numpy()).max(axis=1)
         for site in chosen
         if found[site.consumers[0]].count
-    }
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    }, measured.notes

@@ -123,7 +123,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
             block.observe({role: s for stage, s in zip(wave, seen, strict=True) for role in stage})
             for stage in wave:
                 statistics = seen.pop(0)
-                fitting = _fitting(stage[0], statistics, options, block.say)
+                fitting = _fitting(stage, statistics, options, block.say)
                 for role in stage:
                     entry, weight = _pruned(
                         wanted[role], block.weight(role), statistics, fitting, options, block.say
@@ -217,18 +217,20 @@ def _zeroed(entry: Entry, mask: Any, options: Options, method: str) -> Entry:
     return replace(entry, data=changed, provenance=(*entry.provenance, note))
 
 
-def _fitting(name: str, statistics: Any, options: Options, say: Callable[[str], None]) -> Any:
+def _fitting(stage: tuple[str, ...], statistics: Any, options: Options, say: Callable[[str], None]) -> Any:
     """The factor that the matrices of a stage share; None where nothing is re-fitted."""
     from lconvert.primitives.factor import factor
 
-    if not options.refits or not statistics.count:
+    if not statistics.count:
         return None
-    f = factor(statistics.sum, options.damping, name)
-    if f.damping != options.damping:
-        say(f"sparse: {name}: its Hessian needed a damping of {f.damping:g}")
-    if bool(f.dead.any()):
+    names = ", ".join(stage)
+    f = factor(statistics.sum, options.damping, names) if options.refits else None
+    if f is not None and f.damping != options.damping:
+        say(f"sparse: {names}: its Hessian needed a damping of {f.damping:g}")
+    dead = statistics.squares <= 0 if f is None else f.dead
+    if bool(dead.any()):
         say(
-            f"sparse: {name}: {int(f.dead.sum())} of {len(f.dead)} inputs are always 0; their weights go first"
+            f"sparse: {names}: {int(dead.sum())} of {len(dead)} inputs are always zero; their weights go first"
         )
     return f
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lconvert.errors import OptionError, UnsupportedError
+from lconvert.errors import InputError, OptionError, UnsupportedError
 from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, dense
 from lconvert.primitives.sites import Site, cached, sites
 
@@ -175,7 +175,11 @@ def norm_weight(model: Model, name: str) -> Array:
     import numpy as np
 
     t = plain(model, name, "moved")
-    return as_f32(t.load(), t.dtype).astype(np.float64) + model.decoder.norm_offset
+    w = as_f32(t.load(), t.dtype).astype(np.float64)
+    if not np.isfinite(w).all():
+        raise InputError(f"{t.origin}: {name} holds NaN or infinite values; the weights are damaged")
+    out: Array = w + model.decoder.norm_offset
+    return out
 
 
 def scaled(model: Model, factors: Mapping[str, NDArray[Any]], note: str = "scaled") -> Model:
@@ -189,9 +193,11 @@ def scaled(model: Model, factors: Mapping[str, NDArray[Any]], note: str = "scale
     new: dict[str, Entry] = {}
     for site in _chosen(model, factors):
         s = np.asarray(factors[site.name], np.float64)
-        if s.shape != (site.channels,) or not (np.isfinite(s) & (s > 0)).all():
+        if s.shape != (site.channels,):
+            raise OptionError(f"{site.name}: expected {site.channels} factors, found shape {s.shape}")
+        if not (np.isfinite(s) & (s > 0)).all():
             raise OptionError(
-                f"{site.name}: expected {site.channels} positive factors, found shape {s.shape}"
+                f"{site.name}: expected positive factors, found {s[~(s > 0) | np.isinf(s)][0]:g}"
             )
         for name in site.consumers:
             columns[name] = site.columns(s)

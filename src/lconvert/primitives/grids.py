@@ -19,13 +19,14 @@ them stays, for rounders that change weights on the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lconvert.errors import OptionError
+from lconvert.errors import InputError, OptionError
 from lconvert.forward import packages
-from lconvert.ir import E2M1, E4M3, E8M0, Grid, QTensor, Tensor, int_grid
+from lconvert.ir import E2M1, E4M3, E8M0, Grid, QTensor, Tensor, as_f32, int_grid
 from lconvert.primitives import levels as of_levels
 from lconvert.primitives.families import (
     SLAB,
@@ -40,9 +41,12 @@ from lconvert.primitives.families import (
     short,
 )
 from lconvert.primitives.levels import NF4, Levels, power_of_two_above
-from lconvert.primitives.placement import Placed
+from lconvert.primitives.placement import Placed, undivided
 from lconvert.primitives.sides import Sides
 from lconvert.primitives.trials import over
+
+#: The least end of the ranges that scales in F16 are clamped to (families.py): seven significant bits.
+_END = 65024.0
 
 
 @dataclass(frozen=True)
@@ -104,15 +108,31 @@ class DeploymentGrid:
         return self.round(w, sides), sides
 
     def qtensor(self, position: Any, sides: Sides, like: Tensor) -> QTensor:
-        """The QTensor of these positions and sides; `like` is the weight that they stand for."""
+        """The QTensor of these positions and sides; `like` is the weight that they stand for. InputError where a side is beyond what stores it."""
         codes = self.levels.stored[position.cpu().numpy()]
         made = self.family.qtensor(self, codes, {k: v.cpu() for k, v in sides.stored.items()})
+        if wide := _beyond(made.scale) or _beyond(made.offset):
+            raise InputError(
+                f"{like.origin or 'a matrix'}: {self.placed} has no scale for it in {wide}; its weights are too large, or damaged"
+            )
         return replace(made, codes=replace(made.codes, origin=like.origin))
 
     @property
     def holds_zero(self) -> bool:
         """Whether an exact 0 is on the grid whatever the scales are."""
         return bool((self.levels.values == 0).any()) and not self.family.minimum
+
+
+def _beyond(side: Tensor | QTensor | None) -> str:
+    """The dtype whose range a side, or the scales of its codes, has left: infinite, or at the end of what families clamp to. "" where none has."""
+    import numpy as np
+
+    while isinstance(side, QTensor):
+        side = side.scale
+    if side is None:
+        return ""
+    most = float(np.abs(as_f32(side.load(), side.dtype)).max(initial=0))
+    return "" if most < (_END if side.dtype == "F16" else math.inf) else side.dtype
 
 
 def _importance(x: Any, h: Any) -> Any:
@@ -169,22 +189,21 @@ def find(
             Single(lambda s: short(s, 8), False, "F32", False),
         )
     else:
-        made = _block_type(placed, cols)
+        made = _block_type(placed, cols, what)
     if cols % made.span:
-        raise OptionError(
-            f"{what}: rows of {cols} values do not divide into groups of {made.span} ({placed})"
-        )
+        raise undivided(what, cols, made.span, placed.grid)
     return made
 
 
-def _block_type(placed: Placed, cols: int) -> DeploymentGrid:
+def _block_type(placed: Placed, cols: int, what: str) -> DeploymentGrid:
     from lconvert.formats.gguf_blocks import SCHEMES
 
     type_ = placed.grid.upper()
     scheme = SCHEMES.get(type_)
     if scheme is None or scheme.grid.lattice or scheme.sub == 256:
         raise OptionError(
-            f"grid {placed}: nobody but rtn rounds on it; its codes are confined to a lattice, or its scales to a tensor"
+            f"{what}: grid {placed}: nobody but rtn rounds on it; its codes are confined to a lattice, or its scales to a tensor; choose "
+            "another grid, or give it to rtn"
         )
     family: Family
     if scheme.scale in (E8M0,):

@@ -104,7 +104,9 @@ def kept(score: Any, pattern: Pattern, sparsity: float, name: str = "weight") ->
     rows, cols = score.shape
     fits(pattern, cols, name)
     if bool(score.isnan().any()):
-        raise InputError(f"{name}: its scores hold NaN, so no order of its weights is to be had")
+        raise InputError(
+            f"{name}: its weights hold NaN, or the inputs that score them do, so they have no order; the checkpoint is damaged"
+        )
     if pattern.of:
         cut = score.reshape(rows, cols // pattern.of, pattern.of)
         return ~least(cut, count(sparsity, pattern.of)).reshape(rows, cols)

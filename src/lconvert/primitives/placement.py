@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lconvert.errors import OptionError
+from lconvert.errors import OptionError, meant
 from lconvert.ir import Entry, Model, Tensor
 
 #: The matrices of decoder layers.
@@ -21,6 +21,7 @@ TABLES = ("embed", "pos_embed")
 #: A pattern that nothing matches: targets of a placement whose grids say all.
 NOTHING = "(?!)"
 _PORTABLE = r"u?int[2-8]|fp8|fp4|nf4|nf4dq"
+_NAMED = ("int4", "int8", "uint4", "uint8", "fp8", "fp4", "nf4", "nf4dq")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def with_inputs(who: str, placement: Placement, model: Model) -> dict[str, Place
     """What a method that looks at inputs rounds, by name: OptionError where that is nothing, or something without inputs of its own."""
     wanted = {e.name: placed for e, placed in placement.chosen(model)}
     if not wanted:
-        raise OptionError(f"{who}: no dense matrix matches targets {placement.targets!r}")
+        raise nothing(who, placement.targets, model)
     for name in wanted:
         if name in TABLES:
             raise OptionError(
@@ -92,6 +93,33 @@ def with_inputs(who: str, placement: Placement, model: Model) -> dict[str, Place
         if transform is not None and not transform.folded:
             raise OptionError(f"{who}: {name}: its input has a scale that is not folded; fold it first")
     return wanted
+
+
+def nothing(who: str, targets: str, model: Model) -> OptionError:
+    """That a placement takes no weight of a model, with names that it could take."""
+    matrices = {n: e.data for n, e in model.entries.items() if len(e.shape) in (2, 4) and n not in TABLES}
+    dense = [n for n, data in matrices.items() if isinstance(data, Tensor) and not n.endswith(".router")]
+    why = (
+        f"targets are a regular expression for whole names such as {dense[0]} (lconvert inspect lists them)"
+        if dense
+        else "all are quantized already, so give the model as it was before"
+    )
+    return OptionError(f"{who}: no dense matrix matches targets {targets!r}; {why}")
+
+
+def undivided(what: str, cols: int, size: int, grid: str) -> OptionError:
+    """That rows do not divide into the groups, or blocks, of a grid; with what would."""
+    if own_blocks(grid):
+        return OptionError(
+            f"{what}: rows of {cols} values do not divide into {grid}'s blocks of {size}; choose a type with smaller blocks, or "
+            "leave it out with ignore or grids"
+        )
+    fits = max(2**k for k in range(8) if cols % 2**k == 0)
+    rows = "" if grid.startswith("nf4") else " or -1 for whole rows"
+    return OptionError(
+        f"{what}: rows of {cols} values do not divide into groups of {size}; choose a group that divides them, such as {fits}{rows}, or "
+        "leave it out with ignore or grids"
+    )
 
 
 def own_blocks(grid: str) -> bool:
@@ -117,8 +145,9 @@ def check(who: str, placed: Placed) -> None:
         from lconvert.formats.gguf_blocks import SCHEMES
 
         if grid.upper() not in SCHEMES:
+            hint = meant(grid, (*_NAMED, *SCHEMES))
             raise OptionError(
-                f"{who}: grid {grid!r}; choose int2..int8, uint2..uint8, fp8, fp4, nf4, nf4dq or {', '.join(SCHEMES)}"
+                f"{who}: grid {grid!r}; {hint}choose int2..int8, uint2..uint8, fp8, fp4, nf4, nf4dq or {', '.join(SCHEMES)}"
             )
     elif grid == "fp8":
         if group not in (-1, "tensor", "block"):

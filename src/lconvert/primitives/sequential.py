@@ -22,7 +22,7 @@ from lconvert.errors import InputError, OptionError
 from lconvert.forward import Forward, packages
 from lconvert.ir import Entry, Model
 from lconvert.kernels.qtensor import effective
-from lconvert.primitives import budget, text
+from lconvert.primitives import budget, surprise, text
 from lconvert.primitives.activations import Activations
 from lconvert.primitives.finished import Done, Folder
 from lconvert.primitives.job import Job, identity
@@ -175,6 +175,12 @@ class Block:
             return batch.reference
         with self._run.torch.no_grad():
             return first(self.original(batch.reference, **batch.kwargs))
+
+    def passed(self, hidden: Any) -> Any:
+        """(w, t, d): what the layer makes of other hidden states than the run's, window by window."""
+        kwargs = self._run.kwargs[self.index]
+        with self._run.torch.no_grad():
+            return self._run.torch.cat([first(self.module(h, **kwargs)) for h in hidden.split(1)])
 
     @property
     def device(self) -> Any:
@@ -344,6 +350,17 @@ class _Run:
         self.kwargs = [_moved(k, self.device) for k in skeleton.kwargs(self.shown.ids[0])]
         skeleton.release()
 
+    def doubts(self, hidden: Any) -> tuple[str, ...]:
+        """What the report should say of the text, where the uncompressed layers put out `hidden` (w, t, d) for its first windows."""
+        norm = _head(self)[0]
+        self.forward.fill(norm)
+        with self.torch.no_grad():
+            normed = norm.to(self.device)(hidden)
+        self.forward.drop(norm)
+        ids = self.shown.ids
+        mine = surprise.by_model(self.model, normed, ids[: len(hidden)])
+        return surprise.doubts(self.shown.name, mine, surprise.by_frequency(ids, self.model.decoder.vocab))
+
     def install(self, block: Block, new: Mapping[str, Entry]) -> None:
         """What the Model says now, wherever the block may differ from it."""
         for role in block._changed | new.keys():
@@ -452,9 +469,13 @@ def _walk(
     original, d = run.model, run.model.decoder
     run.start(plan, folder, job.activations)
     total = d.layers + (not d.tied)
-    lines = [*run.shown.notes, *plan.notes]
+    lines = [*text.unsaid(run.shown.notes, original), *plan.notes]
+    asked = surprise.asked(run.shown)
+    untouched = run.hidden.get(0, asked).to(run.device).clone() if asked else None
     for i in range(total):
         block = Block(run, i)
+        if untouched is not None and i < d.layers:
+            untouched = block.passed(untouched)
         done, why = folder.found(i) if job.resume else (None, "")
         if why:
             lines.append(f"{what}: layer {i} was computed again, as the finished one is damaged ({why})")
@@ -470,6 +491,8 @@ def _walk(
             for part in block._module if block.is_head else (block._module,):
                 run.forward.drop(part)
         job.tell(what, i + 1, total)
+    if untouched is not None:
+        lines += text.unsaid(run.doubts(untouched), original)
     folder.finish()
     return replace(run.model, report=(*original.report, *lines))
 

@@ -11,6 +11,7 @@ Only full windows are run, so that all have one shape; a text that is shorter th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,17 @@ SHORTEST = 64
 _UNKNOWN, _BYTES = 0.01, 0.1
 #: Characters per token below which it is not either: of ASCII, and of scripts whose characters are words or syllables.
 _ASCII, _OTHER = 1.3, 0.7
+#: Share of runs of `_RUN` tokens that occurred before, above which a text repeats itself; prose has less than a hundredth of them.
+_AGAIN, _RUN = 0.5, 16
 
 
 @dataclass(frozen=True)
 class Windows:
-    """ids: windows of token ids, all of one length. notes: what the report should say about them."""
+    """ids: windows of token ids, all of one length. notes: what the report should say about them. name: the file's, for messages."""
 
     ids: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...] = ()
+    name: str = "the text"
 
     @property
     def length(self) -> int:
@@ -78,7 +82,12 @@ def windows(model: Model, calibration: Calibration) -> Windows:
     found = [ids[i * size : (i + 1) * size] for i in range(max(1, count))]
     notes += _doubts(model, tokenizer, path.name, found)
     cut = len(front) if len(front) < size else 0
-    return Windows(tuple(tuple(front[:cut] + w[cut:]) for w in found), tuple(notes))
+    return Windows(tuple(tuple(front[:cut] + w[cut:]) for w in found), tuple(notes), path.name)
+
+
+def unsaid(notes: Iterable[str], model: Model) -> tuple[str, ...]:
+    """Notes on a text that the model's report does not hold yet: a recipe may run one text several times."""
+    return tuple(note for note in notes if note not in model.report)
 
 
 def _tokenizer(model: Model) -> Any:
@@ -124,8 +133,15 @@ def _encode(tokenizer: Any, words: str, wanted: int) -> list[int]:
         size *= 2
 
 
+def _repeated(ids: list[int]) -> float:
+    """The share of runs of `_RUN` tokens that are not the first of their kind."""
+    runs = [tuple(ids[i : i + _RUN]) for i in range(len(ids) - _RUN + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def _doubts(model: Model, tokenizer: Any, name: str, found: list[list[int]]) -> list[str]:
-    """Whether the tokenizer was made for such a text: unknown tokens, bytes instead of pieces, tokens of a character."""
+    """Whether the tokenizer was made for such a text: unknown tokens, bytes instead of pieces, tokens of a character; and whether it is a text at
+    all, and not the same again and again."""
     assert model.tokenizer is not None
     ids = [i for w in found for i in w]
     unknown = set(model.tokenizer.special.get("unk", ()))
@@ -146,5 +162,10 @@ def _doubts(model: Model, tokenizer: Any, name: str, found: list[list[int]]) -> 
     if per < (_ASCII if used.isascii() else _OTHER):
         return [
             f"calibration: {name} has {per:.2f} characters per token; the tokenizer was not made for such a text"
+        ]
+    again = _repeated(ids)
+    if again > _AGAIN:
+        return [
+            f"calibration: {again:.0%} of {name} repeats what stands before in it, which tells no more than once; give a longer text"
         ]
     return []
