@@ -160,7 +160,7 @@ def test_nan_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": "int9"}, "grid 'int9'; did you mean int8? choose int2..int8"),
+        ({"grid": "int9"}, r"grid 'int9'; did you mean int8\? choose int2\.\.int8"),
         ({"group": 0}, "group 0"),
         ({"search": "best"}, "choose minmax, signed-max, mse or importance"),
         ({"search": "mse", "signed": True}, "it is for importance"),
