@@ -19,10 +19,10 @@ from lconvert.validators.proof import Proof
 
 @dataclass(frozen=True)
 class Found:
-    """held: by role, whether the artifact has the compressed model's values. wrong: those that have not, in words. unchanged: entries that
-    the target rounded, and the method did not; unproven: those that both have changed."""
+    """same: by role, whether the artifact has the compressed model's values. wrong: what must have them and has not, in words. unchanged:
+    entries that the target rounded, and no pass changed; unproven: those that both have changed."""
 
-    held: Mapping[str, bool]
+    same: Mapping[str, bool]
     wrong: tuple[str, ...]
     unchanged: frozenset[str]
     unproven: tuple[str, ...]
@@ -33,8 +33,8 @@ def compare(proof: Proof, manifest: Mapping[str, Any]) -> Found | None:
     noted = manifest.get("compressed")
     if not noted or proof.artifact is None:
         return None
-    expected: Mapping[str, str] = noted.get("held", {})
-    rounded: Mapping[str, str] = noted.get("rounded", {})
+    held: Mapping[str, str] = noted.get("held", {})
+    expected = {**held, **noted.get("rounded", {})}
     model = proof.artifact
     # the norms of a graph are what they multiply by
     offset = model.arch.norm_offset if isinstance(model.arch, Decoder) and proof.graph is None else 0.0
@@ -43,11 +43,13 @@ def compare(proof: Proof, manifest: Mapping[str, Any]) -> Found | None:
         for role in expected
         if role in model.entries
     }
+    same = {role: seen.get(role) == digest for role, digest in expected.items()}
+    rounded = {role for role, equal in same.items() if not equal and role not in held}
     original = replaced.all_values(proof.expected)
-    unchanged = {r for r, digest in rounded.items() if r in original and original[r].digest() == digest}
+    unchanged = {r for r in rounded if r in original and original[r].digest() == expected[r]}
     owners = {digest: role for role, digest in expected.items()}
     wrong = []
-    for role in (r for r, digest in expected.items() if seen.get(r) != digest):
+    for role in (r for r in held if not same[r]):
         if role not in seen:
             wrong.append(f"{role} is not there")
         elif (owner := owners.get(seen[role])) is not None:
@@ -55,8 +57,8 @@ def compare(proof: Proof, manifest: Mapping[str, Any]) -> Found | None:
         else:
             wrong.append(f"{role} has other values")
     return Found(
-        held={role: seen.get(role) == digest for role, digest in expected.items()},
+        same=same,
         wrong=tuple(wrong),
         unchanged=frozenset(unchanged),
-        unproven=tuple(sorted(rounded.keys() - unchanged)),
+        unproven=tuple(sorted(rounded - unchanged)),
     )

@@ -56,9 +56,7 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
         found = replace(found, table=table)
     made = compressed.compare(proof, manifest) if "tensors" in wanted else None
     if made is not None:
-        found = replace(
-            found, table=tuple(replace(r, compressed=made.held.get(r.name)) for r in found.table)
-        )
+        found = replace(found, table=tuple(replace(r, compressed=made.same.get(r.name)) for r in found.table))
     proof.details["tensors"] = found.to_json()
     proof.details["artifact"]["bits_per_weight"] = found.bits_per_weight
     if "structure" in wanted:
@@ -158,14 +156,17 @@ def _values(
             f"tensors: distances to the source's weights, which {' and '.join(moved)} replaced by others; what the model predicts is compared"
         )
         return
-    if moved and made is not None:  # a distance to the source says something of what was left as the source has it
+    if (
+        moved and made is not None
+    ):  # a distance to the source says something of what was left as the source has it
         found = replace(found, table=tuple(r for r in found.table if r.name in made.unchanged))
         compensated = []
         if not found.table:
             return
     broken = found.broken_promises
     value = f"{found.exact} of {len(found.table)}"
-    proof.at_most("tensors", "equal to the source", value, len(broken), 0, "all floats")
+    if any(r.promised for r in found.table):
+        proof.at_most("tensors", "equal to the source", value, len(broken), 0, "all floats")
     proof.notes += [f"not equal to the source: {name}" for name in broken[:5]]
     _stock_blocks(proof, found)
     if not compensated:
@@ -216,13 +217,14 @@ def _values(
 
 def _compressed(proof: Proof, made: compressed.Found, passes: list[str]) -> None:
     """What the manifest notes of the compressed model: every value of every tensor that the target holds as it is."""
-    count = len(made.held)
-    proof.count("tensors", "equal to the compressed model", made.wrong, f"{count} of {count + len(made.unproven) + len(made.unchanged)}")
+    value = f"{sum(made.same.values())} of {len(made.same)} tensors, every value"
+    proof.count("tensors", "equal to the compressed model", made.wrong, value)
     if made.unproven:
         names = f"{', '.join(made.unproven[:3])}{' ...' if made.unproven[3:] else ''}"
+        by = " and ".join(dict.fromkeys(passes)) or "a pass"
         proof.not_proven.append(
-            f"tensors: {names}: replaced by {' and '.join(passes) or 'a pass'} and rounded once more by the target; "
-            "an .lcir of lconvert compress, given in the source's place, shows how well"
+            f"tensors: what the target rounded of {names}, which {by} had replaced; compare with the .lcir folder of lconvert compress "
+            "in the source's place"
         )
 
 

@@ -385,8 +385,13 @@ def _execute(
                 finally:
                     journal.settle()
                     os.close(fd)
-        digests = {role: pool.submit(values.digest) for role, values in plan.values.items()}
-        made = fingerprint.noted(plan, {r: interrupt.result(d, check) for r, d in digests.items()})
+        noted = {
+            kind: {role: pool.submit(v.digest) for role, v in some.items()}
+            for kind, some in fingerprint.wanted(plan).items()
+        }
+        compressed = {
+            k: {r: interrupt.result(d, check) for r, d in some.items()} for k, some in noted.items()
+        }
         while hasher.is_alive():
             check()
             hasher.join(interrupt.SLICE)
@@ -399,7 +404,7 @@ def _execute(
             "sources": {
                 s.path: {"sha256": hasher.hashes.get(s.path), "size": s.stamp[0]} for s in plan.sources
             },
-            **({"compressed": made} if plan.values else {}),
+            **({"compressed": compressed} if plan.values else {}),
             "plan": finished.to_json(),
         }
         check()  # from here on it is done

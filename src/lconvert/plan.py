@@ -134,7 +134,7 @@ def sources(model: Model) -> tuple[Source, ...]:
 @dataclass(frozen=True)
 class Plan:
     """Everything that will be written. `losses` are the model-level verdicts. values: of a model whose weights methods have replaced,
-    what its entries are, by role, of which the manifest keeps digests."""
+    what its entries are, by role; the manifest keeps digests of them."""
 
     target: str
     files: tuple[FilePlan, ...]
