@@ -156,11 +156,12 @@ def _values(
             f"tensors: distances to the source's weights, which {' and '.join(moved)} replaced by others; what the model predicts is compared"
         )
         return
-    if (
-        moved and made is not None
-    ):  # a distance to the source says something of what was left as the source has it
-        found = replace(found, table=tuple(r for r in found.table if r.name in made.unchanged))
-        compensated = []
+    if made is not None and (moved or compensated):
+        # what equals the compressed model is no nearer to the source than the method wanted; the source says something of the rest
+        left = [r for r in found.table if not made.same.get(r.name)]
+        found = replace(found, table=tuple(r for r in left if r.name in made.unchanged or not moved))
+        if all(r.name in made.unchanged for r in found.table):
+            compensated = []
         if not found.table:
             return
     broken = found.broken_promises

@@ -44,7 +44,7 @@ class Values:
         made = hashlib.sha256()
         for start in range(0, rows, step):
             found = _rounded(values(self.data, start, min(start + step, rows)), self.short)
-            made.update(np.ascontiguousarray(found + np.float32(self.shift), "<f4"))  # -0.0 + 0.0 is 0.0
+            made.update(np.ascontiguousarray(found + np.float32(self.shift), "<f4").data)  # -0.0 + 0.0 is 0.0
         return made.hexdigest()
 
 
