@@ -28,6 +28,7 @@ from lconvert.primitives.job import Calibration, Job
 from lconvert.recipe import Recipe, step
 from lconvert.validators import quantized_tier
 from lconvert.validators.report import Report
+from tests import arch_cases, case_models
 from tests.conftest import DEMO, ROOT
 
 JOB = Job(Calibration(str(ROOT / "validators" / "text" / "excerpt.txt"), windows=2, context=64))
@@ -195,6 +196,21 @@ def test_every_value_is_proven(artifacts: dict[tuple[str, str], Path], method: s
     )
     assert not [line for line in report.not_proven if line.startswith("tensors: what") or "replaced" in line]
     assert {r["compressed"] for r in report.details["tensors"]["table"]} == {True}
+
+
+@pytest.mark.parametrize("case", ["gemma3_text-", "gpt2-", "mixtral-", "deepseek_v2-", "phi3-"])
+def test_digests_do_not_depend_on_how_an_architecture_is_stored(case: str, tmp_path: Path) -> None:
+    """Norms with an offset, Conv1D, stacked experts, latent attention, fused matrices."""
+    source = case_models.folder(next(n for n in arch_cases.some(1) if n.startswith(case)))
+    steps = tuple(step(name, options) for name, options in METHODS["magnitude"])
+    model = Recipe("magnitude", steps).apply(lconvert.read(source))
+    for target in TARGETS:
+        out = path(tmp_path, target)
+        execute(targets.plan(model, target, out.name), tmp_path if target == "gguf" else out, force=True)
+        report = check(out, source)
+        assert not failed(report), report.notes
+        assert {r["compressed"] for r in report.details["tensors"]["table"]} == {True}
+        shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
