@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lconvert.archs import find
-from lconvert.converters import hf, mxfp4_experts, serving
+from lconvert.converters import hf, mxfp4_experts, replaced, serving
 from lconvert.converters.carry import WEIGHT_ONLY, describe
 from lconvert.converters.checkpoint_dtype import model_dtype, stored_scale, with_input_scale
 from lconvert.converters.checkpoint_modules import Linear, Lowered, Options, linears, lowered, pieces, writer
@@ -251,5 +251,10 @@ def _folder(
     files += [hf.text_file(name, json.dumps(data, indent=1) + "\n") for name, data in extra.items()]
     said = {k: v for k, v in vars(options).items() if v}
     return Plan(
-        options.runtime or options.format, tuple(files), sources(model), said, notes=(*model.report, *notes)
+        options.runtime or options.format,
+        tuple(files),
+        sources(model),
+        said,
+        notes=(*model.report, *notes),
+        values=replaced.values(model),
     )

@@ -19,6 +19,7 @@ from lconvert.errors import OptionError
 from lconvert.formats.scheme import Held, Writer
 from lconvert.ir import Model, QTensor, concat_quantized, take_quantized
 from lconvert.passes import fused
+from lconvert.passes.rotate import untied
 from lconvert.plan import Verdict, worst
 
 
@@ -106,6 +107,8 @@ class Lowered:
 def lowered(model: Model, options: Options, original: Model | None = None) -> Lowered:
     """Unfolded scales and act-order moved to where the format has a place for them."""
     original = original or model
+    if "head" in model.entries and "head" not in original.entries:
+        original = untied(original)  # a pass made it: the original's is its embedding
     notes: tuple[str, ...] = ()
     done: dict[str, Verdict] = {}
     for role, entry in model.entries.items():

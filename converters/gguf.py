@@ -20,6 +20,7 @@ from lconvert.converters import (
     gguf_keys,
     gguf_mixture,
     gguf_names,
+    replaced,
     tokenizer_gguf,
 )
 from lconvert.converters.gguf_mixture import Options as MixtureOptions
@@ -263,6 +264,7 @@ def plan(model: Model, out_name: str, options: Options) -> Plan:
         options=options.summary(),
         losses=_losses(arch, d, options.allow_loss),
         notes=(*model.report, *notes, *said, *_kept_as_floats(model, ordered)),
+        values=replaced.values(model),
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from lconvert import kernels
 from lconvert.archs import configured, find
 from lconvert.archs.common import Bind, binds, plausible
-from lconvert.converters import hf_experts, hf_quantized
+from lconvert.converters import hf_experts, hf_quantized, replaced
 from lconvert.converters.tokenizer_hf import read_tokenizer
 from lconvert.errors import InputError, MissingPackageError, UnsupportedError
 from lconvert.formats import safetensors
@@ -398,7 +398,15 @@ def plan(model: Model, dtype: str | None = None) -> Plan:
     items = list(to_hf(model, dtype))
     kinds = {i.type for i in items if not i.sources[0].endswith(_WIDE)}
     stated = config(model, kinds.pop() if len(kinds) == 1 else "F32")
-    return Plan("hf", files(model, stated, items), sources(model), {"dtype": dtype}, notes=model.report)
+    options = {"dtype": dtype}
+    return Plan(
+        "hf",
+        files(model, stated, items),
+        sources(model),
+        options,
+        notes=model.report,
+        values=replaced.values(model),
+    )
 
 
 def files(model: Model, config: dict[str, Any], items: Sequence[Item]) -> tuple[FilePlan, ...]:

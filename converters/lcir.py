@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lconvert.converters import replaced
 from lconvert.formats import ir, safetensors
 from lconvert.formats.scheme import Stored
 from lconvert.ir import Model
@@ -32,4 +33,4 @@ def plan(model: Model, options: dict[str, Any]) -> Plan:
     items.sort(key=lambda i: i.offset)
     text = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
     files = (FilePlan(ir.META, text, (), len(text)), FilePlan(ir.DATA, head, tuple(items), end))
-    return Plan("lcir", files, sources(model), options, notes=model.report)
+    return Plan("lcir", files, sources(model), options, notes=model.report, values=replaced.values(model))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lconvert import __version__
-from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder, onnx_genai
+from lconvert.converters import hf, onnx_cnn, onnx_decoder, onnx_encoder, onnx_genai, replaced
 from lconvert.converters.onnx_builder import Builder, Shape, Weight
 from lconvert.converters.onnx_measured import Errors, measured, watched
 from lconvert.converters.onnx_weights import DIALECTS
@@ -76,6 +76,7 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     if options.positions and held and options.positions > held:
         raise OptionError(f"positions {options.positions}: the model has {held}; choose as many or fewer")
     genai = options.dialect == "genai"
+    made_of = replaced.values(model)
     model, errors = watched(model, original)
     made = (
         onnx_genai.build(model, dtype, shape)
@@ -101,7 +102,8 @@ def plan(model: Model, options: Options = Options(), original: Model | None = No
     if genai:
         files = (*files, hf.text_file(onnx_genai.CONFIG, onnx_genai.config(model, options.positions)))
     said = {k: v for k, v in vars(options).items() if v} | _TASK.get(type(model.arch), {})
-    return Plan("onnx", files, sources(model), said, notes=(*model.report, *made.notes, *advice(made)))
+    notes = (*model.report, *made.notes, *advice(made))
+    return Plan("onnx", files, sources(model), said, notes=notes, values=made_of)
 
 
 def advice(made: Builder) -> list[str]:

@@ -14,7 +14,7 @@ from lconvert.converters.onnx_arrays import slabs
 from lconvert.ir import Entry, Model, QTensor, Tensor
 from lconvert.kernels.qtensor import values
 from lconvert.kernels.rounding import squares
-from lconvert.plan import SIDE, Item, Slab, Verdict
+from lconvert.plan import SIDE, Item, Slab, Verdict, worst
 
 
 class Errors:
@@ -102,4 +102,4 @@ def measured(item: Item, errors: Mapping[str, Errors], whole: bool) -> Item:
             return slab
         return Slab(slab.data, *found.of(*((start, stop) if along else (0, rows))))
 
-    return replace(item, verdict=Verdict("quantized"), produce=produce)
+    return replace(item, verdict=worst((item.verdict, Verdict("quantized"))), produce=produce)

@@ -1,18 +1,19 @@
-"""One compressed model in three runtimes: GPTQ once, then llama.cpp, vLLM and ONNX Runtime with the same integers and scales.
+"""One compressed model in three runtimes: compressed once, then llama.cpp, vLLM and ONNX Runtime with the same integers and scales.
 
-python examples/one_model_three_runtimes.py [MODEL] [TEXT] [OUT] [--vllm PYTHON]
+python examples/one_model_three_runtimes.py [MODEL] [TEXT] [OUT] [--recipe NAME] [--windows N] [--vllm PYTHON]
 
-The model is compressed once (recipe gptq-w4g32, calibrated on TEXT) and carried into a GGUF file, a folder for vLLM and an ONNX graph. Every
-compressed tensor must arrive exactly, or in a wider container with the same values; then each runtime says what the model costs: the mean KL
-divergence of its predictions from the original's in fp32. They differ by no more than the runtimes' own arithmetic (llama.cpp rounds
-activations to 8 bits, vLLM computes in bfloat16), which "fidelity" measures: each runtime against the numbers in its own artifact.
+The model is compressed once (recipe gptq-w4g32 unless --recipe names another, calibrated on N windows of TEXT) and carried into a GGUF file,
+a folder for vLLM and an ONNX graph. Every compressed tensor must arrive exactly, or in a wider container with the same values, and the proof
+finds every value of the artifact equal to the compressed model's; then each runtime says what the model costs: the mean KL divergence of its
+predictions from the original's in fp32. They differ by no more than the runtimes' own arithmetic (llama.cpp rounds activations to 8 bits,
+vLLM computes in bfloat16), which "fidelity" measures: each runtime against the numbers in its own artifact.
 --vllm: an interpreter that has vLLM, where this one has not (`lconvert doctor --install vllm`).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,20 +32,24 @@ CARRIED = (("gguf", "model.gguf", "llama.cpp"), ("vllm", "vllm", "vllm"), ("onnx
 
 
 class Carried(NamedTuple):
-    """Verdicts of compressed tensors by kind; cost and fidelity: mean KL divergence, None where the runtime is missing."""
+    """Verdicts of compressed tensors by kind; equal: how many tensors have the compressed model's values, and whether that is all that
+    should; cost and fidelity: mean KL divergence, None where the runtime is missing; passed: the whole proof."""
 
     target: str
     verdicts: dict[str, int]
+    equal: str
     cost: float | None
     fidelity: float | None
     passed: bool
 
 
-def compressed(model: Path, text: Path, out: Path, *, windows: int = 64, context: int = 256) -> Path:
-    """The model after GPTQ, as an .lcir folder."""
+def compressed(
+    model: Path, text: Path, out: Path, *, name: str = "gptq-w4g32", windows: int = 64, context: int = 256
+) -> Path:
+    """The model after the recipe `name`, as an .lcir folder."""
     job = Job(Calibration(str(text), windows, context))
-    made = recipe.load("gptq-w4g32").apply(lconvert.read(model), job)
-    execute(lcir.plan(made, {"recipe": "gptq-w4g32"}), out, force=True)
+    chosen = recipe.load(name)
+    execute(lcir.plan(chosen.apply(lconvert.read(model), job), {"recipe": chosen.to_json()}), out, force=True)
     return out
 
 
@@ -70,29 +75,31 @@ def carry(model: Path, folder: Path, out: Path, python: dict[str, Path], **optio
             cost, own = report.stats()["kld"]["mean"], report.stats("fidelity")["kld"]["mean"]
         except (KeyError, TypeError):
             cost = own = None
-        found.append(Carried(target, dict(verdicts), cost, own, report.passed))
-        print(
-            f"{target:5} {dict(verdicts)}  cost {cost}  fidelity {own}  {'pass' if report.passed else 'FAIL'}",
-            flush=True,
-        )
+        equal = next(c for c in report.checks if c.name == "equal to the compressed model")
+        said = f"{equal.value}: {'pass' if equal.passed else 'FAIL'}"
+        found.append(Carried(target, dict(verdicts), said, cost, own, report.passed))
+        failed = [f"{c.name}: {c.value}" for c in report.checks if c.passed is False]
+        print(f"{target:5} {dict(verdicts)}  equal to the compressed model: {said}")
+        print(f"      cost {cost}  fidelity {own}  {'; '.join(failed) or 'pass'}", flush=True)
     return found
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    python: dict[str, Path] = {}
-    if "--vllm" in arguments:
-        at = arguments.index("--vllm")
-        python["vllm"] = Path(arguments[at + 1])
-        del arguments[at : at + 2]
-    given = [Path(a) for a in arguments[:3]]
-    model, text, out = given + [HERE / "demo_model", TEXT, Path("three-runtimes")][len(given) :]
-    out.mkdir(parents=True, exist_ok=True)
-    rows = carry(model, compressed(model, text, out / "model.lcir"), out, python)
-    (out / "result.json").write_text(json.dumps([r._asdict() for r in rows], indent=1) + "\n")
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("model", type=Path, nargs="?", default=HERE / "demo_model")
+    ask.add_argument("text", type=Path, nargs="?", default=TEXT)
+    ask.add_argument("out", type=Path, nargs="?", default=Path("three-runtimes"))
+    ask.add_argument("--recipe", default="gptq-w4g32")
+    ask.add_argument("--windows", type=int, default=64)
+    ask.add_argument("--vllm", type=Path)
+    given = ask.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    once = compressed(
+        given.model, given.text, given.out / "model.lcir", name=given.recipe, windows=given.windows
+    )
+    rows = carry(given.model, once, given.out, {"vllm": given.vllm} if given.vllm else {})
+    (given.out / "result.json").write_text(json.dumps([r._asdict() for r in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & {*sys.argv}:
-        sys.exit(__doc__)
     main()

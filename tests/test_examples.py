@@ -55,6 +55,7 @@ def test_one_model_three_runtimes(tmp_path: Path) -> None:
     assert [r.target for r in rows] == ["gguf", "vllm", "onnx"]
     for row in rows:
         assert set(row.verdicts) <= {"exact", "widened"} and sum(row.verdicts.values()) >= 21, row
+        assert row.equal == "29 of 29 tensors, every value: pass"
     proven = [r for r in rows if r.cost is not None]
     assert len(proven) == 3 or (os.environ.get("LCONVERT_WITHOUT_VLLM") and len(proven) == 2)
     exact = next(r for r in proven if r.target == "onnx")

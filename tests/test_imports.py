@@ -20,7 +20,7 @@ ORDER = {
             ("errors", "ir", "spec"),
             ("archs", "kernels"),
             ("formats",),
-            ("plan", "forward"),
+            ("fingerprint", "plan", "forward"),
             ("interpreters", "interrupt", "written", "executor"),
             ("primitives",),
             ("passes", "recipe", "recipe_check"),

@@ -233,7 +233,9 @@ def _expert(model: Model, role: str) -> NDArray[np.float32]:
 
 
 def _difference(model: Model, bind: Bind, theirs: NDArray[np.float32]) -> float:
-    return _distance(hf_tensor(model, bind), theirs)
+    ours = hf_tensor(model, bind)
+    # codes lie as the product takes them, also where the plain weight is stored the other way (GPT-2's Conv1D)
+    return _distance(ours.T if bind.transpose else ours, theirs)
 
 
 def _distance(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:

@@ -42,6 +42,7 @@ class TensorRow:
     tensor that some other method has encoded. stock_ratio: the same over the whole tensor. nearest: there, the share of codes that are the nearest to the source given
     the stored scales; stray: codes that are not, in a tensor where nearly all are. steps, bias: of grids that are no block type
     (codes.Fit). carried: how a source that is quantized itself is held: exact, rounded, requantized, or differs (carried.judge).
+    compressed: whether values are those of the model that a method made, by the manifest; None where it has no digest of them.
     """
 
     name: str
@@ -65,6 +66,7 @@ class TensorRow:
     steps: float | None = None
     bias: float | None = None
     carried: str | None = None
+    compressed: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lconvert.passes import STAGES
+from lconvert.converters import replaced
 from lconvert.plan import manifest_path
 from lconvert.validators import (
     carried,
+    compressed,
     documents,
     onnx_engine,
     onnx_layers,
@@ -23,8 +24,6 @@ from lconvert.validators import (
 )
 from lconvert.validators.proof import Proof
 
-#: Passes that round every weight for itself.
-_PLAINLY = ("rtn", "allocate", "static")
 #: structure.manifest_hashes
 Hashes = Mapping[str, tuple[str, str]]
 
@@ -47,13 +46,17 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
     files, hashes = _files(proof), {}
     if "structure" in wanted or proof.carries:
         hashes = structure.manifest_hashes(files, proof.sha256)
-    plan = _plan(proof, hashes)
+    manifest = _manifest(proof, hashes)
+    plan: Mapping[str, Any] = manifest.get("plan", {})
     if proof.carries:
         promises = carried.promised({"plan": plan})
         table = carried.judged(found.table, proof.artifact, proof.source, proof.expected, promises)
         if proof.graph is not None:  # no graph holds integers on another grid than the source's
             table = tuple(replace(r, carried="differs") if r.carried == "requantized" else r for r in table)
         found = replace(found, table=table)
+    made = compressed.compare(proof, manifest) if "tensors" in wanted else None
+    if made is not None:
+        found = replace(found, table=tuple(replace(r, compressed=made.same.get(r.name)) for r in found.table))
     proof.details["tensors"] = found.to_json()
     proof.details["artifact"]["bits_per_weight"] = found.bits_per_weight
     if "structure" in wanted:
@@ -65,7 +68,7 @@ def run(proof: Proof) -> tensors.TensorCheck | None:
             onnx_tier.structure(proof, proof.graph)
             onnx_engine.run(proof, proof.graph)
     if "tensors" in wanted:
-        _values(proof, found, plan)
+        _values(proof, found, plan, made)
         if proof.kind == "hf":
             quantized_tier.independent(proof)
         elif proof.graph is not None:
@@ -123,36 +126,48 @@ def _claims(proof: Proof, options: Mapping[str, Any]) -> None:
     proof.notes += [f"tensor types: {text}" for text in fewer[:5]]
 
 
-def _plan(proof: Proof, hashes: Hashes) -> Mapping[str, Any]:
-    """The conversion's plan: out of the manifest given, else of the one beside the files if it is theirs."""
-    given = proof.details.get("manifest")
+def _manifest(proof: Proof, hashes: Hashes) -> Mapping[str, Any]:
+    """The conversion's manifest: the one given, else the one beside the files if it is theirs."""
+    given: Mapping[str, Any] | None = proof.details.get("manifest")
     if given is None:
         if not hashes or any(seen != wanted for seen, wanted in hashes.values()):
             return {}
         given = documents.beside(_files(proof)) or {}
-    plan: Mapping[str, Any] = given.get("plan", {})
-    return plan
+    return given
 
 
 #: options of a conversion that choose types other than the mixture's
 _CHOSEN = ("tensor_types", "output_tensor_type", "token_embedding_type", "pure")
 
 
-def _values(proof: Proof, found: tensors.TensorCheck, plan: Mapping[str, Any]) -> None:
-    """The tensors tier: exact where promised, close everywhere else."""
+def _values(
+    proof: Proof, found: tensors.TensorCheck, plan: Mapping[str, Any], made: compressed.Found | None
+) -> None:
+    """The tensors tier: exact where promised, close everywhere else. made: the comparison with the compressed model, if one was noted."""
     _independent(proof, found.max_difference)
     bad = [f"{r.name} holds {r.non_finite}" for r in found.table if r.non_finite]
     if bad:
         proof.count("tensors", "NaN or infinite values", bad, "")
-    moved, compensated = methods(plan)
-    if moved:
+    moved, compensated = methods(plan, proof.source.report)
+    if made is not None:
+        _compressed(proof, made, [*moved, *compensated])
+    if moved and made is None:
         proof.not_proven.append(
             f"tensors: distances to the source's weights, which {' and '.join(moved)} replaced by others; what the model predicts is compared"
         )
         return
+    if made is not None and (moved or compensated):
+        # what equals the compressed model is no nearer to the source than the method wanted; the source says something of the rest
+        left = [r for r in found.table if not made.same.get(r.name)]
+        found = replace(found, table=tuple(r for r in left if r.name in made.unchanged or not moved))
+        if all(r.name in made.unchanged for r in found.table):
+            compensated = []
+        if not found.table:
+            return
     broken = found.broken_promises
     value = f"{found.exact} of {len(found.table)}"
-    proof.at_most("tensors", "equal to the source", value, len(broken), 0, "all floats")
+    if any(r.promised for r in found.table):
+        proof.at_most("tensors", "equal to the source", value, len(broken), 0, "all floats")
     proof.notes += [f"not equal to the source: {name}" for name in broken[:5]]
     _stock_blocks(proof, found)
     if not compensated:
@@ -201,18 +216,27 @@ def _values(proof: Proof, found: tensors.TensorCheck, plan: Mapping[str, Any]) -
             )
 
 
-def methods(plan: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _compressed(proof: Proof, made: compressed.Found, passes: list[str]) -> None:
+    """What the manifest notes of the compressed model: every value of every tensor that the target holds as it is."""
+    value = f"{sum(made.same.values())} of {len(made.same)} tensors, every value"
+    proof.count("tensors", "equal to the compressed model", made.wrong, value)
+    if made.unproven:
+        names = f"{', '.join(made.unproven[:3])}{' ...' if made.unproven[3:] else ''}"
+        by = " and ".join(dict.fromkeys(passes)) or "a pass"
+        proof.not_proven.append(
+            f"tensors: what the target rounded of {names}, which {by} had replaced; compare with the .lcir folder of lconvert compress "
+            "in the source's place"
+        )
+
+
+def methods(plan: Mapping[str, Any], before: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Passes that a manifest names which changed what the weights are (transforms, masks), and those that rounded so that errors make up
-    for each other, which no weight by itself can tell from a fault."""
+    for each other, which no weight by itself can tell from a fault. before: the source's report, whose passes are in its weights already."""
     recipe = plan.get("options", {}).get("recipe") or {}
-    said = [name for step in recipe.get("passes", ()) for name in step]
-    said += [
-        str(note).partition(": ")[0] for note in plan.get("notes", ())
-    ]  # of an .lcir folder that came before
-    names = [name for name in dict.fromkeys(said) if name in STAGES]
-    stages = {name: STAGES[name] for name in names}
-    moved = [n for n in names if {"transforms", "masks"} & set(stages[n])]
-    return moved, [n for n in names if "rounds" in stages[n] and n not in _PLAINLY]
+    said = [f"{name}: " for step in recipe.get("passes", ()) for name in step]
+    said += [str(note) for note in plan.get("notes", ()) if note not in before]
+    names = replaced.named(said)
+    return replaced.moved(names), replaced.compensated(names)
 
 
 def _carried(proof: Proof, found: tensors.TensorCheck) -> None:

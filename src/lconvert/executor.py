@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__, interrupt
+from . import __version__, fingerprint, interrupt
 from .errors import InputError, OutputError, UnsupportedError
 from .plan import FilePlan, Item, Plan, Slab, Source, manifest_path, refusals, stamp
 from .written import Written
@@ -385,6 +385,13 @@ def _execute(
                 finally:
                     journal.settle()
                     os.close(fd)
+        noted = {
+            kind: {role: pool.submit(v.digest) for role, v in some.items()}
+            for kind, some in fingerprint.wanted(plan).items()
+        }
+        compressed = {
+            k: {r: interrupt.result(d, check) for r, d in some.items()} for k, some in noted.items()
+        }
         while hasher.is_alive():
             check()
             hasher.join(interrupt.SLICE)
@@ -397,6 +404,7 @@ def _execute(
             "sources": {
                 s.path: {"sha256": hasher.hashes.get(s.path), "size": s.stamp[0]} for s in plan.sources
             },
+            **({"compressed": compressed} if plan.values else {}),
             "plan": finished.to_json(),
         }
         check()  # from here on it is done

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__
+from .fingerprint import Values
 from .ir import Model
 
 Kind = Literal["exact", "widened", "quantized", "rounded", "requantized", "refused"]
@@ -132,7 +133,8 @@ def sources(model: Model) -> tuple[Source, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be written. `losses` are the model-level verdicts."""
+    """Everything that will be written. `losses` are the model-level verdicts. values: of a model whose weights methods have replaced,
+    what its entries are, by role; the manifest keeps digests of them."""
 
     target: str
     files: tuple[FilePlan, ...]
@@ -140,6 +142,7 @@ class Plan:
     options: Mapping[str, Any]
     losses: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
+    values: Mapping[str, Values] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def size(self) -> int:
