@@ -28,7 +28,7 @@ from lconvert.primitives.finished import Done, Folder
 from lconvert.primitives.job import Job, identity
 from lconvert.primitives.listening import Enough, down_input, expert_of, listening, modules, rows_of
 from lconvert.primitives.replay import Replay
-from lconvert.primitives.skeleton import Skeleton, first
+from lconvert.primitives.skeleton import Skeleton, ending, first, moved
 from lconvert.primitives.slots import Slot, pieces, slots, stages
 from lconvert.primitives.statistics import Accumulator
 
@@ -77,7 +77,7 @@ class Block:
         """transformers' layer with fp32 weights on the device; the head is loaded when it is first asked for."""
         if self._module is None:
             run = self._run
-            parts = _head(run) if self.is_head else (run.forward.layers[self.index],)
+            parts = ending(run.forward) if self.is_head else (run.forward.layers[self.index],)
             for part in parts:
                 run.forward.fill(part)
                 part.to(run.device)
@@ -335,7 +335,7 @@ class _Run:
             for store in (self.hidden, self.beside):
                 if store is not None:
                     store.put(at, x)
-        self.kwargs = [_moved(k, self.device) for k in skeleton.kwargs(self.shown.ids[0])]
+        self.kwargs = [moved(k, self.device) for k in skeleton.kwargs(self.shown.ids[0])]
         skeleton.release()
 
     def install(self, block: Block, new: Mapping[str, Entry]) -> None:
@@ -479,17 +479,6 @@ def _visited(run: _Run, block: Block, visit: Callable[[Block], Mapping[str, Entr
     return folder.save(block.index, new, tuple(block.report))
 
 
-def _head(run: _Run) -> tuple[Any, ...]:
-    """The final norm and the output matrix."""
-    forward = run.forward
-    for full, _, parameter in forward.parameters(forward.module):
-        if parameter.dim() == 1 and forward.bind(full, tuple(parameter.shape)).parts[0][0] == "norm":
-            return forward.module.get_submodule(
-                full.rpartition(".")[0]
-            ), forward.module.get_output_embeddings()
-    raise AssertionError("a decoder has a final norm")
-
-
 def _slots(run: _Run, parts: Any, named: tuple[Any, ...] | None = None) -> dict[str, Slot]:
     """Where canonical weights lie in `parts`; `named`: the parts of the model that these are copies of."""
     out: dict[str, Slot] = {}
@@ -520,14 +509,6 @@ def _threads(torch: Any, count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _moved(value: Any, device: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _moved(v, device) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
-    return value.to(device) if hasattr(value, "to") else value
 
 
 def _of(model: Model, work: Path | None) -> str:
