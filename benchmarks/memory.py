@@ -1,8 +1,8 @@
 """Memory of `lconvert compress`: does its peak grow with the number of layers? It should not, whatever the method.
 
-    python -P benchmarks/memory.py --calibrate TEXT [--layers 6 24] [--vocab 2048 131072] [--methods gptq awq ...] [--json OUT]
+    python -P benchmarks/memory.py --calibrate TEXT [--layers 4 16] [--vocab 2048 131072] [--methods gptq awq ...] [--json OUT]
 
-Random Llama checkpoints (bf16, sharded, hidden 1024) are made in a temporary folder and compressed in fresh processes on few windows.
+Random Llama checkpoints (bf16, sharded) are made in a temporary folder and compressed in fresh processes on few windows.
 Peaks are of anonymous memory (RssAnon), sampled every few milliseconds, less what a process that only imports torch and
 transformers holds; pages of mapped files are not in it. `planned` is what the run says it needs where --memory allows it too little: the
 largest layer, statistics of a block and one window (primitives/budget.py); activations come on top, or into a file.
@@ -70,7 +70,7 @@ class Peak:
 def checkpoint(folder: Path, layers: int, vocab: int, hidden: int) -> Path:
     """A random Llama in bf16, made by a process of its own; its first tokens are those of the demo model."""
     config = {
-        "hidden_size": hidden, "intermediate_size": 11 * hidden // 4, "num_hidden_layers": layers, "vocab_size": vocab,
+        "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocab,
         "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256, "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     }  # fmt: skip
@@ -147,7 +147,7 @@ def rows(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
             arguments = (*own, *text, "--threads", str(args.threads), *args.more)
             for layers, model in models.items():
                 out = folder / "out.lcir"
-                need = None if args.memory else planned(model, out, arguments)
+                need = None if args.memory or "--target" in own else planned(model, out, arguments)
                 memory = ("--memory", args.memory) if args.memory else ()
                 process = compressing(model, out, (*arguments, *memory))
                 peak = watched(process)
@@ -160,9 +160,9 @@ def rows(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--calibrate", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs="+", default=[6, 24])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--vocab", type=int, nargs="+", default=[2048, 131072])
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))

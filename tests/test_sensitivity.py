@@ -17,6 +17,7 @@ from lconvert.ir import Model, dense
 from lconvert.kernels.qtensor import values
 from lconvert.primitives import sensitivity
 from lconvert.primitives.probe import Probe
+from lconvert.primitives.slots import matrices
 from tests import random_models
 from tests.arch_cases import Case
 from tests.built_models import kld
@@ -123,6 +124,49 @@ def test_fisher_is_the_expected_square_of_the_gradient(tiny: Model) -> None:
     drawn = sensitivity.fisher(Probe(tiny, window * 800), only=lambda r: r == role)[role].load()
     assert drawn.sum() == pytest.approx(exact.sum(), rel=0.1)
     assert np.corrcoef(drawn.ravel(), exact.ravel())[0, 1] > 0.97
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "gpt2"])
+def test_gradients_layer_by_layer_are_those_of_a_whole_graph(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Squared gradients of every window, of tied matrices too, with logits all at once and some tokens at a time."""
+    case = importlib.import_module(f"tests.arch_cases.{family}").CASES[0]
+    model = lconvert.read(random_models.build(case, tmp_path / "m"))
+    windows, forward = _windows(model.decoder.vocab, 3, 16), _whole(model)
+    held = {n: p for n, p in forward.module.named_parameters() if p.dim() > 1}
+    exact = {n: torch.zeros_like(p) for n, p in held.items()}
+    for p in held.values():
+        p.requires_grad_(True)
+    for w in windows:
+        logits = forward.module(torch.tensor([w])).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(w[1:]), reduction="sum")
+        made = torch.autograd.grad(loss, list(held.values()), allow_unused=True)
+        for total, g in zip(exact.values(), made, strict=True):
+            total += 0 if g is None else g.square() / (3 * 16)
+    monkeypatch.setattr(sensitivity, "_drawn_loss", lambda probe, seed: sensitivity._text_loss(probe))
+    for most in (1 << 20, 4 * model.decoder.vocab * 5):
+        monkeypatch.setattr("lconvert.primitives.probe._LOGITS", most)
+        found = sensitivity.fisher(Probe(model, windows))
+        wanted = {
+            role: w
+            for n, total in exact.items()
+            for role, w in matrices(forward.bind(n, tuple(total.shape)), total).items()
+        }
+        assert set(found) == {r for r, e in model.entries.items() if len(e.shape) == 2}
+        for role, diagonal in found.items():
+            np.testing.assert_allclose(
+                diagonal.load(), wanted[role], rtol=2e-3, atol=1e-5 * float(wanted[role].max())
+            )
+
+
+def test_the_hessian_does_not_depend_on_how_logits_are_cut(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Probe(tiny, _windows(24, 2, 12))
+    whole = sensitivity.hessian_traces(probe, probes=2)
+    monkeypatch.setattr("lconvert.primitives.probe._LOGITS", 4 * 24 * 5)
+    assert sensitivity.hessian_traces(probe, probes=2) == pytest.approx(whole, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("role", ["layers.0.attn.v", "layers.1.mlp.down"])

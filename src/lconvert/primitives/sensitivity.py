@@ -153,7 +153,7 @@ def _text_loss(probe: Probe) -> Loss:
     torch = probe.torch
 
     def loss(logits: Any, ids: list[int], start: int, stop: int) -> Any:
-        following = torch.tensor(ids[start + 1 : stop + 1], device=logits.device)
+        following = torch.tensor(ids[start + 1 : stop + 1], dtype=torch.long, device=logits.device)
         return torch.nn.functional.cross_entropy(logits[: len(following)], following, reduction="sum")
 
     return loss
