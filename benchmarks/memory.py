@@ -28,11 +28,11 @@ import yaml
 _TOKENIZER = Path(__file__).parents[1] / "examples/demo_model"
 _EVERY = 0.005  # seconds between two samples
 _IMPORTS = "import torch, transformers; transformers.LlamaForCausalLM; input()"
-_TYPES = "Q3_K,Q4_K,Q6_K"
+_TYPES = "Q4_0,Q8_0"
 
 
 def _allocation(sensitivity: str) -> tuple[str, ...]:
-    budget = ("--target", "gguf", "--bpw", "4.8", "--types", _TYPES, "--only", r"layers\..*")
+    budget = ("--target", "gguf", "--bpw", "6", "--types", _TYPES)
     return (*budget, "--sensitivity", sensitivity)
 
 
@@ -50,7 +50,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "allocation, imatrix": _allocation("imatrix"),
     "allocation, fisher": _allocation("fisher"),
     "allocation, hessian": _allocation("hessian"),
-    "allocation, kld": (*_allocation("kld"), "--only", r"layers\.[0-9]*[05]\.attn\.o"),
+    "allocation, kld": _allocation("kld"),
 }
 _AUTOROUND = {
     "schema": "lconvert.recipe/1",
@@ -118,7 +118,18 @@ def imports() -> int:
 
 
 def compressing(model: Path, out: Path, arguments: tuple[str, ...]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-m", "lconvert", "compress", str(model), "-o", str(out), "--force", "--no-card"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "lconvert",
+        "compress",
+        str(model),
+        "-o",
+        str(out),
+        "--force",
+        "--no-card",
+    ]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, *arguments], **quiet)
 
@@ -138,7 +149,14 @@ def rows(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """One method on one model after another."""
     recipe = folder / "autoround.yaml"
     recipe.write_text(yaml.safe_dump(_AUTOROUND))
-    text = ("--calibrate", str(args.calibrate), "--calibration-windows", str(args.windows), "--calibration-context", "256")
+    text = (
+        "--calibrate",
+        str(args.calibrate),
+        "--calibration-windows",
+        str(args.windows),
+        "--calibration-context",
+        "256",
+    )
     base = imports()
     for vocab in args.vocab:
         models = {n: checkpoint(folder / f"{vocab}-{n}", n, vocab, args.hidden) for n in args.layers}
@@ -172,7 +190,9 @@ def main() -> None:
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(args.threads)}
     found = []
-    print(f"{'method':22} {'vocab':>7} {'layers':>6} {'anonymous':>10} {'planned':>9} {'s':>6}   (MB above imports)")
+    print(
+        f"{'method':22} {'vocab':>7} {'layers':>6} {'anonymous':>10} {'planned':>9} {'s':>6}   (MB above imports)"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for row in rows(args, Path(folder)):
             found.append(row)

@@ -12,6 +12,7 @@ from lconvert.cli import allocating, calibrating, producing
 from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
     no_card_option,
+    parse_size,
     print_plan,
     print_result,
     progress_bar,
@@ -91,7 +92,8 @@ def command(
     with producing.source(how, source, output or Path(), **run) as found:
         model = found.model
         if wanted.wanted:
-            job = Job(how.calibrated(passes), how.device, threads=threads)
+            memory = parse_size(how.memory)
+            job = Job(how.calibrated(passes), how.device, how.activations, memory=memory, threads=threads)
             passes = allocating.run(model, wanted, job, how.method, quiet=as_json)
         if how.method is not None:
             methods.something_to_round(how.method, passes, model)

@@ -98,11 +98,12 @@ class Probe:
 
     def entering_head(self) -> NDArray[np.float32]:
         """Mean square of every feature (hidden,) that the head multiplies."""
-        torch, sums = self.torch, 0
-        norm, _ = ending(self.forward)
-        with torch.no_grad(), self.head():
+        torch = self.torch
+        norm = ending(self.forward)[0].to(self.device)
+        sums = torch.zeros(self.hidden, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
             for n in range(len(self.batches)):
-                sums = sums + norm(self._leaving(n)).double().square().sum(0)
+                sums += norm(self._leaving(n)).double().square().sum(0)
         found: NDArray[np.float32] = (sums / self.tokens).float().cpu().numpy()
         return found
 

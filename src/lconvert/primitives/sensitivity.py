@@ -122,9 +122,7 @@ def _weighted(delta: NDArray[np.float32], by: Tensor, rows: slice) -> float:
     return float((np.square(delta, dtype=np.float64) * by.read(rows.start, rows.stop)).sum())
 
 
-def _factored(
-    delta: NDArray[np.float32], h: NDArray[np.float32] | None, s: NDArray[np.float32]
-) -> float:
+def _factored(delta: NDArray[np.float32], h: NDArray[np.float32] | None, s: NDArray[np.float32]) -> float:
     import numpy as np
 
     square = np.square(delta, dtype=np.float64)
@@ -269,9 +267,7 @@ def output_gradients(
     rows = torch.zeros(probe.model.decoder.vocab, dtype=torch.float64)
     hooks = [m.register_forward_hook(watch(roles)) for m, roles in probe.forward.linears()]
     if probe.model.decoder.tied:
-        hooks.append(
-            probe.forward.module.get_output_embeddings().register_forward_hook(watch((HEAD,)))
-        )
+        hooks.append(probe.forward.module.get_output_embeddings().register_forward_hook(watch((HEAD,))))
     try:
         for i in back.parts():
             held = back.held(i, lambda role: role == "embed") if i == EMBEDDING else []
@@ -329,7 +325,9 @@ class _Product:
         self.back = Backwards(probe, _text_loss(probe))
         self._generator = generator
         self._states: dict[int, Any] = {}  # of the generator, before it draws a part's signs
-        self._along = [probe.room(b, probe.layers + 1) for b in probe.batches]  # x. of every layer and the head
+        self._along = [
+            probe.room(b, probe.layers + 1) for b in probe.batches
+        ]  # x. of every layer and the head
         self._slopes = [probe.room(b, 1) for b in probe.batches]  # g.
 
     def shares(self) -> Iterator[tuple[str, float]]:
@@ -358,9 +356,7 @@ class _Product:
         if i not in self._states:
             self._states[i] = self._generator.get_state()
         self._generator.set_state(self._states[EMBEDDING if tied and held else i])
-        return [
-            torch.randint(0, 2, h.shape, generator=self._generator).to(h.parameter) * 2 - 1 for h in held
-        ]
+        return [torch.randint(0, 2, h.shape, generator=self._generator).to(h.parameter) * 2 - 1 for h in held]
 
     def _forwards(self, i: int) -> None:
         """x. of the next part out of that of part i."""

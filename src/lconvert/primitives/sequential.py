@@ -91,6 +91,17 @@ class Block:
                     self._replays[module] = self._replays_of(module)
         return self._module
 
+    @property
+    def _heard(self) -> Any:
+        """The module as far as inputs of its matrices need it: the head's own is not loaded for it."""
+        if not self.is_head or self._module is not None or self._run.reference:
+            return self.module
+        run = self._run
+        norm, head = ending(run.forward)
+        run.forward.fill(norm)
+        norm.to(run.device)
+        return run.torch.nn.Sequential(norm, head).eval()
+
     def _replays_of(self, module: Any) -> dict[str, Replay]:
         run, of = self._run, "" if module is self._module else "reference-"
         out = {}
@@ -143,7 +154,6 @@ class Block:
     def batches(self) -> Iterator[Batch]:
         """All calibration windows, some at a time, inputs from the compressed prefix."""
         run = self._run
-        assert self.module is not None
         kwargs = {} if self.is_head else run.kwargs[self.index]
         for start in range(0, len(run.shown.ids), run.plan.batch):
             stop = min(start + run.plan.batch, len(run.shown.ids))
@@ -235,7 +245,8 @@ class Block:
             raise ValueError("observe(reference=True) needs walk(reference=True)")
         if not feeds:
             return
-        owners = modules_of(self, self.module, set(feeds))
+        module = self._heard
+        owners = modules_of(self, module, set(feeds))
         twins = modules_of(self, self.original, set(feeds)) if reference else {}
         for batch in self.batches():
             theirs: dict[tuple[str, ...], Any] = {}
@@ -247,7 +258,7 @@ class Block:
                     raise run.not_finite(roles[0])
                 self._deliver(feeds, roles, x, rest, theirs.get(roles))
 
-            self._listen(owners, self.module, batch, heard)
+            self._listen(owners, module, batch, heard)
 
     def _feeds(self, watch: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
         """The roles of `watch` that are to be heard: of those that share an accumulator in one stage the first."""

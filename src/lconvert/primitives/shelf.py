@@ -45,8 +45,7 @@ class Shelf:
         path = self.file()
         try:
             with open(path, "wb") as f:
-                for slab in slabs:
-                    f.write(memoryview(np.ascontiguousarray(slab, np.float32)).cast("B"))
+                f.writelines(np.ascontiguousarray(slab, np.float32).data for slab in slabs)
         except OSError as e:
             raise OutputError(
                 f"{path}: cannot be written ({e.strerror}); free some space, or set TMPDIR to a larger folder"
