@@ -20,6 +20,7 @@ from lconvert.errors import InputError, OptionError
 from lconvert.forward import Forward, packages
 from lconvert.ir import Entry, Model, Tensor, dense
 from lconvert.primitives.activations import Activations
+from lconvert.primitives.freed import give_back
 from lconvert.primitives.shelf import Shelf
 from lconvert.primitives.skeleton import Skeleton, ending, first, moved
 
@@ -99,6 +100,7 @@ class Probe:
     def entering_head(self) -> NDArray[np.float32]:
         """Mean square of every feature (hidden,) that the head multiplies."""
         torch = self.torch
+        assert self.skeleton is not None  # which fills the norm
         norm = ending(self.forward)[0].to(self.device)
         sums = torch.zeros(self.hidden, dtype=torch.float64, device=self.device)
         with torch.no_grad():
@@ -185,6 +187,7 @@ class Probe:
             yield layer
         finally:
             self.forward.drop(layer)
+            give_back()
 
     def run(self, layer: Any, i: int, hidden: Any) -> Any:
         """(b, t, d): what layer i makes of hidden states."""
@@ -206,6 +209,7 @@ class Probe:
             yield head
         finally:
             self._use(held)
+            give_back()
 
     def _head_weights(self) -> dict[str, Any]:
         return dict(ending(self.forward)[1]._parameters)

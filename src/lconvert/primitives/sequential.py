@@ -25,6 +25,7 @@ from lconvert.kernels.qtensor import effective
 from lconvert.primitives import budget, text
 from lconvert.primitives.activations import Activations
 from lconvert.primitives.finished import Done, Folder
+from lconvert.primitives.freed import give_back
 from lconvert.primitives.job import Job, identity
 from lconvert.primitives.listening import Enough, down_input, expert_of, listening, modules, rows_of
 from lconvert.primitives.replay import Replay
@@ -474,6 +475,7 @@ def _walk(
         if block._module is not None:
             for part in block._module if block.is_head else (block._module,):
                 run.forward.drop(part)
+        give_back()
         job.tell(what, i + 1, total)
     folder.finish()
     return replace(run.model, report=(*original.report, *lines))
