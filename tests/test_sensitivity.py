@@ -17,6 +17,7 @@ from lconvert.ir import Model, dense
 from lconvert.kernels.qtensor import values
 from lconvert.primitives import sensitivity
 from lconvert.primitives.probe import Probe
+from lconvert.primitives.slots import matrices
 from tests import random_models
 from tests.arch_cases import Case
 from tests.built_models import kld
@@ -61,9 +62,6 @@ def test_a_measurement_equals_two_whole_models(family: str, tmp_path: Path) -> N
         logits = np.concatenate([Forward(other).logits(w) for w in windows])
         assert probe.kld({role: changed}) == pytest.approx(kld(reference, logits).mean(), rel=0.02, abs=3e-8)
         assert probe.kld({}) == 0.0
-    for name, parameter, roles in probe.matrices():
-        for role in roles:
-            np.testing.assert_array_equal(probe.part(name, parameter, role), values(model.entries[role].data))
 
 
 def test_logits_that_are_not_kept_are_computed_again(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +82,16 @@ def test_what_the_head_multiplies_is_the_last_norms_output(tiny: Model) -> None:
     np.testing.assert_allclose(found, np.square(np.concatenate(seen)).mean(0), rtol=1e-5)
 
 
+def _whole(model: Model) -> Forward:
+    """All weights in memory."""
+    forward = Forward(model)
+    for layer in forward.layers:
+        layer._forward_pre_hooks.clear()
+        layer._forward_hooks.clear()
+        forward.fill(layer)
+    return forward
+
+
 def _inputs(model: Model, windows: list[list[int]]) -> dict[str, np.ndarray]:
     """Mean squares of what enters every linear module."""
     forward, seen = Forward(model), {}
@@ -96,44 +104,84 @@ def _inputs(model: Model, windows: list[list[int]]) -> dict[str, np.ndarray]:
     return {r: torch.cat(x).mean(0).numpy() for roles, x in seen.items() for r in roles}
 
 
-def _exact_fisher(probe: Probe, name: str) -> np.ndarray:
+def _exact_fisher(model: Model, window: list[int], name: str) -> np.ndarray:
     """sum over tokens and labels of p(y) (d ln p(y) / dw)^2, per token."""
-    parameter = dict(probe.module.named_parameters())[name].requires_grad_(True)
+    module = _whole(model).module
+    parameter = dict(module.named_parameters())[name].requires_grad_(True)
     total = torch.zeros_like(parameter)
-    for ids in probe.windows():
-        logp = torch.log_softmax(probe.logits(ids), -1)[0]
-        for row in logp:
-            for y in range(len(row)):
-                (g,) = torch.autograd.grad(row[y], parameter, retain_graph=True)
-                total += row[y].exp().detach() * g * g
-    parameter.requires_grad_(False)
-    return (total / probe.tokens).numpy()
+    for row in torch.log_softmax(module(torch.tensor([window])).logits, -1)[0]:
+        for y in range(len(row)):
+            (g,) = torch.autograd.grad(row[y], parameter, retain_graph=True)
+            total += row[y].exp().detach() * g * g
+    return (total / len(window)).numpy()
 
 
 def test_fisher_is_the_expected_square_of_the_gradient(tiny: Model) -> None:
     """Labels drawn by the model, a window at a time: unbiased, so many draws come near the exact sum."""
     window = _windows(24, 1, 6)
-    exact = _exact_fisher(Probe(tiny, window), "model.layers.0.self_attn.v_proj.weight")
-    drawn = sensitivity.fisher(Probe(tiny, window * 800), only=lambda r: r == "layers.0.attn.v")[
-        "layers.0.attn.v"
-    ]
+    exact = _exact_fisher(tiny, window[0], "model.layers.0.self_attn.v_proj.weight")
+    role = "layers.0.attn.v"
+    drawn = sensitivity.fisher(Probe(tiny, window * 800), only=lambda r: r == role)[role].load()
     assert drawn.sum() == pytest.approx(exact.sum(), rel=0.1)
     assert np.corrcoef(drawn.ravel(), exact.ravel())[0, 1] > 0.97
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "gpt2"])
+def test_gradients_layer_by_layer_are_those_of_a_whole_graph(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Squared gradients of every window, of tied matrices too, with logits all at once and some tokens at a time."""
+    case = importlib.import_module(f"tests.arch_cases.{family}").CASES[0]
+    model = lconvert.read(random_models.build(case, tmp_path / "m"))
+    windows, forward = _windows(model.decoder.vocab, 3, 16), _whole(model)
+    held = {n: p for n, p in forward.module.named_parameters() if p.dim() > 1}
+    exact = {n: torch.zeros_like(p) for n, p in held.items()}
+    for p in held.values():
+        p.requires_grad_(True)
+    for w in windows:
+        logits = forward.module(torch.tensor([w])).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(w[1:]), reduction="sum")
+        made = torch.autograd.grad(loss, list(held.values()), allow_unused=True)
+        for total, g in zip(exact.values(), made, strict=True):
+            total += 0 if g is None else g.square() / (3 * 16)
+    monkeypatch.setattr(sensitivity, "_drawn_loss", lambda probe, seed: sensitivity._text_loss(probe))
+    for most in (1 << 20, 4 * model.decoder.vocab * 5):
+        monkeypatch.setattr("lconvert.primitives.probe._LOGITS", most)
+        found = sensitivity.fisher(Probe(model, windows))
+        wanted = {
+            role: w
+            for n, total in exact.items()
+            for role, w in matrices(forward.bind(n, tuple(total.shape)), total).items()
+        }
+        assert set(found) == {r for r, e in model.entries.items() if len(e.shape) == 2}
+        for role, diagonal in found.items():
+            np.testing.assert_allclose(
+                diagonal.load(), wanted[role], rtol=2e-3, atol=1e-5 * float(wanted[role].max())
+            )
+
+
+def test_the_hessian_does_not_depend_on_how_logits_are_cut(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Probe(tiny, _windows(24, 2, 12))
+    whole = sensitivity.hessian_traces(probe, probes=2)
+    monkeypatch.setattr("lconvert.primitives.probe._LOGITS", 4 * 24 * 5)
+    assert sensitivity.hessian_traces(probe, probes=2) == pytest.approx(whole, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("role", ["layers.0.attn.v", "layers.1.mlp.down"])
 def test_hutchinson_agrees_with_the_exact_trace(tiny: Model, role: str) -> None:
     """v^T H v with v one unit vector after another is the trace; random signs give it in the mean, within what their number allows."""
-    probe = Probe(tiny, _windows(24, 1, 12))
-    (ids,) = probe.windows()
-    name = next(n for n, _, roles in probe.matrices() if roles == (role,))
-    parameter = dict(probe.module.named_parameters())[name].requires_grad_(True)
-    loss = sensitivity._text_loss(probe, ids) / probe.tokens
+    (window,) = windows = _windows(24, 1, 12)
+    probe, forward = Probe(tiny, windows), _whole(tiny)
+    name = next(n for n, b in forward._binds.items() if n and b.parts[0][0] == role)
+    parameter = dict(forward.module.named_parameters())[name].requires_grad_(True)
+    logits = forward.module(torch.tensor([window])).logits[0]
+    loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(window[1:]), reduction="sum") / 12
     (first,) = torch.autograd.grad(loss, parameter, create_graph=True)
     hessian = torch.stack(
         [torch.autograd.grad(g, parameter, retain_graph=True)[0].reshape(-1) for g in first.reshape(-1)]
     )
-    parameter.requires_grad_(False)
     drawn = [
         sensitivity.hessian_traces(probe, probes=1, seed=n, only=lambda r: r == role)[role]
         for n in range(300)

@@ -156,7 +156,7 @@ class Forward:
         self._names = {id(m): n for n, m in self.module.named_modules()}
         for name, buffer in self.module.named_buffers():
             if name in self._binds:
-                buffer.copy_(self._load(name, tuple(buffer.shape)))
+                buffer.copy_(self.load(name, tuple(buffer.shape)))
         if not lazily:
             self._attach()
 
@@ -166,29 +166,31 @@ class Forward:
                 return list(part)
         raise UnsupportedError(f"{type(self.module).__name__}: its list of {count} layers was not found")
 
-    def fill(self, part: Any) -> None:
-        """Real weights for the meta parameters under `part`."""
+    def fill(self, part: Any, model: Model | None = None) -> None:
+        """Real weights for the meta parameters under `part`, out of `model` where another one is given."""
         for full, name, parameter in self.parameters(part):
             if parameter.is_meta:
-                self._set(part, name, self._load(full, tuple(parameter.shape)))
+                self.put(part, name, self.load(full, tuple(parameter.shape), model))
 
     def parameters(self, part: Any) -> list[tuple[str, str, Any]]:
         """(name in the model, name under `part`, parameter) of everything that `part` computes with."""
         prefix = self._names[id(part)]
         return [(f"{prefix}.{n}" if prefix else n, n, p) for n, p in part.named_parameters(recurse=True)]
 
-    def _set(self, root: Any, name: str, data: Any) -> None:
+    def put(self, root: Any, name: str, data: Any) -> None:
         """Make `data` the parameter `name` below `root`."""
         owner, _, leaf = name.rpartition(".")
         root.get_submodule(owner)._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
 
-    def _load(self, full: str, shape: tuple[int, ...]) -> Any:
+    def load(self, full: str, shape: tuple[int, ...], model: Model | None = None) -> Any:
+        """The parameter (or buffer) of this name and shape, fp32, out of `model` where another one is given; InputError where it holds what
+        is no number."""
         import numpy as np
 
-        bind = self.bind(full, shape)
-        made = hf_tensor(self._model, bind)
+        bind, source = self.bind(full, shape), model or self._model
+        made = hf_tensor(source, bind)
         if not np.isfinite(made).all():
-            raise _no_numbers(self._model, bind)
+            raise _no_numbers(source, bind)
         return self._torch.from_numpy(made)
 
     def bind(self, full: str, shape: tuple[int, ...]) -> Bind:
@@ -215,7 +217,7 @@ class Forward:
         for name, parameter in list(self.module.named_parameters()):
             if id(parameter) in inside or (tied and name == "lm_head.weight"):
                 continue
-            self._set(self.module, name, self._load(name, tuple(parameter.shape)))
+            self.put(self.module, name, self.load(name, tuple(parameter.shape)))
         if tied:
             head, embed = self.module.get_output_embeddings(), self.module.get_input_embeddings()
             head.weight = embed.weight

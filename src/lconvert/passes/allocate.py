@@ -26,13 +26,15 @@ from lconvert.primitives.allocator import Allocation, Item, Option
 from lconvert.primitives.job import Job
 from lconvert.primitives.placement import NONE, NOTHING, Placement, parse, patterns
 from lconvert.primitives.probe import Probe
+from lconvert.primitives.shelf import Shelf
 from lconvert.spec import check
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_CACHE = 2 << 30  # bytes of rounded matrices that are kept between measurements
+_CACHE = 2 << 30  # bytes of rounded matrices that are kept on disk between measurements
+_SLAB = 1 << 22  # values that are rounded at once on the way there
 _BISECTIONS = 5
 
 
@@ -164,19 +166,31 @@ class Rounding:
             return rtn.quantized(t, rtn.Options(placed.grid, placed.group), self._peaks.get(role))
         return weighted_blocks(t, placed.grid.upper(), self.importance.get(role))
 
-    def values(self, role: str, type_: str) -> NDArray[np.float32]:
-        """fp32 (out, in) of a matrix on a type."""
+    def lazily(self, role: str, type_: str) -> Tensor:
+        """(out, in) of a matrix on a type, rounded when it is read."""
         from lconvert import kernels
         from lconvert.kernels.qtensor import values
 
         data = self.model.entries[role].data
+        assert isinstance(data, Tensor)
         if type_ == NONE:
-            return values(data)
+            return data
         if type_ in kernels.BLOCKS:  # ggml's own dequantizer is faster than codes and scales one by one
-            assert isinstance(data, Tensor)
-            blocks = block_rows(data, type_, self.importance.get(role))(0, data.rows)
-            return kernels.dequantize(type_, blocks, data.shape[1])
-        return values(self.tensor(role, type_))
+            blocks = block_rows(data, type_, self.importance.get(role))
+            return Tensor(
+                data.shape,
+                "F32",
+                lambda a, b: kernels.dequantize(type_, blocks(a, b), data.shape[1]),
+                data.origin,
+            )
+        q = self.tensor(role, type_)
+        return Tensor(data.shape, "F32", lambda a, b: values(q, a, b), data.origin)
+
+    def values(self, role: str, type_: str) -> NDArray[np.float32]:
+        """fp32 (out, in) of a matrix on a type."""
+        from lconvert.kernels.qtensor import values
+
+        return values(self.lazily(role, type_))
 
     def entry(self, role: str, type_: str) -> Entry:
         entry = self.model.entries[role]
@@ -236,8 +250,7 @@ class Search:
             self.probe.torch.set_num_threads(job.threads)
         met, self.notes = importances(model, mine)
         self.rounding = Rounding(model, met)
-        self._cached: dict[tuple[str, str], NDArray[np.float32]] = {}
-        self._bytes = 0
+        self._shelf, self._cached, self._bytes = Shelf(), dict[tuple[str, str], Tensor](), 0
         self.cost = sensitivity.costs(
             options.sensitivity, self.probe, met, job.calibration.seed, tell=job.tell
         )
@@ -245,18 +258,22 @@ class Search:
 
     # --- losses ----------------------------------------------------------------------------------------------
 
-    def values(self, role: str, type_: str) -> NDArray[np.float32]:
+    def values(self, role: str, type_: str) -> Tensor:
+        """(out, in) of a matrix on a type: on disk while there is room, else rounded when it is read."""
         key = role, type_
         if key in self._cached:
             return self._cached[key]
-        found = self.rounding.values(role, type_)
-        if self._bytes + found.nbytes <= _CACHE:
-            self._cached[key] = found
-            self._bytes += found.nbytes
-        return found
+        found = self.rounding.lazily(role, type_)
+        if self._bytes + 4 * found.size > _CACHE or type_ == NONE:
+            return found
+        step = max(1, _SLAB // found.shape[1])
+        slabs = (found.read(a, min(a + step, found.rows)) for a in range(0, found.rows, step))
+        self._cached[key] = self._shelf.keep(found.shape, slabs)
+        self._bytes += 4 * found.size
+        return self._cached[key]
 
     def _item(self, choice: Any, done: int) -> Item:
-        original = {r: self.rounding.values(r, NONE) for r in choice.roles}
+        original = {r: self.rounding.lazily(r, NONE) for r in choice.roles}
         options = []
         for name, size in choice.sizes.items():
             rounded = {r: self.values(r, name) for r in choice.roles if name != NONE}

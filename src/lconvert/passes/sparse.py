@@ -199,18 +199,25 @@ def _statistics(options: Options) -> Any:
 
 
 def _by_magnitude(entry: Entry, options: Options) -> Entry:
-    """One tensor at a time is read for its mask; its values stay where they are."""
+    """One tensor at a time is read for its mask, here and when it is written; its values stay where they are."""
     from lconvert.forward import packages
     from lconvert.kernels.qtensor import effective
 
     torch, _ = packages()
-    score = masks.magnitude(torch.from_numpy(effective(entry)))
-    return _zeroed(entry, masks.kept(score, options.kind, options.share, entry.name), options, "magnitude")
+
+    def mask() -> Any:
+        score = masks.magnitude(torch.from_numpy(effective(entry)))
+        return masks.kept(score, options.kind, options.share, entry.name)
+
+    rows, cols = entry.shape
+    return _zeroed(entry, mask(), options, "magnitude", zeros.Remade((rows, cols), mask))
 
 
-def _zeroed(entry: Entry, mask: Any, options: Options, method: str) -> Entry:
-    """The entry with zeros where the mask says, its survivors as they are."""
-    bits = zeros.Bits.of(mask)
+def _zeroed(
+    entry: Entry, mask: Any, options: Options, method: str, kept: zeros.Remade | None = None
+) -> Entry:
+    """The entry with zeros where the mask says, its survivors as they are. kept: what makes the mask again, so that it is not held."""
+    bits = zeros.Bits.of(mask) if kept is None else kept
     data = entry.data
     changed = zeros.pruned(data, bits, entry.name) if isinstance(data, QTensor) else zeros.masked(data, bits)
     note = f"sparse: {method}, {options.kind}, {_share(mask)} pruned"

@@ -2,9 +2,9 @@
 
     KLD = mean over tokens of sum_v p_v (ln p_v - ln q_v),  p of the original, q of the changed model, nats
 
-The weights stay in memory in fp32, and so does what entered each decoder layer of the original: a change in layer k is measured by running
-the layers from k on. That takes 4 bytes per weight and per layer, token and hidden feature; the original's logits are kept while they take
-less than `_KEPT` bytes, and computed again from the last layer's output otherwise.
+One layer is in memory at a time, in fp32, then the head. What entered each layer of the original lies in a file (4 bytes per layer, token
+and hidden feature): a change in layer k is measured by running the layers from k on. The original's logits lie in another one while they
+take less than `_KEPT` bytes, and are computed again from the last layer's output otherwise.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import InputError, OptionError
 from lconvert.forward import Forward, packages
-from lconvert.ir import Entry, Model, dense
+from lconvert.ir import Entry, Model, Tensor, dense
+from lconvert.primitives.activations import Activations
+from lconvert.primitives.freed import give_back
+from lconvert.primitives.shelf import Shelf
+from lconvert.primitives.skeleton import Skeleton, ending, first, moved
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,220 +30,244 @@ if TYPE_CHECKING:
 
 _KEPT = 1 << 30
 _TOKENS = 2048  # that run together
+_LOGITS = 128 << 20  # bytes of them that are computed together
 
-#: Role -> what its matrix becomes, fp32 (out, in).
-Changed = Mapping[str, "NDArray[np.float32]"]
+#: Role -> what its matrix becomes, (out, in): an array, or a tensor that is read when its layer runs.
+Changed = Mapping[str, "NDArray[np.float32] | Tensor"]
 
 
 class Probe:
-    """A model in memory, the windows that it is watched on, and what the original says to them."""
+    """A model, the windows that it is watched on, and what the original says to them."""
 
     def __init__(self, model: Model, windows: Sequence[Sequence[int]], device: str = "cpu") -> None:
-        """windows: token ids; those of one length run together. InputError where the original's logits are not finite."""
+        """windows: token ids; those of one length run together."""
         if not windows:
             raise OptionError("a calibration text of at least one token is needed to measure a change")
         self.torch, _ = packages()
-        self.model = model
-        self.forward = _resident(model)
-        self.module = self.forward.module.to(device)
-        self.batches = [self.torch.tensor(b, device=device) for b in _batches(windows)]
-        self.tokens = sum(int(b.numel()) for b in self.batches)
-        self._parameters = {
-            name: (p, roles_of(self.forward, model, name)) for name, p in self.module.named_parameters()
-        }
-        self._entering: list[
-            list[Any]
-        ] = []  # per batch: the input of every layer, then the output of the last
-        self._logits: list[Any] = []
-        self._tuples = False  # whether layers return their output in a tuple
+        self.model, self.device = model, device
+        self.layers, self.hidden = model.decoder.layers, model.decoder.hidden
+        self.batches = list(_batches(windows))
+        self.tokens = sum(len(b) * len(b[0]) for b in self.batches)
+        self.forward = Forward(model, lazily=True)
+        self.shelf = Shelf()
 
-    # --- running ------------------------------------------------------------------------------------------
+    # --- the original -------------------------------------------------------------------------------------
 
-    def logits(self, ids: Any) -> Any:
-        """Logits (windows, tokens, vocab) of token ids (windows, tokens), with gradients where weights want them."""
-        return self.module(ids, use_cache=False).logits
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        return Skeleton(self.forward, self.model, self._ids())
 
-    def windows(self) -> Iterator[Any]:
-        """Every window by itself, ids (1, tokens)."""
-        for batch in self.batches:
-            yield from batch.split(1)
+    @cached_property
+    def kwargs(self) -> Mapping[int, list[Mapping[str, Any]]]:
+        """What layers are called with, for windows of each length."""
+        one = {len(b[0]): tuple(b[0]) for b in self.batches}
+        return {n: [moved(k, self.device) for k in self.skeleton.kwargs(w)] for n, w in one.items()}
+
+    @cached_property
+    def entering(self) -> list[Activations]:
+        """Per batch: its windows' hidden states before every layer and after the last, one after another."""
+        kept = [self.room(b, self.layers + 1) for b in self.batches]
+        with self.torch.no_grad():
+            for into, batch in zip(kept, self.batches, strict=True):
+                into.put(0, self.skeleton.entering(batch))
+            for i in range(self.layers):
+                with self.layer(i) as layer:
+                    for into, batch in zip(kept, self.batches, strict=True):
+                        x = into.get(i * len(batch), (i + 1) * len(batch))
+                        into.put((i + 1) * len(batch), self.run(layer, i, x))
+        return kept
+
+    @cached_property
+    def _logits(self) -> list[Activations] | None:
+        """Per batch: the logits of every token, or None where they are too many. InputError where they are not finite."""
+        vocab = self.model.decoder.vocab
+        keep = self.tokens * vocab * 4 <= _KEPT
+        kept = []
+        with self.torch.no_grad(), self.head():
+            for n, batch in enumerate(self.batches):
+                if keep:
+                    kept.append(Activations(len(batch) * len(batch[0]), 1, vocab, "f32", self.shelf.file()))
+                for a, b in self.cuts(n):
+                    logits = self.logits(n, a, b, self._leaving(n)[a:b])
+                    if not bool(logits.isfinite().all()):
+                        raise InputError(
+                            f"{self.model.source}: its logits are not finite; nothing can be compared with them"
+                        )
+                    if keep:
+                        kept[n].put(a, logits.unsqueeze(1))
+        return kept if keep else None
+
+    def entering_head(self) -> NDArray[np.float32]:
+        """Mean square of every feature (hidden,) that the head multiplies."""
+        torch = self.torch
+        assert self.skeleton is not None  # which fills the norm
+        norm = ending(self.forward)[0].to(self.device)
+        sums = torch.zeros(self.hidden, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for n in range(len(self.batches)):
+                sums += norm(self._leaving(n)).double().square().sum(0)
+        found: NDArray[np.float32] = (sums / self.tokens).float().cpu().numpy()
+        return found
+
+    # --- a change -----------------------------------------------------------------------------------------
 
     def kld(self, changed: Changed) -> float:
         """Mean KLD of the model with these weights instead of its own."""
+        other = self._with(changed)
         with self.torch.no_grad():
-            self._watch_original()
-            self._put(changed)
-            try:
-                start, total = self._first(changed), 0.0
-                for n in range(len(self.batches)):
-                    total += float(_divergence(self.torch, self._original(n), self._from(n, start)))
-            finally:
-                self._put({}, restore=changed)
+            total = self._divergence(other, self._changed_leaving(other, changed), changed)
         if not math.isfinite(total):
             raise InputError(
                 f"{self.model.source}: logits are not finite after rounding {', '.join(changed)}"
             )
         return max(0.0, total / self.tokens)
 
-    def entering_head(self) -> NDArray[np.float32]:
-        """Mean square of every feature (hidden,) that the head multiplies."""
-        torch = self.torch
-        sums = torch.zeros(self.model.decoder.hidden, dtype=torch.float64)
+    def _with(self, changed: Changed) -> Model:
+        new: dict[str, Entry] = {}
+        for role, w in changed.items():
+            data = w if isinstance(w, Tensor) else dense(w)
+            new[role] = replace(self.model.entries[role], data=data, transform=None)
+        return self.model.with_entries(new)
 
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            sums.add_(args[0].reshape(-1, len(sums)).double().square().sum(0).cpu())
+    def _changed_leaving(self, other: Model, changed: Changed) -> list[Activations] | None:
+        """What leaves the last layer of a changed model; None where that is as in the original."""
+        start = self._first(changed)
+        if start == self.layers:
+            return None
+        now = [self.room(batch, 1) for batch in self.batches]
+        for into, own, batch in zip(now, self.entering, self.batches, strict=True):
+            into.put(0, own.get(start * len(batch), (start + 1) * len(batch)))
+        if {"embed", "pos_embed"} & set(changed):
+            skeleton = Skeleton(Forward(other, lazily=True), other, self._ids())
+            for into, batch in zip(now, self.batches, strict=True):
+                into.put(0, skeleton.entering(batch))
+        for i in range(start, self.layers):
+            with self.layer(i, other) as layer:
+                for into, batch in zip(now, self.batches, strict=True):
+                    into.put(0, self.run(layer, i, into.get(0, len(batch))))
+        return now
 
-        hook_ = self.module.get_output_embeddings().register_forward_pre_hook(hook)
-        try:
-            with torch.no_grad():
-                for ids in self.batches:
-                    self.logits(ids)
-        finally:
-            hook_.remove()
-        found: NDArray[np.float32] = (sums / self.tokens).float().numpy()
-        return found
-
-    def matrices(self) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-        """Parameters with the roles of matrices that they hold: (name, parameter, roles)."""
-        for name, (parameter, roles) in self._parameters.items():
-            if any(len(self.model.entries[r].shape) == 2 for r in roles):
-                yield name, parameter, roles
-
-    def part(self, name: str, values: Any, role: str) -> NDArray[np.float32]:
-        """What belongs to `role` of an array in the layout of a parameter, as (out, in)."""
-        array = values.detach().float().cpu().numpy()
-        if name not in self.forward._binds:
-            return _expert(array, name, role)
-        bind = self.forward._binds[name]
-        array = array.swapaxes(-1, -2) if bind.transpose else array
-        ranges = dict(bind.parts)[role]
-        rows: NDArray[np.float32] = self.torch.cat(
-            [self.torch.from_numpy(array.reshape(bind.stored)[a:b].copy()) for a, b in ranges]
-        ).numpy()
-        return rows
-
-    # --- parts ------------------------------------------------------------------------------------------
-
-    def _watch_original(self) -> None:
-        if self._entering:
-            return
-        kept = sum(b.numel() for b in self.batches) * self.model.decoder.vocab * 4 <= _KEPT
-        for ids in self.batches:
-            logits, entering = self._watched_run(ids)
-            if not bool(logits.isfinite().all()):
-                raise InputError(
-                    f"{self.model.source}: its logits are not finite; nothing can be compared with them"
-                )
-            self._entering.append(entering)
-            self._logits.append(logits if kept else None)
-
-    def _watched_run(self, ids: Any) -> tuple[Any, list[Any]]:
-        """Logits of the original, and what enters every layer and leaves the last."""
-        entering: list[Any] = []
-
-        def before(layer: Any, args: Any, kwargs: Any) -> None:
-            entering.append(args[0] if args else kwargs["hidden_states"])
-
-        def after(layer: Any, args: Any, out: Any) -> None:
-            self._tuples = isinstance(out, tuple)
-            entering.append(out[0] if self._tuples else out)
-
-        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self.forward.layers]
-        hooks.append(self.forward.layers[-1].register_forward_hook(after))
-        try:
-            return self.logits(ids), entering
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _original(self, batch: int) -> Any:
-        found = self._logits[batch]
-        return self._from(batch, len(self.forward.layers)) if found is None else found
-
-    def _from(self, batch: int, start: int) -> Any:
-        """Logits of a batch, from layer `start` on, with what entered that layer in the original."""
-        if start == 0:
-            return self.logits(self.batches[batch])
-        with self._skipping(self._entering[batch][start], start):
-            return self.logits(self.batches[batch])
+    def _divergence(self, other: Model, leaving: list[Activations] | None, changed: Changed) -> float:
+        """Sum over tokens of KL(p || q)."""
+        kept, total = self._logits, 0.0
+        with self.head(other):
+            mine = own = self._head_weights()
+            if kept is None and {"head", "embed"} & set(changed):
+                with self.head():
+                    own = self._head_weights()
+            for n, batch in enumerate(self.batches):
+                x = self._leaving(n)
+                y = x if leaving is None else self._flat(leaving[n].get(0, len(batch)))
+                for a, b in self.cuts(n):
+                    if kept is None:
+                        self._use(own)
+                        p = self.logits(n, a, b, x[a:b])
+                        self._use(mine)
+                    else:
+                        p = kept[n].get(a, b)[:, 0].to(self.device)
+                    total += float(_divergence(self.torch, p, self.logits(n, a, b, y[a:b])))
+        return total
 
     def _first(self, changed: Changed) -> int:
         """The first layer that feels the change."""
-        layers = len(self.forward.layers)
-        places = [int(r.split(".")[1]) if r.startswith("layers.") else layers for r in changed]
+        places = [int(r.split(".")[1]) if r.startswith("layers.") else self.layers for r in changed]
         inner = {"embed", "pos_embed"} & set(changed)
-        return 0 if inner else min(places, default=layers)
+        return 0 if inner else min(places, default=self.layers)
+
+    # --- parts --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _skipping(self, hidden: Any, start: int) -> Iterator[None]:
-        """Layers before `start` hand on `hidden`, so that masks, rotary tables and the head stay the model's own."""
-        skipped = self.forward.layers[:start]
-
-        def instead(*args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._tuples else hidden
-
-        for layer in skipped:
-            layer.forward = instead
+    def layer(self, i: int, model: Model | None = None) -> Iterator[Any]:
+        """A layer, its weights in memory while it lasts."""
+        assert self.kwargs
+        layer = self.forward.layers[i]
+        self.forward.fill(layer, model)
+        layer.to(self.device)
         try:
-            yield
+            yield layer
         finally:
-            for layer in skipped:
-                del layer.forward
+            self.forward.drop(layer)
+            give_back()
 
-    def _put(self, changed: Changed, restore: Changed | None = None) -> None:
-        """Write these matrices into the parameters that hold them; `restore`: the original's instead."""
-        touched = set(restore or changed)
-        new: dict[str, Entry] = {
-            r: replace(self.model.entries[r], data=dense(w), transform=None) for r, w in changed.items()
-        }
-        self.forward._model = self.model.with_entries(new)
+    def run(self, layer: Any, i: int, hidden: Any) -> Any:
+        """(b, t, d): what layer i makes of hidden states."""
+        return first(layer(hidden.to(self.device), **self.kwargs[hidden.shape[1]][i]))
+
+    @contextmanager
+    def head(self, model: Model | None = None) -> Iterator[Any]:
+        """The head, its weights in memory while it lasts; a tied one is the embedding's matrix."""
+        norm, head = ending(self.forward)
+        assert self.entering is not None  # the original's, which needs weights of its own
+        norm.to(self.device)
+        held = self._head_weights()
+        for full, name, parameter in self.forward.parameters(head):
+            if self.model.decoder.tied and name == "weight":
+                full = self.embedding
+            weight = self.forward.load(full, tuple(parameter.shape), model)
+            self.forward.put(head, name, weight.to(self.device))
         try:
-            for name, (parameter, roles) in self._parameters.items():
-                if touched.intersection(roles):
-                    parameter.data.copy_(self.forward._load(name, tuple(parameter.shape)))
+            yield head
         finally:
-            self.forward._model = self.model
+            self._use(held)
+            give_back()
+
+    def _head_weights(self) -> dict[str, Any]:
+        return dict(ending(self.forward)[1]._parameters)
+
+    def _use(self, weights: Mapping[str, Any]) -> None:
+        ending(self.forward)[1]._parameters.update(weights)
+
+    @property
+    def embedding(self) -> str:
+        """The embedding's name in the model."""
+        return f"{self.forward._names[id(self.forward.module.get_input_embeddings())]}.weight"
+
+    def logits(self, batch: int, start: int, stop: int, hidden: Any) -> Any:
+        """(stop - start, vocab) of tokens of a batch, which are whole windows or within one, by what leaves the last layer for them."""
+        ids = self._piece(batch, start, stop)
+        shape = (len(ids), len(ids[0]), self.hidden)
+        return self.skeleton.logits(ids, hidden.reshape(shape).to(self.device)).flatten(0, 1)
+
+    def cuts(self, batch: int) -> Iterator[tuple[int, int]]:
+        """Tokens of a batch whose logits are computed together: as many windows as `_LOGITS` bytes hold, or a part of one."""
+        length = len(self.batches[batch][0])
+        total = len(self.batches[batch]) * length
+        most = max(1, _LOGITS // (4 * self.model.decoder.vocab))
+        step = most // length * length
+        if step:
+            yield from ((a, min(a + step, total)) for a in range(0, total, step))
+            return
+        for w in range(0, total, length):
+            yield from ((w + a, w + min(a + most, length)) for a in range(0, length, most))
+
+    def room(self, batch: Sequence[Sequence[int]], times: int) -> Activations:
+        """Room for hidden states of a batch, so many times."""
+        return Activations(times * len(batch), len(batch[0]), self.hidden, "f32", self.shelf.file())
+
+    def _leaving(self, batch: int) -> Any:
+        """(tokens, d): what leaves the original's last layer."""
+        n = len(self.batches[batch])
+        return self._flat(self.entering[batch].get(self.layers * n, (self.layers + 1) * n))
+
+    def _flat(self, hidden: Any) -> Any:
+        return hidden.flatten(0, 1).to(self.device)
+
+    def _piece(self, batch: int, start: int, stop: int) -> list[list[int]]:
+        windows = self.batches[batch]
+        length = len(windows[0])
+        if (stop - start) % length == 0:
+            return windows[start // length : stop // length]
+        at = start % length
+        return [windows[start // length][at : at + stop - start]]
+
+    def _ids(self) -> set[int]:
+        return {i for batch in self.batches for w in batch for i in w}
 
 
 def _divergence(torch: Any, p: Any, q: Any) -> Any:
     """Sum over tokens of KL(p || q), fp64."""
     lp, lq = torch.log_softmax(p.float(), -1), torch.log_softmax(q.float(), -1)
     return (lp.exp() * (lp - lq)).sum(-1).double().sum()
-
-
-def _resident(model: Model) -> Forward:
-    """Forward with all weights in memory: nothing is loaded or dropped while it runs."""
-    _ = model.decoder  # which refuses a model of another kind
-    forward = Forward(model)
-    for layer in forward.layers:
-        layer._forward_pre_hooks.clear()
-        layer._forward_hooks.clear()
-        forward.fill(layer)
-    return forward
-
-
-def roles_of(forward: Forward, model: Model, parameter: str) -> tuple[str, ...]:
-    """The canonical roles whose values a parameter of the transformers model holds."""
-    if parameter in forward._binds:
-        return tuple(dict.fromkeys(role for role, _ in forward._binds[parameter].parts))
-    layer = parameter.split(".layers.", 1)[-1].split(".", 1)[0]
-    kinds = {"experts.gate_up_proj": (".gate", ".up"), "experts.down_proj": (".down",)}
-    for ending, wanted in kinds.items():
-        if parameter.endswith(ending):
-            prefix = f"layers.{layer}.moe.experts."
-            return tuple(r for r in model.entries if r.startswith(prefix) and r.endswith(wanted))
-    return (f"layers.{layer}.moe.router",)
-
-
-def _expert(array: NDArray[Any], name: str, role: str) -> NDArray[np.float32]:
-    """One expert's matrix out of a stack (experts, out, in); gate and up lie one after the other."""
-    if role.endswith(".router"):
-        return array
-    rows: NDArray[np.float32] = array[int(role.split(".")[4])]
-    if not name.endswith("gate_up_proj"):
-        return rows
-    half = len(rows) // 2
-    return rows[:half] if role.endswith(".gate") else rows[half:]
 
 
 def _batches(windows: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:

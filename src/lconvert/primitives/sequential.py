@@ -25,10 +25,11 @@ from lconvert.kernels.qtensor import effective
 from lconvert.primitives import budget, surprise, text
 from lconvert.primitives.activations import Activations
 from lconvert.primitives.finished import Done, Folder
+from lconvert.primitives.freed import give_back
 from lconvert.primitives.job import Job, identity
 from lconvert.primitives.listening import Enough, down_input, expert_of, listening, modules, rows_of
 from lconvert.primitives.replay import Replay
-from lconvert.primitives.skeleton import Skeleton, first
+from lconvert.primitives.skeleton import Skeleton, ending, first, moved
 from lconvert.primitives.slots import Slot, pieces, slots, stages
 from lconvert.primitives.statistics import Accumulator
 
@@ -77,7 +78,7 @@ class Block:
         """transformers' layer with fp32 weights on the device; the head is loaded when it is first asked for."""
         if self._module is None:
             run = self._run
-            parts = _head(run) if self.is_head else (run.forward.layers[self.index],)
+            parts = ending(run.forward) if self.is_head else (run.forward.layers[self.index],)
             for part in parts:
                 run.forward.fill(part)
                 part.to(run.device)
@@ -90,6 +91,17 @@ class Block:
                 for module in filter(None, (self._module, self.original)):
                     self._replays[module] = self._replays_of(module)
         return self._module
+
+    @property
+    def _heard(self) -> Any:
+        """The module as far as inputs of its matrices need it: the head's own is not loaded for it."""
+        if not self.is_head or self._module is not None or self._run.reference:
+            return self.module
+        run = self._run
+        norm, head = ending(run.forward)
+        run.forward.fill(norm)
+        norm.to(run.device)
+        return run.torch.nn.Sequential(norm, head).eval()
 
     def _replays_of(self, module: Any) -> dict[str, Replay]:
         run, of = self._run, "" if module is self._module else "reference-"
@@ -143,7 +155,6 @@ class Block:
     def batches(self) -> Iterator[Batch]:
         """All calibration windows, some at a time, inputs from the compressed prefix."""
         run = self._run
-        assert self.module is not None
         kwargs = {} if self.is_head else run.kwargs[self.index]
         for start in range(0, len(run.shown.ids), run.plan.batch):
             stop = min(start + run.plan.batch, len(run.shown.ids))
@@ -241,7 +252,8 @@ class Block:
             raise ValueError("observe(reference=True) needs walk(reference=True)")
         if not feeds:
             return
-        owners = modules_of(self, self.module, set(feeds))
+        module = self._heard
+        owners = modules_of(self, module, set(feeds))
         twins = modules_of(self, self.original, set(feeds)) if reference else {}
         for batch in self.batches():
             theirs: dict[tuple[str, ...], Any] = {}
@@ -253,7 +265,7 @@ class Block:
                     raise run.not_finite(roles[0])
                 self._deliver(feeds, roles, x, rest, theirs.get(roles))
 
-            self._listen(owners, self.module, batch, heard)
+            self._listen(owners, module, batch, heard)
 
     def _feeds(self, watch: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
         """The roles of `watch` that are to be heard: of those that share an accumulator in one stage the first."""
@@ -347,12 +359,12 @@ class _Run:
             for store in (self.hidden, self.beside):
                 if store is not None:
                     store.put(at, x)
-        self.kwargs = [_moved(k, self.device) for k in skeleton.kwargs(self.shown.ids[0])]
+        self.kwargs = [moved(k, self.device) for k in skeleton.kwargs(self.shown.ids[0])]
         skeleton.release()
 
     def doubts(self, hidden: Any) -> tuple[str, ...]:
         """What the report should say of the text, where the uncompressed layers put out `hidden` (w, t, d) for its first windows."""
-        norm = _head(self)[0]
+        norm = ending(self.forward)[0]
         self.forward.fill(norm)
         with self.torch.no_grad():
             normed = norm.to(self.device)(hidden)
@@ -490,6 +502,7 @@ def _walk(
         if block._module is not None:
             for part in block._module if block.is_head else (block._module,):
                 run.forward.drop(part)
+        give_back()
         job.tell(what, i + 1, total)
     if untouched is not None:
         lines += text.unsaid(run.doubts(untouched), original)
@@ -506,17 +519,6 @@ def _visited(run: _Run, block: Block, visit: Callable[[Block], Mapping[str, Entr
         ):
             raise ValueError(f"{name} is no entry of block {block.index}")
     return folder.save(block.index, new, tuple(block.report))
-
-
-def _head(run: _Run) -> tuple[Any, ...]:
-    """The final norm and the output matrix."""
-    forward = run.forward
-    for full, _, parameter in forward.parameters(forward.module):
-        if parameter.dim() == 1 and forward.bind(full, tuple(parameter.shape)).parts[0][0] == "norm":
-            return forward.module.get_submodule(
-                full.rpartition(".")[0]
-            ), forward.module.get_output_embeddings()
-    raise AssertionError("a decoder has a final norm")
 
 
 def _slots(run: _Run, parts: Any, named: tuple[Any, ...] | None = None) -> dict[str, Slot]:
@@ -549,14 +551,6 @@ def _threads(torch: Any, count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _moved(value: Any, device: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _moved(v, device) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
-    return value.to(device) if hasattr(value, "to") else value
 
 
 def _of(model: Model, work: Path | None) -> str:

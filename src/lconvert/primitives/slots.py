@@ -59,6 +59,15 @@ def pieces(bind: Bind, parameter: Any) -> Iterator[tuple[str, Any]]:
             yield role, one[low : low + b - a]
 
 
+def matrices(bind: Bind, parameter: Any) -> dict[str, Any]:
+    """What an array in the layout of a parameter holds of each role, (out, in)."""
+    torch, _ = packages()
+    found: dict[str, list[Any]] = {}
+    for role, view in pieces(bind, parameter):
+        found.setdefault(role, []).append(view)
+    return {role: v[0] if len(v) == 1 else torch.cat(v) for role, v in found.items()}
+
+
 def slots(forward: Forward, part: Any, model: Model, named: Any = None) -> dict[str, Slot]:
     """Every canonical entry that `part`, whose parameters are filled, computes with. named: the part of the model that it copies."""
     found: dict[str, list[Any]] = {}

@@ -14,11 +14,12 @@ confined to lattices without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import OptionError
+from lconvert.formats.kept import Kept
 from lconvert.ir import QTensor, Tensor
 
 if TYPE_CHECKING:
@@ -74,7 +75,23 @@ class Bits:
         return np.unpackbits(self.packed[start:stop], axis=1, count=self.shape[1]).view(bool)
 
 
-def masked(t: Tensor, mask: Bits) -> Tensor:
+#: Masks that are read by slabs, at one bit per weight: of the matrix that is written, and of the next one.
+_KEPT = Kept(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Remade:
+    """A mask (out, in) that is made when its rows are read: masks of all matrices would be a bit per weight of the model."""
+
+    shape: tuple[int, int]
+    make: Callable[[], Any]
+
+    def rows(self, start: int, stop: int) -> NDArray[Any]:
+        packed = _KEPT.get(self, lambda: Bits.of(self.make()).packed)
+        return Bits(self.shape, packed).rows(start, stop)
+
+
+def masked(t: Tensor, mask: Bits | Remade) -> Tensor:
     """A dense tensor with exact zeros, +0, where the mask says; a view in the same dtype, whose survivors keep their bits."""
     import numpy as np
 
@@ -94,7 +111,7 @@ def refuse(q: QTensor, name: str) -> None:
         )
 
 
-def pruned(q: QTensor, mask: Bits, name: str = "") -> QTensor:
+def pruned(q: QTensor, mask: Bits | Remade, name: str = "") -> QTensor:
     """A quantized matrix whose masked codes mean 0; scales and the other codes stay. OptionError where its grid holds no 0."""
     import numpy as np
 
