@@ -7,8 +7,6 @@ not grow with the text.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lconvert.errors import InputError, RuntimeFailure
+from lconvert.primitives.freed import give_back
 
 Logits = Callable[[list[int]], NDArray[np.float32]]
 Floats = NDArray[np.float64]
@@ -109,15 +108,9 @@ def compare(
                 raw = float(np.abs(logits[p][start:stop] - logits[q][start:stop]).max())
                 acc.add(number, start, ids, soft[p], soft[q], raw)
         del logits, soft
-        _give_back()
+        give_back()  # between windows of several megabytes glibc keeps and fragments it: 1.4 MB a window
         progress()
     return {pair: acc.result(texts, decode) for pair, acc in sums.items()}
-
-
-def _give_back() -> None:
-    """Freed memory to the system: between windows of several megabytes glibc keeps and fragments it (1.4 MB a window)."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _checked(name: str, x: NDArray[np.float32], ids: list[int]) -> NDArray[np.float32]:

@@ -22,5 +22,5 @@ def _trim() -> Callable[[int], int]:
 
 
 def give_back() -> None:
-    """Once per layer: it takes a few milliseconds."""
+    """Once per layer or window: it takes a few milliseconds."""
     _trim()(0)
