@@ -62,9 +62,9 @@ def by_model(model: Model, normed: Any, windows: Sequence[Sequence[int]]) -> flo
     total, hit = None, torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for a in range(0, head.shape[0], _ROWS):
         b = min(a + _ROWS, head.shape[0])
-        logits = x @ torch.from_numpy(effective(head, a, b)).to(x.device).T
+        logits = x @ x.new_tensor(effective(head, a, b)).T
         if bias is not None:
-            logits += torch.from_numpy(effective(bias)[a:b]).to(x.device)
+            logits += x.new_tensor(effective(bias)[a:b])
         logits *= d.logit_scale
         if d.final_softcap is not None:
             logits = d.final_softcap * torch.tanh(logits / d.final_softcap)
