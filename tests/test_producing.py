@@ -147,7 +147,7 @@ def test_what_was_made_is_taken_over(fake: Path, text: Path, tmp_path: Path) -> 
     [
         (["hf-to-vllm", "--method", "modelopt"], "--method modelopt: add one of its configurations, such as modelopt:INT4_AWQ_CFG or"),
         (["hf-to-vllm", "--method", "modelopt:"], "--method modelopt:: add one of its configurations"),
-        (["hf-to-vllm", "--method", "modelo:X"], "method 'modelo:X'; choose rtn, "),
+        (["hf-to-vllm", "--method", "modelo:X"], "method 'modelo:X'; did you mean modelopt? choose rtn, "),
         (["hf-to-vllm", "--w4a16", "--method", CONFIG], f"--method {CONFIG} and --w4a16 both say how the model is quantized; leave one of them out"),
         (["hf-to-vllm", "--kv-fp8", "--method", CONFIG, "--calibrate", "TEXT"], "both say how the model is quantized"),
         (["hf-to-onnx", "--int4", "--method", CONFIG], f"--method {CONFIG} and --int4 both say"),

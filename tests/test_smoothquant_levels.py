@@ -69,20 +69,23 @@ def rounded(model: Model, ids: list[int], level: str) -> Any:
 
 def test_in_onnx_runtime(models: dict[str, Model], tmp_path: Path) -> None:
     ids = tokens(models["O1"], 24)
+    # O2's one scale is of all tokens that run together: runs of their own, as one value that falls to the other code is felt by all
+    runs = [ids[a : a + 4] for a in range(0, 24, 4)]
     got: dict[str, Any] = {}
     for level, model in models.items():
         plan = onnx.plan(model, onnx.Options(), model)
         assert not any("stay in F32" in n for n in plan.notes)
         execute(plan, tmp_path / level, threads=1)
-        got[level] = Session(tmp_path / level / "model.onnx").logits(ids, [len(ids)])
+        session = Session(tmp_path / level / "model.onnx")
+        got[level] = np.concatenate([session.logits(run, [len(run)]) for run in runs])
     for level, model in models.items():
-        want = rounded(model, ids, level)
+        want = np.concatenate([rounded(model, run, level) for run in runs])
         near = np.abs(got[level] - want).mean()
         far = min(np.abs(got[other] - want).mean() for other in got if other != level)
         # equal until a value between two codes falls to the other one, which everything after it then sees
         assert near < 0.2 * far and np.abs(got[level] - want).mean(-1).min() < 1e-3, (level, near, far)
         assert level != "O3" or near < 1e-5
-    plain = Forward(lconvert.read(DEMO)).logits(ids)
+    plain = np.concatenate([Forward(lconvert.read(DEMO)).logits(run) for run in runs])
     errors = {level: float(np.square(y - plain).mean()) for level, y in got.items()}
     assert errors["O1"] < errors["O2"], errors
 

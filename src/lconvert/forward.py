@@ -131,13 +131,16 @@ class Forward:
     lazily: nothing is loaded before somebody calls `fill`, and what was filled stays until `drop`; otherwise everything outside
     of the layers is there at once, and layers come and go by themselves. fused: attention in one go (torch's
     scaled_dot_product_attention), several times faster and rounded a little differently, where it is a plain softmax and the class has it.
+    finite: weights that are no numbers are an InputError, for whoever computes with what comes out; a proof reports them.
 
     >>> import lconvert
     >>> Forward(lconvert.read("examples/demo_model")).logits([1, 2, 3]).shape
     (3, 2048)
     """
 
-    def __init__(self, model: Model, *, lazily: bool = False, fused: bool = False) -> None:
+    def __init__(
+        self, model: Model, *, lazily: bool = False, fused: bool = False, finite: bool = False
+    ) -> None:
         self._torch, transformers = packages()
         arch = find(model.arch.family)
         config = dict(model.config) or arch.config(model.arch)
@@ -148,7 +151,7 @@ class Forward:
             hf_config._attn_implementation = "sdpa" if one else "eager"
             with _parameters_on_meta(self._torch), self._torch.no_grad():
                 self.module = module(hf_config).eval()
-        self._model = model
+        self._model, self._finite = model, finite
         self._binds = {n: b for b in binds(arch.names, model.arch) for n in (b.hf, b.other)}
         if isinstance(model.arch, Convnet):
             raise UnsupportedError(f"{model.source}: transformers has no convolutional networks of this kind")
@@ -183,13 +186,12 @@ class Forward:
         root.get_submodule(owner)._parameters[leaf] = self._torch.nn.Parameter(data, requires_grad=False)
 
     def load(self, full: str, shape: tuple[int, ...], model: Model | None = None) -> Any:
-        """The parameter (or buffer) of this name and shape, fp32, out of `model` where another one is given; InputError where it holds what
-        is no number."""
+        """The parameter (or buffer) of this name and shape, fp32, out of `model` where another one is given."""
         import numpy as np
 
         bind, source = self.bind(full, shape), model or self._model
         made = hf_tensor(source, bind)
-        if not np.isfinite(made).all():
+        if self._finite and not np.isfinite(made).all():
             raise _no_numbers(source, bind)
         return self._torch.from_numpy(made)
 

@@ -62,7 +62,7 @@ def _transformer(model: Model) -> tuple[Modules, Callable[[Mapping[str, Any]], N
     from lconvert.forward import Forward, packages
 
     torch, _ = packages()
-    forward = Forward(model)
+    forward = Forward(model, finite=True)
 
     def run(example: Mapping[str, Any]) -> None:
         forward.module(**{k: torch.as_tensor(np.asarray(v, np.int64)) for k, v in example.items()})

@@ -61,7 +61,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
 def peaks(model: Model, windows: Iterable[Sequence[int]]) -> tuple[dict[int, float], dict[int, float]]:
     """Largest magnitudes of keys and of values by layer, over windows of token ids. Keys as the cache holds them, after the rotary embedding."""
     torch, transformers = packages()
-    forward = Forward(model)
+    forward = Forward(model, finite=True)
     keys: dict[int, float] = {}
     values: dict[int, float] = {}
     for ids in windows:

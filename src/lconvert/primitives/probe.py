@@ -48,7 +48,7 @@ class Probe:
         self.layers, self.hidden = model.decoder.layers, model.decoder.hidden
         self.batches = list(_batches(windows))
         self.tokens = sum(len(b) * len(b[0]) for b in self.batches)
-        self.forward = Forward(model, lazily=True)
+        self.forward = Forward(model, lazily=True, finite=True)
         self.shelf = Shelf()
 
     # --- the original -------------------------------------------------------------------------------------

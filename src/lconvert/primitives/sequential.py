@@ -329,7 +329,7 @@ class _Run:
     def __init__(self, model: Model, job: Job, shown: text.Windows, device: Any, reference: bool) -> None:
         self.torch, _ = packages()
         self.model, self.shown, self.device, self.reference = model, shown, device, reference
-        self.forward = Forward(model, lazily=True, fused=True)
+        self.forward = Forward(model, lazily=True, fused=True, finite=True)
         self.plan = budget.Plan(1, False)
         self.kwargs: list[Mapping[str, Any]] = []
         self.hidden: Activations
