@@ -7,15 +7,11 @@ from typing import Any
 
 from lconvert.validators import plots
 
-_APART = 0.035  # of a doubling in bits, between makers whose points share one size
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def methods(rows: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, Any]], curve_name: str) -> Any:
-    """Rows have bits_per_weight, kld_mean, maker and method; those of `curve` have `type` for maker and method, and are joined.
-
-    Points of one size stand beside each other, in the order in which their makers come.
-    """
+    """Rows have bits_per_weight, kld_mean, maker and method; those of `curve` have `type` for maker and method, and are joined."""
     with plots._drawing(5.4) as (figure, axes):
         makers = list(dict.fromkeys(r["maker"] for r in rows))
         names = list(dict.fromkeys(r["method"] for r in rows))
@@ -28,9 +24,8 @@ def methods(rows: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, Any]
             plots._label(axes, a, b, r["type"], plots.COLOURS["muted"], (5, 4), "left")
         for r in rows:
             n = makers.index(r["maker"])
-            at = float(r["bits_per_weight"]) * 2 ** (_APART * (n - (len(makers) - 1) / 2))
             axes.plot(
-                [at], [r["kld_mean"]], linestyle="", color=plots._style(n)["color"], markersize=7, alpha=0.9,
+                [r["bits_per_weight"]], [r["kld_mean"]], linestyle="", color=plots._style(n)["color"], markersize=6.5, alpha=0.85,
                 marker=_MARKERS[names.index(r["method"]) % len(_MARKERS)], markeredgecolor=plots.COLOURS["paper"],
             )  # fmt: skip
         for n, maker in enumerate(makers):
