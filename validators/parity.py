@@ -91,7 +91,8 @@ def validate(
     onnx = onnx_tier.read(path) if what == "onnx" else None
     artifact = read(path) if what != "onnx" else onnx.model if onnx else None
     source = read(reference)
-    if _rotated(path, manifest):
+    moved = _moved(path, manifest)
+    if "rotate" in moved:
         source = _with_its_head(source, artifact)
     proof = Proof(
         source=source,
@@ -116,6 +117,7 @@ def validate(
             greedy=greedy,
         ),
         progress=progress,
+        pruned="sparse" in moved,
     )
     _requirable(require, tiers, proof.runtimes, what)
     if proof.artifact is not None:
@@ -162,10 +164,10 @@ def _requirable(require: Sequence[str], tiers: Sequence[str], runtimes: Sequence
             raise OptionError(f"{name} is required, but {known}; choose it (--runtime) or do not require it")
 
 
-def _rotated(path: Path, manifest: Mapping[str, Any] | None) -> bool:
-    """Whether the manifest, the given one or the one beside an artifact, says that weights were rotated."""
+def _moved(path: Path, manifest: Mapping[str, Any] | None) -> list[str]:
+    """Passes that changed what the weights are, by the manifest, the given one or the one beside an artifact."""
     given = manifest or documents.beside(sorted(path.iterdir()) if path.is_dir() else [path]) or {}
-    return "rotate" in weight_tiers.methods(given.get("plan", {}))[0]
+    return weight_tiers.methods(given.get("plan", {}))[0]
 
 
 def _with_its_head(source: Model, artifact: Model | None) -> Model:

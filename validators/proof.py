@@ -50,7 +50,7 @@ class Options:
 @dataclass
 class Proof:
     """What is known so far. `artifact` is None for formats that are not read into the IR, `graph` is where it came out of an ONNX
-    file. `sha256` hashes a file once."""
+    file. `pruned`: a mask made weights of the source zero. `sha256` hashes a file once."""
 
     source: Model
     artifact: Model | None
@@ -60,6 +60,7 @@ class Proof:
     options: Options
     progress: Callable[[str], None]
     graph: Found | None = None
+    pruned: bool = False
     checks: list[Check] = field(default_factory=list)
     not_proven: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
