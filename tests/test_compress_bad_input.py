@@ -199,7 +199,7 @@ def test_what_a_text_is_not_is_said_once_by_every_pass(tmp_path: Path) -> None:
         (["--target", "gguf", "--max-kld", "0", *SHORT], "max_kld 0.0; expected a positive number"),
         (["--target", "gguf", "--bpw", "0.5", *SHORT], "0.5 bits per weight is too small for this model: the smallest possible is "),
         (["--target", "gguf", "--size", "1", *SHORT], "1 bytes is too small for this model"),
-        (["--target", "gguf", "--bpw", "5", "--memory", "1M", *SHORT], "--memory 1.0 MB: an allocation holds the whole model in fp32"),
+        (["--target", "gguf", "--bpw", "5", "--memory", "1M", *SHORT], "--memory 1.0 MB: an allocation holds a layer in fp32, or the head and logits, 2.4 MB"),
         (["--target", "vllm", "--bpw", "9", "--types", "Q4_K", *SHORT], "vllm does not run Q4_K; it has int4:128, "),
         (["--target", "gguf", "--bpw", "5", "--types", ",", *SHORT], "--types ',': names no type"),
         (["--target", "gguf", "--bpw", "5", "--only", "foo", *SHORT], "has a choice for gguf and matches only 'foo'"),

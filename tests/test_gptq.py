@@ -241,12 +241,13 @@ def test_pruning_in_the_sweep_beats_pruning_before_it(how: str | float, grid: st
     g, settings = found(Placed(grid, 64), w), Settings()
     seen = gptq.inputs(h, gptq.path(settings, g), settings, "w")
     pattern, share = masks.asked(how)
-    kept = gptq.pruned(w, h, g, pattern, share, settings, "w")
+    f = factor(h, settings.damping, "w")
+    kept = gptq.pruned(w, h, f, g, pattern, share, "w")
     if pattern.of:
         assert bool((kept.reshape(32, -1, pattern.of).sum(-1) == pattern.keep).all())
     assert int(kept.sum()) == kept.numel() // 2
     joint = gptq.gptq(w, seen, g, settings, kept=kept)
-    after, mask = sparsegpt.sweep(w, factor(h, settings.damping, "w"), pattern, share)
+    after, mask = sparsegpt.sweep(w, f, pattern, share)
     two = gptq.gptq(after, seen, g, settings, kept=mask)
     y, z = g.values(joint.position, joint.sides), g.values(two.position, two.sides)
     assert not y[~kept].any() and not z[~mask].any()

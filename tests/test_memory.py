@@ -24,7 +24,7 @@ _MEASURED = """
 import json, sys
 import numpy as np
 import lconvert
-from lconvert.passes import allocate, gptq
+from lconvert.passes import allocate
 from lconvert.primitives import importance, sensitivity, text
 from lconvert.primitives.job import Calibration, Job
 from lconvert.primitives.probe import Probe

@@ -18,6 +18,7 @@ from lconvert.kernels.qtensor import effective
 from lconvert.passes import permute, rtn
 from lconvert.primitives import importance
 from lconvert.primitives.job import Calibration, Job
+from lconvert.primitives.sites import mlps
 from lconvert.recipe import Recipe, step
 from tests import arch_cases, case_models, random_models
 from tests.conftest import DEMO, ROOT
@@ -31,7 +32,7 @@ def shuffled(model: Model, seed: int = 3) -> Model:
     """Every order at random."""
     rng, d = np.random.default_rng(seed), model.decoder
     orders = {permute.RESIDUAL: rng.permutation(d.hidden)}
-    for part in permute.mlps(d):
+    for part in mlps(d):
         orders[part] = rng.permutation(model.entries[f"{part}.down"].shape[1])
     return permute.ordered(model, orders)
 
@@ -42,7 +43,7 @@ def test_every_architecture_keeps_its_logits(name: str) -> None:
     moved = shuffled(model)
     want, got = Forward(model).logits(ids), Forward(moved).logits(ids)
     assert float(np.linalg.norm(want - got) / np.linalg.norm(want)) <= 1e-5 and distance(want, got) <= 2e-5
-    for role in ("embed", "layers.1.attn.o", next(f"{p}.down" for p in permute.mlps(model.decoder))):
+    for role in ("embed", "layers.1.attn.o", next(f"{p}.down" for p in mlps(model.decoder))):
         before, after = effective(model.entries[role]), effective(moved.entries[role])
         assert not np.array_equal(before, after)
         assert np.array_equal(np.sort(before, None), np.sort(after, None))  # not one value is another
@@ -74,7 +75,7 @@ def test_strong_inputs_come_first(tmp_path: Path) -> None:
     for i in range(moved.decoder.layers):
         squares = seen[f"layers.{i}.mlp.down"].squares.numpy()
         assert (np.diff(squares) <= 1e-6 * squares[0]).all()
-    assert [t.where for t in moved.transforms] == ["residual", *permute.mlps(model.decoder)]
+    assert [t.where for t in moved.transforms] == ["residual", *mlps(model.decoder)]
     assert {t.kind for t in moved.transforms} == {"permute"}
     assert moved.report[-1] == "permute: the residual stream and hidden units by their mean squares"
     execute(lcir.plan(moved, {}), tmp_path / "m.lcir")

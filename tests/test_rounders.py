@@ -79,7 +79,8 @@ def test_experts_that_no_token_chose_are_rounded_by_themselves(
         line.split(": ")[1] for line in done.report if "no token of the calibration text came here" in line
     }
     assert said and said == {n for n in experts if "no input seen" in done.entries[n].provenance[-1]}
-    assert said < set(experts)
+    rounded = {"rtn": "importance"}.get(name, "loss")
+    assert any(rounded in done.entries[n].provenance[-1] for n in experts)
 
 
 @pytest.mark.parametrize("name", ["gptaq", "awq", "autoround", "quarot", "sparsegpt", "magnitude", "rtn"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lconvert.converters import replaced
+from lconvert.errors import few
 from lconvert.plan import manifest_path
 from lconvert.validators import (
     carried,
@@ -221,10 +222,9 @@ def _compressed(proof: Proof, made: compressed.Found, passes: list[str]) -> None
     value = f"{sum(made.same.values())} of {len(made.same)} tensors, every value"
     proof.count("tensors", "equal to the compressed model", made.wrong, value)
     if made.unproven:
-        names = f"{', '.join(made.unproven[:3])}{' ...' if made.unproven[3:] else ''}"
         by = " and ".join(dict.fromkeys(passes)) or "a pass"
         proof.not_proven.append(
-            f"tensors: what the target rounded of {names}, which {by} had replaced; compare with the .lcir folder of lconvert compress "
+            f"tensors: what the target rounded of {few(made.unproven)}, which {by} had replaced; compare with the .lcir folder of lconvert compress "
             "in the source's place"
         )
 

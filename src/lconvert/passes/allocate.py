@@ -25,7 +25,7 @@ from lconvert.primitives import allocator, evolve, importance, sensitivity, text
 from lconvert.primitives.allocator import Allocation, Item, Option
 from lconvert.primitives.job import Job
 from lconvert.primitives.placement import NONE, NOTHING, Placement, parse, patterns
-from lconvert.primitives.probe import Probe
+from lconvert.primitives.probe import Probe, needed
 from lconvert.primitives.shelf import Shelf
 from lconvert.spec import check
 
@@ -239,10 +239,10 @@ class Search:
             self.budget()  # refused before the long part
         mine = own(job, options)
         found = text.windows(model, mine.calibration)
-        held = 4 * (self.menu.weights + found.tokens * model.decoder.hidden * (model.decoder.layers + 1))
-        if job.memory is not None and held > job.memory:
+        least = needed(model)
+        if job.memory is not None and least > job.memory:
             raise OptionError(
-                f"--memory {job.memory / 1e6:.1f} MB: an allocation holds the whole model in fp32 and what enters its layers, {held / 1e6:.1f} MB; "
+                f"--memory {job.memory / 1e6:.1f} MB: an allocation holds a layer in fp32, or the head and logits, {least / 1e6:.1f} MB; "
                 "allow more memory, or say the types in a recipe"
             )
         self.probe = Probe(model, found.ids, job.device)

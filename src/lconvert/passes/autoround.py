@@ -24,7 +24,7 @@ from lconvert.primitives.placement import Placed, Placement, with_inputs
 from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.signround import Held, Rounding, Settings, latent, tune
 from lconvert.primitives.slots import waves
-from lconvert.primitives.statistics import Hessian, Moments, importance
+from lconvert.primitives.statistics import UNSEEN, Hessian, Moments, importance, unfed
 from lconvert.spec import check
 
 #: Bytes that a weight's rounding takes: itself, its offset, place and code, its gradient, and codes of three iterates.
@@ -134,10 +134,8 @@ def _starts(
         seen: list[Hessian | Moments] = [Hessian() if by_codes else Moments() for _ in stages]
         block.observe({role: s for stage, s in zip(stages, seen, strict=True) for role in stage})
         for stage, s in zip(stages, seen, strict=True):
-            if isinstance(s, Moments) and s.count and (dead := int((s.squares <= 0).sum())):
-                block.say(
-                    f"autoround: {', '.join(stage)}: {dead} of {len(s.squares)} inputs are always zero; their weights are rounded to nearest"
-                )
+            if isinstance(s, Moments) and s.count and (said := unfed(s.squares)):
+                block.say(f"autoround: {', '.join(stage)}: {said}")
             inputs: dict[str, first.Inputs] = {}
             for role in stage:
                 g, w = made[role], block.weight(role)
@@ -147,9 +145,7 @@ def _starts(
                 if s.count == 0:
                     near = g.nearest(w)
                     block.set(role, g.values(*near))
-                    block.say(
-                        f"autoround: {role}: no token of the calibration text came here; rounded by its own squared error"
-                    )
+                    block.say(f"autoround: {role}: {UNSEEN}")
                     yield _Start(role, None, near)
                     continue
                 if isinstance(s, Moments):

@@ -35,7 +35,7 @@ from lconvert.primitives.placement import Placed, Placement, with_inputs
 from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.sites import Site, cached, sites, unfoldable
 from lconvert.primitives.slots import cut, waves
-from lconvert.primitives.statistics import Hessian, Moments, importance
+from lconvert.primitives.statistics import UNSEEN, Hessian, Moments, importance, unfed
 from lconvert.spec import check
 
 if TYPE_CHECKING:
@@ -269,10 +269,8 @@ def _nearest(
         hessians = [(roles, Hessian()) for roles in wave]
         block.observe({role: h for roles, h in hessians for role in roles})
         for roles, h in hessians:
-            if h.count and (dead := int((h.sum.diagonal() <= 0).sum())):
-                block.say(
-                    f"awq: {', '.join(roles)}: {dead} of {len(h.sum)} inputs are always zero; their weights are rounded to nearest"
-                )
+            if h.count and (line := unfed(h.sum.diagonal())):
+                block.say(f"awq: {', '.join(roles)}: {line}")
             for role in roles:
                 new[role] = _placed(model.entries[role], block, h, made[role], said.get(role, "1"), options)
     return new
@@ -286,9 +284,7 @@ def _placed(
     if not h.count:
         position, sides = g.nearest(w)
         note = "no input seen"
-        block.say(
-            f"awq: {entry.name}: no token of the calibration text came here; rounded by its own squared error"
-        )
+        block.say(f"awq: {entry.name}: {UNSEEN}")
     else:
         target = method.clipped(w, h.sum, g, _STEPS) if options.clips(entry.name) else w
         position, sides = g.nearest(target, importance(h.sum.diagonal()))

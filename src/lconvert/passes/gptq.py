@@ -18,14 +18,14 @@ from lconvert.ir import Entry, Model, QTensor, Tensor, dense
 from lconvert.passes.rtn_float import Peak, peaks
 from lconvert.primitives import gptq as method
 from lconvert.primitives import grids, masks, sparsegpt
-from lconvert.primitives.factor import factor
+from lconvert.primitives.factor import Factor, factor
 from lconvert.primitives.gptq import Settings
 from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.job import Job, identity
 from lconvert.primitives.placement import Placed, Placement, with_inputs
 from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.slots import waves
-from lconvert.primitives.statistics import Accumulator, Cross, Hessian, Together
+from lconvert.primitives.statistics import UNSEEN, Accumulator, Cross, Hessian, Together
 from lconvert.spec import check
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         reference=options.asymmetric,
         statistics=need(model, wanted, options.asymmetric),
     )
-    if options.prune != "":
+    if options.prune != "":  # said as the pass for masks says it: a proof of the artifact looks for that line
         out = out.with_entries({}, f"sparse: {len(wanted)} matrices, {options.prune}, in the sweep of gptq")
     return check(out.with_entries({}, f"gptq: {len(wanted)} matrices to {named(wanted)}"))
 
@@ -183,21 +183,20 @@ def _rounded(
     """New entries of matrices that share an input, with lines for the report; the block computes with them from then on."""
     seen: dict[str, method.Inputs] = {}
     settings = options.settings()
+    pruning = factor(h.sum, options.damping, roles[0]) if options.prune != "" and h.count else None
     for role in roles:
         entry, g, w, lines = model.entries[role], made[role], block.weight(role), []
         assert isinstance(entry.data, Tensor)
         zeros = "" if options.prune == "" else f", pruned {options.prune}"
         if options.prune != "":
-            w, kept, line = _pruned(w, h, g, options, role)
+            w, kept, line = _pruned(w, h, pruning, g, options, role)
         else:
             kept, line = mask("gptq", role, w, g) if options.keep_zeros else (None, "")
         lines += [line] if line else []
         if h.sum is None or h.count == 0:
             position, sides = g.nearest(w)
             order, note = None, f"gptq {g.placed}{zeros}, no input seen"
-            lines.append(
-                f"gptq: {role}: no token of the calibration text came here; rounded by its own squared error"
-            )
+            lines.append(f"gptq: {role}: {UNSEEN}")
         else:
             along = method.path(settings, g)
             if along not in seen:
@@ -215,16 +214,18 @@ def _rounded(
         yield replace(entry, data=q, provenance=(*entry.provenance, note)), lines
 
 
-def _pruned(w: Any, h: Hessian, g: DeploymentGrid, options: Options, role: str) -> tuple[Any, Any, str]:
+def _pruned(
+    w: Any, h: Hessian, f: Factor | None, g: DeploymentGrid, options: Options, role: str
+) -> tuple[Any, Any, str]:
     """The weights to round, which of them stay, and a line where zeros cannot be: what a grid with zeros gets are the weights as they came,
-    since the sweep that rounds makes up for the zeros as well."""
+    since the sweep that rounds makes up for the zeros as well. f: the factor of the Hessian; None where no token came."""
     pattern, share = masks.asked(options.prune)
-    if h.count == 0:
+    if f is None:
         w = w * masks.kept(masks.magnitude(w), pattern, share, role)
     elif g.holds_zero:
-        return w, method.pruned(w, h.sum, g, pattern, share, options.settings(), role), ""
+        return w, method.pruned(w, h.sum, f, g, pattern, share, role), ""
     else:
-        w, _ = sparsegpt.sweep(w, factor(h.sum, options.damping, role), pattern, share, name=role)
+        w, _ = sparsegpt.sweep(w, f, pattern, share, name=role)
     return w, *mask("gptq", role, w, g)
 
 

@@ -12,16 +12,16 @@ the same numbers elsewhere. What heads attend to keeps its order: rotary embeddi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import OptionError, UnsupportedError
-from lconvert.ir import Decoder, Entry, Mlp, Model, Transform, dense
+from lconvert.ir import Decoder, Entry, Model, Transform, dense
 from lconvert.primitives import importance
 from lconvert.primitives.folding import Change, changed, noted, plain
 from lconvert.primitives.job import Job
-from lconvert.primitives.sites import attention_inputs, mlp_inputs
+from lconvert.primitives.sites import adding, attention_inputs, mlp_inputs, mlps
 from lconvert.spec import NORMS, check
 
 if TYPE_CHECKING:
@@ -81,12 +81,12 @@ def ordered(model: Model, orders: Mapping[str, Order]) -> Model:
                 "embed",
                 *(("pos_embed",) if "pos_embed" in model.entries else ()),
             )
-            adding = (*_adding(model.decoder), *_norms(model.decoder))
+            writing = (*adding(model.decoder), *_norms(model.decoder))
         else:
-            reading, adding = (f"{where}.down",), (f"{where}.gate", f"{where}.up")
+            reading, writing = (f"{where}.down",), (f"{where}.gate", f"{where}.up")
         for name in reading:
             columns.setdefault(name, []).append(order)
-        for name in (*adding, *(f"{a}.bias" for a in adding)):
+        for name in (*writing, *(f"{a}.bias" for a in writing)):
             if name in model.entries:
                 rows[name] = order
     new = {
@@ -97,18 +97,6 @@ def ordered(model: Model, orders: Mapping[str, Order]) -> Model:
     return replace(model.with_entries(new), transforms=(*model.transforms, *transforms))
 
 
-def mlps(d: Decoder) -> Iterator[str]:
-    """Names of MLPs, of experts each."""
-    for i, layer in d.each():
-        m = layer.mlp
-        if isinstance(m, Mlp):
-            yield f"layers.{i}.mlp"
-            continue
-        if m.shared:
-            yield f"layers.{i}.moe.shared"
-        yield from (f"layers.{i}.moe.experts.{e}" for e in range(m.experts))
-
-
 def _readers(d: Decoder) -> list[str]:
     """Matrices that read the residual stream, through a norm or not."""
     out = [
@@ -117,10 +105,6 @@ def _readers(d: Decoder) -> list[str]:
         for role in (*attention_inputs(layer.attention), *mlp_inputs(layer))
     ]
     return out if d.tied else [*out, "head"]
-
-
-def _adding(d: Decoder) -> list[str]:
-    return [*(f"layers.{i}.attn.o" for i, _ in d.each()), *(f"{part}.down" for part in mlps(d))]
 
 
 def _norms(d: Decoder) -> list[str]:

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, get_args
 
 from lconvert.errors import OptionError, UnsupportedError
-from lconvert.ir import Decoder, Entry, Model, Moe, Transform, dense
+from lconvert.ir import Decoder, Entry, Model, Transform, dense
 from lconvert.primitives.folding import Change, changed, norm_weight, noted, plain, times
 from lconvert.primitives.hadamard import Kind, Rotation, rotation
 from lconvert.primitives.job import Job
-from lconvert.primitives.sites import Site, cached, sites, unfoldable
+from lconvert.primitives.sites import Site, adding, cached, sites, unfoldable
 from lconvert.spec import check
 
 if TYPE_CHECKING:
@@ -154,20 +154,6 @@ def untied(model: Model) -> Model:
     return replace(model, arch=replace(d, tied=False), config=config, entries={**model.entries, "head": head})
 
 
-def _adding(d: Decoder) -> list[str]:
-    """What adds to the residual stream besides the embedding."""
-    out = []
-    for i, layer in d.each():
-        at, m = f"layers.{i}.", layer.mlp
-        out.append(at + "attn.o")
-        if not isinstance(m, Moe):
-            out.append(at + "mlp.down")
-            continue
-        out += [at + "moe.shared.down"] if m.shared else []
-        out += [f"{at}moe.experts.{e}.down" for e in range(m.experts)]
-    return out
-
-
 class _Changes:
     """What is done to each matrix, collected, so that each is rounded once."""
 
@@ -192,7 +178,7 @@ class _Changes:
             for name in site.consumers:
                 self._columns[name] = (times(weight), turn)
         self._columns["embed"] = (turn,)
-        for name in _adding(d):
+        for name in adding(d):
             self._rows[name] = (turn, d.hidden)
 
     def values(self, site: Site, turn: Rotation) -> None:

@@ -16,7 +16,7 @@ A code is the nearest value of the grid, ties to the even code; what exceeds the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -227,7 +227,7 @@ def _micro(
     most: int,
     outer: Callable[[], np.float32],
     covering: Callable[[NDArray[np.float32]], NDArray[np.int16]],
-    steps: Iterable[int],
+    steps: range,
 ) -> QTensor:
     """E2M1 under scales of `side`, codes 0 .. most, times `outer`. covering: largest magnitudes of groups -> codes; steps: what is added to those
     to find the least squared error."""
@@ -248,6 +248,9 @@ def _micro(
             now = np.clip(first + step, 0, most).astype(np.uint8)
             scale = (grid_values(side, now) * outer())[..., None]
             found = nearest(E2M1, _over(x, np.broadcast_to(scale, x.shape)))
+            if len(steps) == 1:
+                codes, local = found, now
+                break
             error = ((grid_values(E2M1, found) * scale - x).astype(np.float64) ** 2).sum(-1)
             better = error < least
             least, local = np.where(better, error, least), np.where(better, now, local)

@@ -15,7 +15,7 @@ from lconvert.passes.rtn import Options
 from lconvert.primitives.job import Job, identity
 from lconvert.primitives.placement import with_inputs
 from lconvert.primitives.sequential import Block, walk
-from lconvert.primitives.statistics import Moments, importance
+from lconvert.primitives.statistics import UNSEEN, Moments, importance
 from lconvert.spec import check
 
 
@@ -40,9 +40,7 @@ def run(model: Model, options: Options, job: Job) -> Model:
                 note = f"rtn {g.placed} importance"
                 if weights is None:
                     note = f"rtn {g.placed}, no input seen"
-                    block.say(
-                        f"rtn: {role}: no token of the calibration text came here; rounded by its own squared error"
-                    )
+                    block.say(f"rtn: {role}: {UNSEEN}")
                 data = g.qtensor(position, sides, entry.data)
                 new[role] = replace(entry, data=data, provenance=(*entry.provenance, note))
                 block.set(role, g.values(position, sides))

@@ -34,11 +34,11 @@ from typing import Any, Literal
 from lconvert.errors import OptionError
 from lconvert.forward import packages
 from lconvert.primitives import sparsegpt, sweep
-from lconvert.primitives.factor import factor
+from lconvert.primitives.factor import Factor, factor
 from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.masks import Pattern
 from lconvert.primitives.sides import Sides, joined, picked
-from lconvert.primitives.statistics import importance
+from lconvert.primitives.statistics import importance, unfed
 
 #: Columns whose errors are gathered before the rest of the matrix hears of them (lazy batches of the paper's 3.3).
 BLOCK = 128
@@ -113,9 +113,7 @@ def inputs(h: Any, order: str, settings: Settings, what: str, cross: Any = None)
     weights = importance(h.diagonal())
     dead = h.diagonal() <= 0
     if bool(dead.any()):
-        notes.append(
-            f"{int(dead.sum())} of {len(dead)} inputs are always zero; their weights are rounded to nearest"
-        )
+        notes.append(unfed(h.diagonal()))
         h = h.clone()
         h.diagonal()[dead] = h.diagonal()[~dead].mean() if not bool(dead.all()) else 1.0
     if f.damping != settings.damping:
@@ -179,11 +177,9 @@ def gptq(
     return Rounded(position, sides, seen.order if moving else None, loss, nearest)
 
 
-def pruned(
-    w: Any, h: Any, g: DeploymentGrid, pattern: Pattern, sparsity: float, settings: Settings, what: str
-) -> Any:
+def pruned(w: Any, h: Any, f: Factor, g: DeploymentGrid, pattern: Pattern, sparsity: float, what: str) -> Any:
     """Which weights SparseGPT keeps (rows, cols) where survivors are rounded to the grid in the same sweep: for `kept` of `gptq`, which sweeps
-    the weights as they came again, in its own order (arXiv 2301.00774, 3.5). h: sum x x^T (cols, cols)."""
+    the weights as they came again, in its own order (arXiv 2301.00774, 3.5). h: sum x x^T (cols, cols), f its factor."""
     sides = g.fit(w, importance(h.diagonal()))
     one = replace(g, group=1, span=1)
 
@@ -192,7 +188,6 @@ def pruned(
         own = sides.columns(k, k + 1)
         return one.values(one.round(x.unsqueeze(1), own), own).squeeze(1)
 
-    f = factor(h, settings.damping, what)
     return sparsegpt.sweep(w, f, pattern, sparsity, rounded=rounded, name=what)[1]
 
 

@@ -36,6 +36,16 @@ _LOGITS = 128 << 20  # bytes of them that are computed together
 Changed = Mapping[str, "NDArray[np.float32] | Tensor"]
 
 
+def needed(model: Model) -> int:
+    """Bytes in memory at least: a layer in fp32, or the head with the logits that are computed together."""
+    d = model.decoder
+    sizes = [0] * d.layers
+    for name, entry in model.entries.items():
+        if name.startswith("layers."):
+            sizes[int(name.split(".")[1])] += 4 * entry.data.size
+    return max(*sizes, 4 * model.entries["embed" if d.tied else "head"].data.size + 4 * d.vocab)
+
+
 class Probe:
     """A model, the windows that it is watched on, and what the original says to them."""
 

@@ -95,6 +95,29 @@ def mlp_inputs(layer: Layer) -> tuple[str, ...]:
     return ("moe.router", *shared, *routed)
 
 
+def mlps(d: Decoder) -> Iterator[str]:
+    """Names of MLPs, of experts each."""
+    for i, layer in d.each():
+        yield from _mlps(f"layers.{i}.", layer)
+
+
+def adding(d: Decoder) -> Iterator[str]:
+    """Matrices that add to the residual stream."""
+    for i, layer in d.each():
+        yield f"layers.{i}.attn.o"
+        yield from (f"{part}.down" for part in _mlps(f"layers.{i}.", layer))
+
+
+def _mlps(at: str, layer: Layer) -> Iterator[str]:
+    m = layer.mlp
+    if isinstance(m, Mlp):
+        yield at + "mlp"
+        return
+    if m.shared:
+        yield at + "moe.shared"
+    yield from (f"{at}moe.experts.{e}" for e in range(m.experts))
+
+
 def _places(d: Decoder) -> Iterator[Site | Unfoldable]:
     for i, layer in d.each():
         at = f"layers.{i}."

@@ -120,6 +120,20 @@ def importance(squares: Any) -> Any:
     return squares.where(alive, typical * _DEAD)
 
 
+#: Of a matrix without inputs, whatever rounds it.
+UNSEEN = "no token of the calibration text came here; rounded by its own squared error"
+
+
+def unfed(squares: Any) -> str:
+    """What a report says of inputs (cols,) that are always zero, by their mean or summed squares; "" where none is."""
+    dead = int((squares <= 0).sum())
+    return (
+        f"{dead} of {len(squares)} inputs are always zero; their weights are rounded to nearest"
+        if dead
+        else ""
+    )
+
+
 class Together:
     """Several accumulators of one input, in one pass: `Together(Hessian(), Cross())`."""
 
