@@ -137,6 +137,7 @@ def test_passes_that_share_the_weights_between_them() -> None:
         ("passes: [{rtn: {group: true}}]", "rtn: group True: expected a whole number or a text"),
         ("passes: [{rtn: {grid: 4}}]", "rtn: grid 4: expected a text"),
         ("passes: [{rtn: {grid: null}}]", "rtn: grid None: expected a text"),
+        ("passes: [{sparse: {pattern: 2:4}}]", "sparse: pattern 124: expected a text, in quotes"),
         ("passes: [{rtn: {grid: int9}}]", "rtn: grid 'int9'; did you mean int8? choose int2..int8"),
         ("passes: [{rtn: {grid: q4k}}]", "rtn: grid 'q4k'; did you mean Q4_K? choose int2..int8"),
         ("passes: [{rtn: {grid: best}}]", "rtn: grid 'best'; choose int2..int8"),
@@ -217,6 +218,8 @@ def test_a_recipe_that_is_no_file(tmp_path: Path) -> None:
         ("rtn, rotate", "rotate changes dense weights, but rtn in front of it has rounded them; put rotate first"),
         ("gptq, sparse", "sparse re-fits the weights that it keeps, but gptq in front of it has rounded them; put sparse first, or prune by magnitude"),
         ("gptq, {sparse: {method: magnitude, steps: 2}}", "sparse re-fits the weights that it keeps, but gptq"),
+        ("sparse, smooth, rotate, gptq", "rotate leaves nothing of the zeros that sparse in front of it has made, or of their pattern; put rotate first"),
+        ("{sparse: {pattern: '2:4'}}, permute, gptq", "permute leaves nothing of the zeros that sparse"),
     ],
 )  # fmt: skip
 def test_contradictory_passes(steps: str, message: str) -> None:
@@ -227,6 +230,7 @@ def test_contradictory_passes(steps: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "steps", ["kv", "activations", "kv, rtn, activations", "gptq, {sparse: {method: wanda}}", "sparse, gptq",
+              "sparse, permute, gptq", "{sparse: {pattern: '2:4'}}, smooth, awq", "rotate, permute, sparse",
               "{gptq: {ignore: '.*down'}}, {sparse: {targets: '.*down'}}", "{rtn: {grids: {'.*down': none}}}, {rtn: {targets: '.*down'}}"]
 )  # fmt: skip
 def test_passes_that_go_together(steps: str) -> None:

@@ -1,7 +1,8 @@
 """What is wrong with a recipe before any model is read: options of wrong types, stages that contradict each other.
 
 The types are those of the fields of a pass's `Options`; ranges are its own business. Where a pass may stand follows from its stages
-(passes.STAGES): a transform needs dense weights, a weight is rounded once, inputs are quantized of rounded weights.
+(passes.STAGES): a transform needs dense weights, a weight is rounded once, inputs are quantized of rounded weights. What turns
+channels together, or puts them in another order, would undo a mask in front of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lconvert import passes
 from lconvert.errors import LconvertError, OptionError, meant
+from lconvert.primitives.masks import UNSTRUCTURED
 from lconvert.primitives.placement import Placement
 
 
@@ -31,7 +33,10 @@ def options(where: str, name: str, given: Mapping[str, Any]) -> Any:
     for key, value in given.items():
         fits, taken[key] = _taken(value, hints[key])
         if not fits:
-            raise OptionError(f"{where}: {name}: {key} {value!r}: expected {_expected(hints[key])}")
+            quotes = (
+                ", in quotes" if hints[key] is str and isinstance(value, int | float) else ""
+            )  # 2:4 is 124
+            raise OptionError(f"{where}: {name}: {key} {value!r}: expected {_expected(hints[key])}{quotes}")
     try:
         return kind(**taken)
     except LconvertError as e:
@@ -109,6 +114,14 @@ def _meant(options: Any) -> Callable[[str], bool]:
     return lambda name: bool(targets.fullmatch(name)) and not (ignore and re.fullmatch(ignore, name))
 
 
+#: Transforms, and whether one undoes what a pass with these options has masked: turned weights are sums of kept and pruned ones, and
+#: columns in another order are other groups of M. Factors of columns and rows leave zeros where they are.
+_UNDOES: Mapping[str, Callable[[Any], bool]] = {
+    "rotate": lambda options: True,
+    "permute": lambda options: getattr(options, "pattern", UNSTRUCTURED) != UNSTRUCTURED,
+}
+
+
 def stages(where: str, steps: Sequence[tuple[str, Any]]) -> None:
     """OptionError where passes (name, options) contradict each other in this order."""
     kinds = [passes.stages(name, options) for name, options in steps]
@@ -118,6 +131,10 @@ def stages(where: str, steps: Sequence[tuple[str, Any]]) -> None:
             raise OptionError(
                 f"{where}: {name} changes dense weights, but {steps[rounding[0]][0]} in front of it has rounded them; "
                 f"put {name} first"
+            )
+        if undone := _unmasked(name, steps[:i], kinds):
+            raise OptionError(
+                f"{where}: {name} leaves nothing of the zeros that {undone} in front of it has made, or of their pattern; put {name} first"
             )
         if getattr(options, "refits", False) and (done := _both(steps[:i], kinds, options)):
             raise OptionError(
@@ -135,6 +152,13 @@ def stages(where: str, steps: Sequence[tuple[str, Any]]) -> None:
         ("cache", "quantizes"),
     ):
         _once(where, [steps[i] for i, kind in enumerate(kinds) if stage in kind], done)
+
+
+def _unmasked(name: str, earlier: Sequence[tuple[str, Any]], kinds: Sequence[tuple[str, ...]]) -> str:
+    """The pass whose mask pass `name` undoes; "" for none."""
+    undoes = _UNDOES.get(name, lambda options: False)
+    masking = (step for step, kind in zip(earlier, kinds, strict=False) if "masks" in kind)
+    return next((first for first, options in masking if undoes(options)), "")
 
 
 def _both(earlier: Sequence[tuple[str, Any]], kinds: Sequence[tuple[str, ...]], options: Any) -> str:
