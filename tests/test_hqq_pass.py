@@ -19,6 +19,7 @@ from lconvert.ir import QTensor, Tensor, as_f32, dense
 from lconvert.kernels.qtensor import dequantize, effective
 from lconvert.passes import hqq, rtn
 from lconvert.primitives import hqq as method
+from lconvert.primitives.job import Job
 from tests import arch_cases, case_models
 from tests.conftest import DEMO
 from tests.test_cli import inside
@@ -204,3 +205,13 @@ def test_as_a_method_and_a_recipe(tmp_path: Any) -> None:
     assert isinstance(q, QTensor) and q.zero is not None and q.grid.bits == 4
     code, _, err = inside(["hf-to-trtllm", str(DEMO), "--method", "hqq", "-o", str(tmp_path / "t")])
     assert code == 2 and "--method hqq: no flag of this verb has zero points; use a recipe" in err
+
+
+def test_as_many_threads_as_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine gets one thread if one is asked for, and the process has its own number again afterwards."""
+    seen: list[int] = []
+    fit, before = method.fit, torch.get_num_threads()
+    monkeypatch.setattr(method, "fit", lambda *a: (seen.append(torch.get_num_threads()), fit(*a))[1])
+    for count in (1, 3):
+        hqq.run(lconvert.read(DEMO), hqq.Options(group=32), Job(threads=count))
+    assert set(seen) == {1, 3} and torch.get_num_threads() == before

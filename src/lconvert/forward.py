@@ -41,6 +41,18 @@ def packages() -> tuple[Any, Any]:
 
 
 @contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, torch computes on `count` threads; None: on as many as it did."""
+    torch, _ = packages()
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def explained(source: str) -> Iterator[None]:
     """What transformers has against a configuration as an InputError; it raises whatever comes along."""
     try:

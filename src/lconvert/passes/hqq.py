@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Literal
 
 from lconvert.errors import InputError, OptionError
-from lconvert.forward import packages
+from lconvert.forward import packages, threads
 from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, dense, int_grid
 from lconvert.primitives import hqq as method
 from lconvert.primitives.families import SLAB, half, short
@@ -62,7 +62,8 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         made: dict[str, Entry] = {}
         for entry, placed in members:
             note = f"hqq {placed} {options.zeros} zeros"
-            data = _quantized(entry, placed, options, job.device)
+            with threads(job.threads):
+                data = _quantized(entry, placed, options, job.device)
             made[entry.name] = replace(entry, data=data, provenance=(*entry.provenance, note))
             job.tell("hqq", len(new) + len(made), len(wanted))
         new |= folder.save(number, made, ()).entries

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lconvert.errors import InputError, OptionError
-from lconvert.forward import Forward, packages
+from lconvert.forward import Forward, packages, threads
 from lconvert.ir import E4M3, ActSpec, KVSpec, Model, Tensor, dense
 from lconvert.primitives.job import Job
 from lconvert.primitives.text import unsaid, windows
@@ -39,7 +39,8 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     if text:
         own = options if options.text else job.calibration
         shown = windows(model, replace(job.calibration, text=text, windows=own.windows, context=own.context))
-        keys, values = peaks(model, shown.ids)
+        with threads(job.threads):
+            keys, values = peaks(model, shown.ids)
         notes = unsaid(shown.notes, model)
         if len(keys) != layers:
             raise OptionError(f"kv: {len(keys)} of {layers} layers showed a cache of keys and values")

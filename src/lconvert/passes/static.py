@@ -60,6 +60,7 @@ def run(
     """The model with int8 weights and an ActSpec on each of them. examples: arrays as passes/histograms.py takes them."""
     import numpy as np
 
+    from lconvert.forward import threads
     from lconvert.passes import histograms
     from lconvert.passes.examples import load, wanted
     from lconvert.passes.observers import OBSERVERS, codes
@@ -71,7 +72,8 @@ def run(
         c = job.calibration
         count, length = (options.examples, options.context) if options.text else (c.windows, c.context)
         examples = load(model, text, count=count, length=length)
-    seen = histograms.inputs(model, examples)  # of the model as it is, not of its rounded weights
+    with threads(job.threads):
+        seen = histograms.inputs(model, examples)  # of the model as it is, not of its rounded weights
     rounded = rtn.run(model, options.rounding())
     new: dict[str, Entry] = {}
     for name, entry in rounded.entries.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 from lconvert import __version__
 from lconvert.errors import InputError, OptionError
-from lconvert.forward import Forward, packages
+from lconvert.forward import Forward, packages, threads
 from lconvert.ir import Entry, Model
 from lconvert.kernels.qtensor import effective
 from lconvert.primitives import budget, surprise, text
@@ -460,7 +460,7 @@ def walk(
         reference,
         _of(model, job.work),
     )
-    with _threads(torch, job.threads):
+    with threads(job.threads):
         run = _Run(model, job, shown, device, reference)
         plan = budget.plan(run.forward, model.decoder, shown, job, reference=reference, statistics=statistics)
         folder = Folder(job.work, full, what, resume=job.resume)
@@ -541,16 +541,6 @@ def _device(torch: Any, name: str) -> Any:
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"--device {name}: calibration runs on cpu or cuda")
     return device
-
-
-@contextmanager
-def _threads(torch: Any, count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _of(model: Model, work: Path | None) -> str:
