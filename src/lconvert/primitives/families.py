@@ -116,8 +116,8 @@ def _f16(x: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Single(Family):
-    """One stored number per group. store: what rounds it; signed: whether it may be negative; dtype of the side tensor; least and most: shares
-    of the covering scale that are searched, (1,) for none."""
+    """One stored number per group. store: what rounds it; signed: whether it may be negative; dtype of the side tensor; search: whether
+    less than the covering scale is tried as well."""
 
     store: Callable[[Any], Any]
     signed: bool = False
