@@ -241,6 +241,17 @@ def test_plots_of_odd_figures() -> None:
 
 
 @needs_plots
+def test_points_without_a_type_have_no_label() -> None:
+    rows = [{"bits_per_weight": b, "kld_mean": 2.0**-b} for b in (3.0, 4.0, 5.0)]
+    named = [{**r, "type": f"Q{r['bits_per_weight']:.0f}_K"} for r in rows]
+
+    def labels(of: list[dict[str, Any]]) -> list[str]:
+        return [t.get_text() for t in plots.frontiers([("measured", of)]).axes[0].texts]
+
+    assert labels(named) == ["Q3_K", "Q4_K", "Q5_K"] and labels(rows) == []
+
+
+@needs_plots
 def test_plots_as_files(tmp_path: Path) -> None:
     rows = [{"label": "ours", "bits_per_weight": 4.5, "kld_mean": 0.01}]
     for name, begin in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):

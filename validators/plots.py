@@ -180,7 +180,7 @@ def quality(rows: Sequence[Mapping[str, Any]], stock_rows: Sequence[Mapping[str,
 
 
 def frontiers(models: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Any:
-    """Mean KLD against bits per weight for several models, one curve each; the types are named on the topmost."""
+    """Mean KLD against bits per weight for several models, one curve each; the topmost names the types of its points, if any."""
     with _drawing(4.4) as (figure, axes):
         series = []
         for label, found in models:
@@ -197,7 +197,8 @@ def frontiers(models: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Any:
         top = max(models, key=lambda m: max(float(r["kld_mean"]) for r in m[1]))
         for row in filter(_drawable, top[1]):
             at = row["bits_per_weight"], max(row["kld_mean"], _LEAST)
-            _label(axes, *at, row.get("type", ""), COLOURS["muted"], (5, 4), "left")
+            if row.get("type"):
+                _label(axes, *at, row["type"], COLOURS["muted"], (5, 4), "left")
         axes.margins(x=0.1, y=0.1)
         _name(axes, "bits per weight", "mean KL divergence, nats", legend=len(models) > 1)
         return figure

@@ -237,7 +237,5 @@ def front(search: Search, found: Outcome, optima: Sequence[Allocation], path: Pa
         return
     from lconvert.validators import plots
 
-    measured = [{**r, "type": ""} for r in rows]
-    predicted = [{**r, "type": "", "kld_mean": r["predicted"]} for r in rows if r["predicted"] > 0]
-    here = [{**chosen, "type": "chosen"}]
-    plots.save(plots.frontiers([("measured", measured), ("predicted", predicted), ("chosen", here)]), path)
+    predicted = [{**r, "kld_mean": r["predicted"]} for r in rows if r["predicted"] > 0]
+    plots.save(plots.frontiers([("measured", rows), ("predicted", predicted), ("chosen", [chosen])]), path)
