@@ -31,23 +31,27 @@ def factor(h: Any, damping: float = 0.01, name: str = "weight") -> Factor:
     InputError for NaN, and where no damping helps.
     """
     torch, _ = packages()
-    h = h.to(torch.float64).clone()
     if not bool(h.isfinite().all()):
         raise InputError(
             f"{name}: the Hessian of its inputs holds NaN or infinity; look at the calibration text, and at the layers before it"
         )
-    diagonal = h.diagonal()
+    diagonal = h.diagonal().to(torch.float64, copy=True)
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     diagonal[dead] = mean
+    failed = torch.empty((), dtype=torch.int32, device=h.device)
     more = (max(damping, 1e-4) * 10**attempt for attempt in range(1, _RETRIES + 1))
     for now in (damping, *more):
-        damped = h.clone()
-        damped.diagonal().add_(now * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        # h is symmetric, and transposed its columns are contiguous, as LAPACK wants them: all is done in place, with two fp64 matrices at most.
+        lower = h.flip(0, 1).to(torch.float64).T
+        lower.diagonal().copy_((diagonal + now * mean).flip(0))
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if int(failed) == 0:
-            eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-            upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
+            upper = torch.eye(len(h), dtype=torch.float64, device=h.device).T
+            torch.linalg.solve_triangular(lower, upper, upper=False, out=upper)
+            del lower
+            upper = upper.flip(0, 1)
+            upper = upper.contiguous()
             if bool(upper.isfinite().all()):
                 return Factor(upper, dead, now)
     raise InputError(

@@ -108,7 +108,7 @@ def inputs(h: Any, order: str, settings: Settings, what: str, cross: Any = None)
     singular whatever is added."""
     torch, _ = packages()
     along = torch.argsort(h.diagonal(), descending=True, stable=True) if order != "none" else None
-    f = factor(h if along is None else h[along][:, along], settings.damping, what)
+    f = factor(h if along is None else h[along.unsqueeze(1), along], settings.damping, what)
     notes: list[str] = []
     weights = importance(h.diagonal())
     dead = h.diagonal() <= 0
