@@ -12,8 +12,11 @@ from dataclasses import asdict, replace
 from lconvert.ir import Entry, Model, Tensor
 from lconvert.passes import gptq
 from lconvert.passes.rtn import Options
+from lconvert.primitives.families import Single
+from lconvert.primitives.grids import DeploymentGrid
 from lconvert.primitives.job import Job, identity
 from lconvert.primitives.placement import with_inputs
+from lconvert.primitives.scales import FINE
 from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.statistics import UNSEEN, Moments, importance
 from lconvert.spec import check
@@ -22,7 +25,7 @@ from lconvert.spec import check
 def run(model: Model, options: Options, job: Job) -> Model:
     """The model with every matching dense matrix of its layers, and the head, on its grid."""
     wanted = with_inputs("rtn", options, model)
-    made = gptq.deployed(model, wanted, signed=options.signed)
+    made = {role: _finely(g) for role, g in gptq.deployed(model, wanted, signed=options.signed).items()}
 
     def visit(block: Block) -> Mapping[str, Entry]:
         new: dict[str, Entry] = {}
@@ -48,3 +51,8 @@ def run(model: Model, options: Options, job: Job) -> Model:
 
     out = walk(model, job, visit, what="rtn", key=identity("rtn", asdict(options)))
     return check(out.with_entries({}, f"rtn: {len(wanted)} matrices to {gptq.named(wanted)}"))
+
+
+def _finely(g: DeploymentGrid) -> DeploymentGrid:
+    """The grid with more scales tried, as there is nothing else to choose."""
+    return replace(g, family=replace(g.family, shares=FINE)) if isinstance(g.family, Single) else g

@@ -22,7 +22,7 @@ from lconvert.forward import packages
 from lconvert.ir import Grid, QTensor, Tensor, dense
 from lconvert.primitives import doubled, trials
 from lconvert.primitives import levels as of_levels
-from lconvert.primitives.scales import best_of, one_scale, scale_and_offset
+from lconvert.primitives.scales import SHARES, best_of, one_scale, scale_and_offset
 from lconvert.primitives.sides import Sides
 
 if TYPE_CHECKING:
@@ -116,18 +116,18 @@ def _f16(x: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Single(Family):
-    """One stored number per group. store: what rounds it; signed: whether it may be negative; dtype of the side tensor; search: whether
-    less than the covering scale is tried as well."""
+    """One stored number per group. store: what rounds it; signed: whether it may be negative; dtype of the side tensor; shares: of
+    the covering scale, which are tried; none: it is taken as it is."""
 
     store: Callable[[Any], Any]
     signed: bool = False
     dtype: str = "F16"
-    search: bool = True
+    shares: tuple[float, ...] = SHARES
 
     def fit(self, g: DeploymentGrid, w: Any, h: Any) -> Sides:
         x, hh = _groups(g, w, h)
-        if self.search:
-            s = one_scale(x, hh, g.levels, self.store, signed=self.signed)
+        if self.shares:
+            s = one_scale(x, hh, g.levels, self.store, signed=self.signed, shares=self.shares)
         else:
             s = self.store(x.abs().amax(-1) / max(g.levels.high, -g.levels.low))
         s = s.reshape(w.shape[0], -1)

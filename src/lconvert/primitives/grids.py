@@ -186,7 +186,7 @@ def find(
             cols,
             cols,
             of_levels.of(E4M3),
-            Single(lambda s: short(s, 8), False, "F32", False),
+            Single(lambda s: short(s, 8), False, "F32", ()),
         )
     else:
         made = _block_type(placed, cols, what)

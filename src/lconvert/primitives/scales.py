@@ -27,6 +27,8 @@ Store = Callable[[Any], Any]
 #: Shares of the covering scale that are tried first, and how often codes and scale alternate then.
 SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.64, 0.57, 0.5, 0.42)
 ROUNDS = 3
+#: Shares for who has nothing but scales to choose: rounding to nearest.
+FINE = tuple(round(1.1 - 0.01 * i, 2) for i in range(61))
 
 
 def cover(x: Any, levels: Levels, signed: bool) -> Any:
