@@ -154,11 +154,14 @@ def test_refinement_never_loses(search: allocate.Search) -> None:
     assert again == found
 
 
-def test_refinement_finds_what_single_losses_hide() -> None:
+@pytest.mark.parametrize("driver", ["evolve", "optuna"])
+def test_refinement_finds_what_single_losses_hide(driver: str) -> None:
     """Two items whose losses are small alone and large together: only a measurement of both shows it."""
     from lconvert.primitives import evolve
     from lconvert.primitives.allocator import Allocation, Item, Option
 
+    if driver == "optuna":
+        pytest.importorskip("optuna", reason="optuna is not installed")
     options = (Option("s", 1, 1.0), Option("l", 2, 0.0))
     items = [Item(n, (n,), options) for n in "abcd"]
 
@@ -168,15 +171,8 @@ def test_refinement_finds_what_single_losses_hide() -> None:
 
     start = Allocation(dict(zip("abcd", (options[0], options[0], options[1], options[1]), strict=True)))
     assert allocator.within(items, 6).loss == 2
-    for driver in ("evolve", *(["optuna"] if _has_optuna() else [])):
-        found = evolve.refine(items, start, 6, measure, generations=20, driver=driver)
-        assert (found.before, found.measured) == (12.0, 2.0), driver
-
-
-def _has_optuna() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("optuna") is not None
+    found = evolve.refine(items, start, 6, measure, generations=20, driver=driver)
+    assert (found.before, found.measured) == (12.0, 2.0)
 
 
 def test_a_recipe_repeats_the_choice(
@@ -224,6 +220,8 @@ def test_command_line(text: Path, tmp_path: Path) -> None:
         str(text),
         "--types",
         "Q4_K,Q6_K",
+        "--calibration-windows",
+        "3",
     ]
     result = CliRunner().invoke(
         compress.command,
@@ -237,7 +235,8 @@ def test_command_line(text: Path, tmp_path: Path) -> None:
     assert 1_300_000 < lowered.size <= 1_400_000
     rows = json.loads(front.read_text())["front"]
     assert [r["size"] for r in rows] == sorted(r["size"] for r in rows)
-    assert recipe.load(saved).steps[0].name == "allocate"
+    (made,) = recipe.load(saved).steps
+    assert made.name == "allocate" and (made.options.windows, made.options.context) == (3, 256)
 
 
 @pytest.mark.parametrize(

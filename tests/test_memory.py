@@ -24,7 +24,7 @@ _MEASURED = """
 import json, sys
 import numpy as np
 import lconvert
-from lconvert.passes import allocate
+from lconvert.passes import allocate, awq, gptq
 from lconvert.primitives import importance, sensitivity, text
 from lconvert.primitives.job import Calibration, Job
 from lconvert.primitives.probe import Probe
@@ -56,12 +56,18 @@ def changed(model):
     Probe(model, ids).kld({r: rounding.lazily(r, "Q8_0") for r, e in model.entries.items() if len(e.shape) == 2})
 
 
+def rounded(method):
+    return lambda model: method.run(model, method.Options(grid="int4", group=128, ignore="head"), job)
+
+
 runs = {
     "importance": lambda model: importance.measure(model, job),
     "fisher": estimated("fisher"),
     "hessian": estimated("hessian"),
     "kld": changed,
     "allocation": allocated,
+    "gptq": rounded(gptq),
+    "awq": rounded(awq),
 }
 models = [lconvert.read(folder) for folder in sys.argv[1:]]
 print(json.dumps({name: [peak(lambda: run(model)) for model in (models[0], *models)] for name, run in runs.items()}))

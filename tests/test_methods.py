@@ -225,6 +225,7 @@ def test_hf_to_gguf(slow: Slow, text: Path, tmp_path: Path) -> None:
     assert [next(iter(p)) for p in said["recipe"]["passes"]] == ["turned", "slow"]
     assert said["recipe"]["passes"][1]["slow"]["damping"] == 0.5 and said["recipe"]["name"] == "Q4_K_M"
     assert said["calibration"]["name"] == "calib.txt" and said["calibration"]["tokens"] > 500
+    assert said["calibration"]["activations"] == "f32"
     assert "turned right" in data["report"]
     assert not (tmp_path / "m.gguf.work").exists(), "finished layers go when the artifact is there"
     assert "`recipe` `Q4_K_M`, `calibration` `calib.txt`" in (tmp_path / "README.md").read_text()
@@ -436,6 +437,8 @@ def test_a_run_is_continued_where_it_was_interrupted(slow: Slow, text: Path, tmp
     ):
         said = fails(*args, "--resume", *change)
         assert said == f"{work}: was begun with {what}; run without --resume to begin anew"
+    plain = ["compress", DEMO, "-o", out, "--recipe", "q4_k", "--resume"]
+    assert fails(*plain).startswith(f"{work}: was begun with another recipe")  # which takes no text itself
     stamps = {p.name: p.stat().st_mtime_ns for p in work.iterdir()}
     slow.fail_after = None
     slow.fails = AssertionError("never")

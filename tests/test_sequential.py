@@ -17,7 +17,7 @@ from lconvert.errors import InputError, OptionError
 from lconvert.forward import Forward
 from lconvert.ir import Entry, Model, dense
 from lconvert.kernels.qtensor import effective, values
-from lconvert.primitives import text
+from lconvert.primitives import budget, text
 from lconvert.primitives.job import Calibration, Job
 from lconvert.primitives.sequential import Block, walk
 from lconvert.primitives.statistics import Cross, Hessian, Moments, Together
@@ -369,13 +369,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         assert files == [*(f"layer-{i:05d}.safetensors" for i in range(blocks)), "run.json"]
 
 
-def test_a_folder_of_other_options_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_other_options_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lconvert.read(case_models.folder(LLAMA))
     j = job(work=tmp_path, resume=True)
     with pytest.raises(KeyboardInterrupt):
         compress(model, j, stop=1)  # nothing to resume is no error
     with pytest.raises(OptionError, match="holds an unfinished run of rounding with other options"):
         compress(model, j, key="other")
+    with (
+        monkeypatch.context() as m
+    ):  # fewer windows at once, as where memory is short: sums come out different
+        m.setattr(budget, "_TOKENS", {"cpu": LENGTH})
+        with pytest.raises(OptionError, match="with other options or memory, or of another model"):
+            compress(model, j)
     compress(model, j)
     compress(model, j, key="other")  # a finished run is another pass's of the same recipe
 
@@ -430,8 +436,6 @@ def test_hidden_states_go_to_a_file_where_memory_is_short(tmp_path: Path) -> Non
     while high - low > 10_000:  # the least memory that is enough
         middle = (low + high) // 2
         try:
-            from lconvert.primitives import budget
-
             shown = text.windows(model, job().calibration)
             budget.plan(
                 Forward(model, lazily=True),

@@ -95,8 +95,17 @@ def request(given: dict[str, Any]) -> Request:
     return found
 
 
-def run(model: Model, wanted: Request, job: Job, method: str | None, *, quiet: bool = False) -> Recipe:
-    """The recipe that rounds to the types that were chosen, by `method`; prints what was, and writes the recipe and the front."""
+def run(
+    model: Model,
+    wanted: Request,
+    job: Job,
+    method: str | None,
+    said: Mapping[str, Any],
+    *,
+    quiet: bool = False,
+) -> Recipe:
+    """The recipe that rounds to the types that were chosen, by `method`; prints what was, and writes the recipe and the front. said: how many
+    windows and tokens in each (`windows`, `context`) the command line wants, where it does."""
     from lconvert.converters import methods
     from lconvert.passes.allocate import Options, Search
     from lconvert.primitives import allocator
@@ -113,6 +122,7 @@ def run(model: Model, wanted: Request, job: Job, method: str | None, *, quiet: b
         only=wanted.only,
         refine=wanted.refine,
         driver=wanted.driver,
+        **said,
         overhead=_overhead(model, wanted) if wanted.size else 0,
     )
     with status("allocating") as say:

@@ -62,15 +62,17 @@ class How:
         """What calibration may take."""
         return parse_size(self.memory, "--memory")
 
+    @property
+    def amount(self) -> dict[str, Any]:
+        """How much of the text the command line wants: `windows` and `context`, where it says so."""
+        said = {"windows": self.calibration_windows, "context": self.calibration_context}
+        return {k: v for k, v in said.items() if v is not None}
+
     def calibrated(self, recipe: Recipe) -> Calibration:
         """The recipe's calibration, with what the command line says instead."""
-        said: dict[str, Any] = {
-            "text": self.text or None,
-            "windows": self.calibration_windows,
-            "context": self.calibration_context,
-            "seed": self.seed,
-        }
-        return replace(recipe.calibration, **{k: v for k, v in said.items() if v is not None})
+        text: dict[str, Any] = {"text": self.text} if self.text else {}
+        seed: dict[str, Any] = {} if self.seed is None else {"seed": self.seed}
+        return replace(recipe.calibration, **text, **self.amount, **seed)
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,12 +150,14 @@ def run(
         resume=resume,
         threads=threads,
     )
+    folder = how.work or output.with_name(output.name + ".work")
     if not any(passes.calibrates(s.name, s.options) for s in recipe.steps):
+        if resume and workplace.holds_layers(folder):  # of a recipe that calibrates, so of another one
+            workplace.begin(folder, _identity(recipe, job, model), resume=True)
         yield job
         return
     if calibration.text:
         _check_text(Path(calibration.text))  # the recipe's own
-    folder = how.work or output.with_name(output.name + ".work")
     workplace.begin(folder, _identity(recipe, job, model), resume=resume)
     try:
         yield replace(job, work=folder)
@@ -220,14 +224,14 @@ def outlined(plan: Plan, recipe: Recipe) -> Plan:
 
 
 def described(job: Job, model: Model) -> dict[str, Any]:
-    """The calibration text of a run, for the manifest."""
+    """The calibration of a run, for the manifest: its text, how much of it, and what activations were kept in."""
     import hashlib
 
     from lconvert.ir import Decoder
 
     c = job.calibration
     content = Path(c.text).read_bytes()
-    out = {"name": Path(c.text).name, "sha256": hashlib.sha256(content).hexdigest(), "windows": c.windows, "context": c.context, "seed": c.seed}  # fmt: skip
+    out = {"name": Path(c.text).name, "sha256": hashlib.sha256(content).hexdigest(), "windows": c.windows, "context": c.context, "seed": c.seed, "activations": job.activations}  # fmt: skip
     if isinstance(model.arch, Decoder):
         from lconvert.primitives.text import windows
 

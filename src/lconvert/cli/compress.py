@@ -24,7 +24,8 @@ from lconvert.cli.common import (
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder, NAME.lcir.")
 @click.option(
-    "--recipe", help="Recipe file (YAML) or name; see `lconvert recipes`. Without one, a plain copy."
+    "--recipe",
+    help="Recipe file (YAML) or name; see `lconvert recipes`. Without one, a plain copy, or what --method or --target say.",
 )
 @allocating.options
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
@@ -93,7 +94,7 @@ def command(
         if wanted.wanted:
             calibrating.check_device(how.device)
             job = Job(how.calibrated(passes), how.device, how.activations, how.bytes(), threads=threads)
-            passes = allocating.run(model, wanted, job, how.method, quiet=as_json)
+            passes = allocating.run(model, wanted, job, how.method, how.amount, quiet=as_json)
         if how.method is not None:
             methods.something_to_round(how.method, passes, model)
         if output is None:

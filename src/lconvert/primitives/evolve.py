@@ -117,7 +117,7 @@ def _optuna(
         import optuna
     except ImportError:
         raise MissingPackageError(
-            "optuna is not installed: pip install optuna, or choose the driver evolve"
+            "optuna is not installed: pip install 'lconvert[optuna]', or choose the driver evolve"
         ) from None
     best, value = start, before
     by_name = {item.name: {o.name: o for o in item.options} for item in items}

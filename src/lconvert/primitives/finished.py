@@ -64,7 +64,7 @@ class Folder:
             for other in sorted(work.iterdir()) if work.is_dir() else []:
                 if (state := _state(other)) and not state["done"]:
                     raise OptionError(
-                        f"{work}: holds an unfinished run of {state['what']} with other options, or of another model or text "
+                        f"{work}: holds an unfinished run of {state['what']} with other options or memory, or of another model or text "
                         f"(run {other.name}, this one is {key}); resume with the options that it was started with, name another work "
                         "folder, or start without resuming"
                     )

@@ -451,18 +451,19 @@ def walk(
     device = _device(torch, job.device)
     path = job.text(what)
     shown = text.windows(model, replace(job.calibration, text=path))
-    full = identity(
-        key,
-        __version__,
-        job.activations,
-        job.calibration.seed,
-        shown.digest(),
-        reference,
-        _of(model, job.work),
-    )
     with threads(job.threads):
         run = _Run(model, job, shown, device, reference)
         plan = budget.plan(run.forward, model.decoder, shown, job, reference=reference, statistics=statistics)
+        full = identity(
+            key,
+            __version__,
+            job.activations,
+            job.calibration.seed,
+            shown.digest(),
+            reference,
+            plan.batch,  # windows that run at once: another number of them adds up in another order
+            _of(model, job.work),
+        )
         folder = Folder(job.work, full, what, resume=job.resume)
         try:
             return _walk(run, job, visit, plan, folder, what)
