@@ -11,11 +11,11 @@ import pytest
 
 import lconvert
 from lconvert import recipe
-from lconvert.errors import OptionError
+from lconvert.errors import OptionError, UnsupportedError
 from lconvert.formats.gguf_blocks import SCHEMES
 from lconvert.ir import Entry, Model, QTensor, Tensor, dense
 from lconvert.kernels.qtensor import dequantize, values
-from lconvert.passes import rtn, sparse
+from lconvert.passes import permute, rotate, rtn, sparse
 from lconvert.primitives import zeros
 from lconvert.primitives.job import Calibration, Job
 from lconvert.primitives.text import windows
@@ -217,6 +217,24 @@ def test_both_orders_with_quantization(demo_model: Model, job: Job, grid: str) -
         done = [e for e in matrices(model) if isinstance(e.data, QTensor)]
         assert done
         assert {measured(e.data).pattern for e in done} == {"2:4"}
+
+
+def test_what_would_undo_a_mask(demo_model: Model, job: Job) -> None:
+    """Also where the mask came with the model: from a folder, or from the sweep of gptq."""
+    masked = sparse.run(demo_model, sparse.Options("magnitude", pattern="2:4"), job)
+    swept = demo_model.with_entries({}, "sparse: 21 matrices, 2:4, in the sweep of gptq")
+    for model in (masked, swept):
+        with pytest.raises(
+            UnsupportedError, match=r"rotate: leaves nothing of the model's zeros \(sparse: 21 matrices"
+        ):
+            rotate.run(model, rotate.Options())
+        with pytest.raises(
+            UnsupportedError, match=r"permute: leaves nothing of the model's pattern \(sparse: 21"
+        ):
+            permute.run(model, permute.Options(), job)
+    for grid, lines in (("Q4_K", 1), ("Q6_K", 0)):
+        done = rtn.run(masked, recipe.step("rtn", {"grid": grid, "targets": r".*\.down"}).options)
+        assert sum("zeros cannot be kept exactly" in line for line in done.report) == lines
 
 
 def test_bad_options() -> None:

@@ -12,13 +12,14 @@ the same numbers elsewhere. What heads attend to keeps its order: rotary embeddi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lconvert.errors import OptionError, UnsupportedError
 from lconvert.ir import Decoder, Entry, Model, Transform, dense
-from lconvert.primitives import importance
+from lconvert.primitives import importance, masks
 from lconvert.primitives.folding import Change, changed, noted, plain
 from lconvert.primitives.job import Job
 from lconvert.primitives.sites import adding, attention_inputs, mlp_inputs, mlps
@@ -52,6 +53,10 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     """The same function with its channels in another order."""
     import numpy as np
 
+    if re.search(r"\d:\d", line := masks.said(model)):
+        raise UnsupportedError(
+            f"permute: leaves nothing of the model's pattern ({line}); permute first, prune then"
+        )
     seen = importance.measure(model, job)
     squares = {role: m.squares.cpu().numpy() for role, m in seen.moments.items() if m.count}
     orders: dict[str, Order] = {}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, get_args
 
 from lconvert.errors import OptionError, UnsupportedError
 from lconvert.ir import Decoder, Entry, Model, Transform, dense
+from lconvert.primitives import masks
 from lconvert.primitives.folding import Change, changed, norm_weight, noted, plain, times
 from lconvert.primitives.hadamard import Kind, Rotation, rotation
 from lconvert.primitives.job import Job
@@ -95,7 +96,12 @@ def _fixed_values(model: Model) -> list[str]:
 
 
 def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B008 - immutable
-    """The same function with rotated weights: dense, F32, computed lazily in fp64."""
+    """The same function with rotated weights: dense, F32, computed lazily in fp64. UnsupportedError where the architecture or zeros of a
+    pruned model stand in the way: turned weights are sums of kept and pruned ones."""
+    if line := masks.said(model):
+        raise UnsupportedError(
+            f"rotate: leaves nothing of the model's zeros ({line}); rotate first, prune then"
+        )
     if found := obstacles(model, options):
         parts = {line[:2] for line in found}
         rest = "r2" if options.r2 and "r2" not in parts else "r1" if options.r1 and "r1" not in parts else ""

@@ -21,13 +21,15 @@ tensor are tied over the modules that runtimes fuse, and a global scale is a pow
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lconvert.errors import InputError, OptionError
+from lconvert.errors import InputError, OptionError, few
 from lconvert.ir import Entry, Model, QTensor, Tensor, as_f32, int_grid, parts
 from lconvert.passes import rtn_float, rtn_whole
 from lconvert.passes.rtn_float import Peak
+from lconvert.primitives import masks
 from lconvert.primitives.job import Job
 from lconvert.primitives.placement import Placed, Placement, nothing, undivided
 from lconvert.spec import check
@@ -79,7 +81,18 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         new[entry.name] = replace(entry, data=data, provenance=(*entry.provenance, note))
     if not new:
         raise nothing("rtn", options.targets, model)
-    return check(model.with_entries(new, f"rtn: {len(new)} tensors to {options.grid}"))
+    told = replace(model, report=(*model.report, *_lost(model, new)))
+    return check(told.with_entries(new, f"rtn: {len(new)} tensors to {options.grid}"))
+
+
+def _lost(model: Model, new: Mapping[str, Entry]) -> tuple[str, ...]:
+    """A line where the model was pruned and its zeros land in blocks with a minimum of their own, from which no code leads back to 0."""
+    names = [n for n, e in new.items() if isinstance(e.data, QTensor) and e.data.offset is not None]
+    if not names or not masks.said(model):
+        return ()
+    return (
+        f"rtn: {few(names)}: the pruned model's zeros cannot be kept exactly on blocks that have a minimum",
+    )
 
 
 def calibrated(options: Options) -> bool:

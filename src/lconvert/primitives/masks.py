@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lconvert.errors import InputError, OptionError
+from lconvert.ir import Model
 
 UNSTRUCTURED = "unstructured"
 
@@ -50,6 +51,11 @@ def parse(text: str, per: Literal["row", "tensor"] = "row") -> Pattern:
             f"pattern {text!r}; expected unstructured, or N:M with N of every M weights kept, such as 2:4"
         )
     return Pattern(keep, of)
+
+
+def said(model: Model) -> str:
+    """The line of the model's report that says how it was pruned, by whatever pass; "" where it was not."""
+    return next((line for line in model.report if re.match(r"sparse: \d+ matrices", line)), "")
 
 
 def asked(how: str | float) -> tuple[Pattern, float]:
