@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from lconvert.primitives.statistics import Cross, Hessian, Moments, Together
+from lconvert.primitives import statistics
+from lconvert.primitives.statistics import Cross, Hessian, Magnitudes, Moments, Together
 
 
 def batches() -> list[torch.Tensor]:
@@ -50,3 +54,39 @@ def test_cross_is_the_difference_of_two_streams() -> None:
 def test_what_saw_nothing_says_so() -> None:
     assert (Hessian().count, Moments().count, Cross().count) == (0, 0, 0)
     assert Hessian().sum is None and Moments().peak is None
+
+
+def magnitudes(x: torch.Tensor, sizes: list[int]) -> Magnitudes:
+    found = Magnitudes()
+    for part in x.split(sizes):
+        found.add(part)
+    return found
+
+
+@pytest.mark.parametrize("largest", [1e-25, 0.75, 1.0, 3e38])
+def test_a_histogram_does_not_know_order_and_batches(largest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(200, 24) * 10.0 ** torch.randint(-9, 1, (200, 1))
+    x = (x * (1.5 * largest / x.abs().max())).clamp(-largest, largest)
+    x[:3] = 0
+    exponent = math.frexp(largest)[1]
+    x[7] = 2.0 ** (torch.arange(-24.0, 0) + exponent)  # edges of bins
+    peak, top = float(torch.tensor(largest)), 2.0**exponent
+    assert float(x.abs().max()) == peak
+    want = np.histogram(x.abs().double().numpy(), 4096, (0, top))[0]
+    ascending = x[x.abs().amax(1).argsort()]
+    monkeypatch.setattr(statistics, "_SLAB", 24 * 7)
+    for order in (x, ascending, ascending.flip(0)):
+        for sizes in ([200], [1] * 200, [3, 0, 150, 47]):
+            found = magnitudes(order, sizes)
+            assert (found.count, found.peak, found.top) == (200, peak, top)
+            assert np.array_equal(found.counts.numpy(), want)
+
+
+def test_a_histogram_of_nothing_of_zeros_and_of_no_numbers() -> None:
+    assert Magnitudes().counts is None and (Magnitudes().count, Magnitudes().peak) == (0, 0.0)
+    zeros = magnitudes(torch.zeros(5, 8), [2, 3])
+    assert (zeros.count, zeros.peak, int(zeros.counts[0])) == (5, 0.0, 40)
+    for bad in (math.nan, math.inf, -math.inf):
+        found = magnitudes(torch.tensor([[1.0, 2.0], [bad, 1.0], [0.5, 3.0]]), [1, 1, 1])
+        assert found.count == 3 and math.isnan(found.peak)

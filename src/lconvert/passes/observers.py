@@ -6,7 +6,7 @@
                 the same after rounding to the codes' number of magnitudes (S. Migacz, 8-bit Inference with TensorRT, GTC 2017)
     mse         the share of the whole range, 100% to 20%, with the least squared error of rounding and cutting
 
-Values are known as a histogram of equal bins; what is in a bin counts as its middle.
+Values are known as a histogram of equal bins; what is in a bin counts as its middle. Of the four, entropy alone needs codes of equal steps.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def entropy(h: Histogram, symmetric: bool) -> Range:
 
 
 def magnitudes(h: Histogram) -> tuple[NDArray[np.float64], float]:
-    """The same values without their signs: bins from 0 on, and the largest magnitude."""
+    """The same values without their signs: bins from 0 on, and the largest magnitude; a histogram from 0 on has them already."""
+    if h.low == 0:
+        return h.counts.astype(np.float64), h.high
     top = max(-h.low, h.high)
     counts, _ = np.histogram(np.abs(h.middles), BINS, (0, top), weights=h.counts.astype(np.float64))
     return counts.astype(np.float64), top
@@ -128,11 +130,18 @@ def _divergence(counts: NDArray[np.float64], n: int, levels: int) -> float:
 
 
 def mse(h: Histogram, symmetric: bool) -> Range:
+    return least_squares(h, lambda found, x: codes(found, symmetric).rounded(x))
+
+
+def least_squares(
+    h: Histogram, rounded: Callable[[Range, NDArray[np.float64]], NDArray[np.float64]]
+) -> Range:
+    """mse for any codes; rounded(range, x): x as those of a range say it."""
     x, weight = h.middles, h.counts.astype(np.float64)
 
     def error(share: float) -> float:
-        rounded = codes((h.low * share, h.high * share), symmetric).rounded(x)
-        return float((weight * (rounded - x) ** 2).sum())
+        y = rounded((h.low * share, h.high * share), x)
+        return float((weight * (y - x) ** 2).sum())
 
     best = min((1 - i / 100 for i in range(81)), key=error)
     return h.low * best, h.high * best

@@ -5,13 +5,16 @@ llama.cpp's quantizers, AWQ and Wanda weigh errors by them. The model runs layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from lconvert.ir import Entry, Model
 from lconvert.primitives import sequential
 from lconvert.primitives.job import Job
-from lconvert.primitives.statistics import Moments
+from lconvert.primitives.statistics import Accumulator, Moments
+
+_A = TypeVar("_A", bound=Accumulator)
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,20 @@ class Importance:
 
 def measure(model: Model, job: Job) -> Importance:
     """One run of the model over the calibration text; nothing is kept for a later run, as nothing is computed twice."""
-    found: dict[str, Moments] = {}
+    return Importance(*watched(model, job, Moments))
+
+
+def watched(
+    model: Model, job: Job, accumulator: Callable[[], _A]
+) -> tuple[Mapping[str, _A], int, int, tuple[str, ...]]:
+    """What `measure` runs, with another accumulator than Moments: its fields, one accumulator for all matrices that share an input."""
+    found: dict[str, _A] = {}
     shape = [0, 0]
 
     def visit(block: sequential.Block) -> Mapping[str, Entry]:
-        watch: dict[str, Moments] = {}
+        watch: dict[str, _A] = {}
         for stage in block.stages:
-            shared = Moments()
+            shared = accumulator()
             watch |= dict.fromkeys(stage, shared)
         block.observe(watch)
         found.update(watch)
@@ -42,4 +52,4 @@ def measure(model: Model, job: Job) -> Importance:
 
     job = replace(job, work=None, resume=False)
     out = sequential.walk(model, job, visit, what="importance", key="importance")
-    return Importance(found, shape[0], shape[1], out.report[len(model.report) :])
+    return found, shape[0], shape[1], out.report[len(model.report) :]

@@ -4,14 +4,16 @@ An accumulator is fed batches `x` of shape (tokens, in), fp32, on any device, an
 shape: the same input in the uncompressed model. Nothing is normalised; who divides by `count` decides what an unseen input (count 0)
 means.
 
-    Hessian   sum x x^T            GPTQ's (arXiv 2210.17323, eq. 2) without its factor 2 / tokens
-    Moments   sum x^2, sum |x|, max |x|, min, max per column      imatrix, AWQ, SmoothQuant, Wanda, static scales
-    Cross     sum (reference - x) x^T                             GPTAQ's asymmetric term (arXiv 2504.02692, eq. 9)
-    Together  several of them fed at once
+    Hessian     sum x x^T            GPTQ's (arXiv 2210.17323, eq. 2) without its factor 2 / tokens
+    Moments     sum x^2, sum |x|, max |x|, min, max per column      imatrix, AWQ, SmoothQuant, Wanda, static scales
+    Magnitudes  a histogram of |x|, max |x|                         static scales that leave the largest values out
+    Cross       sum (reference - x) x^T                             GPTAQ's asymmetric term (arXiv 2504.02692, eq. 9)
+    Together    several of them fed at once
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -19,6 +21,9 @@ from lconvert.forward import packages
 
 #: Rows of a Hessian that are added up together, at least.
 _PANEL = 256
+#: Bins of Magnitudes: half of them or more, 2048, reach up to the largest magnitude. The least power of two where they end, so that fp32
+#: holds the inverse of a bin's width. Values that are sorted into bins together.
+_BINS, _LEAST, _SLAB = 4096, -100, 1 << 22
 #: Importance of inputs that are always zero, as a share of the others' mean.
 _DEAD = 1e-3
 
@@ -110,6 +115,52 @@ class Moments:
             squares, magnitudes = self.squares + squares, self.magnitudes + magnitudes
         self.low, self.high, self.squares, self.magnitudes = low, high, squares, magnitudes
         self.count += len(x)
+
+
+class Magnitudes:
+    """A histogram of |x| over all columns: `counts` (4096,) int64 on the inputs' device, None before the first token; bin i counts
+    i w <= |x| < (i + 1) w, w = top / 4096, `top` the least power of two above `peak`, the largest magnitude (2^-100 at least). count: tokens.
+
+    Where a larger value comes, top is doubled until it lies below, and neighbouring bins are added up at every doubling. Edges of
+    the wide bins are edges of the narrow ones and dividing by a power of two is exact, so counts are those of all values at once, whatever
+    their order and batches. Of a batch with values that are NaN or infinite nothing is counted, and `peak` is NaN from then on.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Any = None
+        self.peak = 0.0
+        self.count = 0
+        self._exponent = _LEAST
+
+    @property
+    def top(self) -> float:
+        return 2.0**self._exponent
+
+    def add(self, x: Any, reference: Any = None) -> None:
+        torch, _ = packages()
+        if not len(x):
+            return
+        if self.counts is None:
+            self.counts = torch.zeros(_BINS, dtype=torch.int64, device=x.device)
+        self.count += len(x)
+        peak = float(x.abs().max())
+        if not math.isfinite(peak):
+            self.peak = math.nan
+            return
+        self.peak = max(self.peak, peak)
+        if peak >= self.top:
+            self._widen(math.frexp(peak)[1])
+        for part in x.split(max(1, _SLAB // x.shape[1])):
+            at = (part.abs() * (_BINS / self.top)).int().flatten()
+            self.counts += torch.bincount(at, minlength=_BINS)
+
+    def _widen(self, exponent: int) -> None:
+        """Bins up to 2^exponent, neighbours added up."""
+        merged = min(1 << (exponent - self._exponent), _BINS)
+        summed = self.counts.reshape(-1, merged).sum(1)
+        self.counts.zero_()
+        self.counts[: len(summed)] = summed
+        self._exponent = exponent
 
 
 def importance(squares: Any) -> Any:
