@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from lconvert.errors import InputError, MissingPackageError
 from lconvert.forward import Forward, explained, packages
 from lconvert.ir import Tokenizer
-from lconvert.validators.runtimes import Generation, Purpose, fits
+from lconvert.validators.runtimes import Generation, Purpose, decompressed, fits
 
 
 def prepare() -> None:
@@ -86,12 +87,16 @@ class Transformers:
         self._folder, self._context, self._ids = Path(folder), context, None
         self._attention = "eager" if purpose == "parity" else "sdpa"
         with explained(str(folder)):
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            load = partial(
+                transformers.AutoModelForCausalLM.from_pretrained,
                 folder,
                 dtype=dtype or ("float32" if purpose == "parity" else "auto"),
                 attn_implementation=self._attention,
                 local_files_only=True,
                 trust_remote_code=False,
+            )
+            self._model = (
+                decompressed.loaded(load) if decompressed.concerns(self._folder) else load()
             ).eval()
         # Only the last position's logits are needed to go on; not every class can leave the others out.
         able = "logits_to_keep" in inspect.signature(self._model.forward).parameters
