@@ -20,8 +20,9 @@ def methods(rows: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, Any]
         axes.plot(
             x, y, color=plots.COLOURS["muted"], marker="o", markersize=3.5, linewidth=1.2, label=curve_name
         )
-        for a, b, r in zip(x, y, line, strict=True):
-            plots._label(axes, a, b, r["type"], plots.COLOURS["muted"], (5, 4), "left")
+        sides: tuple[tuple[tuple[int, int], str], ...] = (((5, 4), "left"), ((-5, -12), "right"))
+        for n, (a, b, r) in enumerate(zip(x, y, line, strict=True)):  # neighbours on either side of the line
+            plots._label(axes, a, b, r["type"], plots.COLOURS["muted"], *sides[n % 2])
         for r in rows:
             n = makers.index(r["maker"])
             axes.plot(
