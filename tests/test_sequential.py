@@ -448,6 +448,19 @@ def test_hidden_states_go_to_a_file_where_memory_is_short(tmp_path: Path) -> Non
             high = middle
         except OptionError:
             low = middle
+    with pytest.raises(
+        OptionError, match="for a layer or the head"
+    ):  # a head that is changed is in memory like a layer
+        wide = replace(model.decoder, vocab=64 * model.decoder.vocab)
+        budget.plan(
+            Forward(model, lazily=True),
+            wide,
+            shown,
+            job(memory=high),
+            reference=False,
+            statistics=0,
+            head=True,
+        )
     spilled: list[Path] = []
 
     def visit(block: Block) -> Mapping[str, Entry]:

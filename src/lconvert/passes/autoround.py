@@ -111,6 +111,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         key=identity("autoround", asdict(options)),
         reference=True,
         statistics=_need(model, wanted, min(job.calibration.context, model.decoder.context)),
+        head="head" in wanted,
     )
     return check(out.with_entries({}, f"autoround: {len(wanted)} matrices to {named(wanted)}"))
 

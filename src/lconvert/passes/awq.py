@@ -122,6 +122,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         what="awq",
         key=identity("awq", asdict(options)),
         statistics=gptq.need(model, wanted),
+        head="head" in wanted,
     )
     onto = f"for {gptq.named(wanted)}" if options.rounder == "none" else f"to {gptq.named(wanted)}"
     for line in (*reasons, f"awq: {len(wanted)} matrices {onto}"):

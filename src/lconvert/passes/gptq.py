@@ -101,6 +101,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         key=identity("gptq", asdict(options)),
         reference=options.asymmetric,
         statistics=need(model, wanted, options.asymmetric),
+        head="head" in wanted,
     )
     if options.prune != "":  # said as the pass for masks says it: a proof of the artifact looks for that line
         out = out.with_entries({}, f"sparse: {len(wanted)} matrices, {options.prune}, in the sweep of gptq")

@@ -49,7 +49,7 @@ def run(model: Model, options: Options, job: Job) -> Model:
                 block.set(role, g.values(position, sides))
         return new
 
-    out = walk(model, job, visit, what="rtn", key=identity("rtn", asdict(options)))
+    out = walk(model, job, visit, what="rtn", key=identity("rtn", asdict(options)), head="head" in wanted)
     return check(out.with_entries({}, f"rtn: {len(wanted)} matrices to {gptq.named(wanted)}"))
 
 

@@ -139,6 +139,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
         what="sparse",
         key=identity("sparse", options),
         statistics=_held(model, wanted, options),
+        head="head" in wanted,
     )
     return check(made.with_entries({}, _summary(options, len(wanted))))
 

@@ -33,9 +33,20 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan(forward: Forward, d: Decoder, shown: Windows, job: Job, *, reference: bool, statistics: int) -> Plan:
-    """OptionError where one layer, its statistics and one window do not fit into `job.memory`."""
+def plan(
+    forward: Forward,
+    d: Decoder,
+    shown: Windows,
+    job: Job,
+    *,
+    reference: bool,
+    statistics: int,
+    head: bool = False,
+) -> Plan:
+    """OptionError where one layer, its statistics and one window do not fit into `job.memory`. head: whether the output matrix is changed, too."""
     sizes = [[p.numel() * 4 for p in layer.parameters()] for layer in forward.layers]
+    if head:
+        sizes.append([4 * d.vocab * d.hidden])
     layer = max(map(sum, sizes))
     weights = layer * (2 if reference else 1) + 2 * max(max(s) for s in sizes)
     one = _window(d, shown.length)
@@ -55,7 +66,7 @@ def plan(forward: Forward, d: Decoder, shown: Windows, job: Job, *, reference: b
     fixed = weights + statistics + batch * one
     if fixed > job.memory:
         raise OptionError(
-            f"--memory {_gb(job.memory)}: calibration needs {_gb(fixed)}: {_gb(weights)} for a layer, {_gb(statistics)} for its "
+            f"--memory {_gb(job.memory)}: calibration needs {_gb(fixed)}: {_gb(weights)} for a layer{' or the head' if head else ''}, {_gb(statistics)} for its "
             f"statistics and {_gb(one)} for a window of {shown.length} tokens; allow more memory, or lower the context of the calibration"
         )
     if fixed + states <= job.memory:

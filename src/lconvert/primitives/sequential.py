@@ -440,12 +440,13 @@ def walk(
     key: str,
     reference: bool = False,
     statistics: int = 0,
+    head: bool = False,
 ) -> Model:
     """The model with the entries that `visit` returned of each block, read lazily from where finished layers are kept.
 
     what: the method, for progress and messages. key: a digest of the options that decide the result; the model, the text and
     what the engine itself depends on are added here. reference: the uncompressed model runs along. statistics: bytes that `visit`
-    holds of one block at most, for `job.memory`. Report lines: those of windows, then those of blocks.
+    holds of one block at most, for `job.memory`; head: whether it loads the head's matrix. Report lines: those of windows, then those of blocks.
     """
     torch, _ = packages()
     device = _device(torch, job.device)
@@ -453,7 +454,9 @@ def walk(
     shown = text.windows(model, replace(job.calibration, text=path))
     with threads(job.threads):
         run = _Run(model, job, shown, device, reference)
-        plan = budget.plan(run.forward, model.decoder, shown, job, reference=reference, statistics=statistics)
+        plan = budget.plan(
+            run.forward, model.decoder, shown, job, reference=reference, statistics=statistics, head=head
+        )
         full = identity(
             key,
             __version__,
