@@ -2,7 +2,7 @@
 
 With LCONVERT_REQUIRE_ORACLES set (as `make test` does) a test that skips for want of a package or of llama.cpp's
 source fails instead. Only what is no oracle of a conversion may be missing: larger trained models outside the
-repository, a browser, nvidia-modelopt (the fixtures hold checkpoints of its making), and vLLM's environment where LCONVERT_WITHOUT_VLLM says so (`make test VLLM=no`).
+repository, a browser, nvidia-modelopt (the fixtures hold checkpoints of its making), a processor's AMX, and vLLM's environment where LCONVERT_WITHOUT_VLLM says so (`make test VLLM=no`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]
             "wandb",
             "chromium",
             "nvidia-modelopt",
+            "no amx",
             *(["vllm"] if os.environ.get("LCONVERT_WITHOUT_VLLM") else []),
         ]
         if not any(word in reason.lower() for word in allowed):

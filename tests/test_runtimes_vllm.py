@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
@@ -132,6 +133,24 @@ def test_a_folder_that_vllm_refuses(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"vLLM does not load it \("):
         vllm(tmp_path)
+
+
+def test_folders_with_names_of_packages_are_not_looked_into(tmp_path: Path) -> None:
+    """vLLM asks another Python about a class that it has not seen before; this repository has a folder `kernels`, as a package that transformers
+    would like to use is called."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise RuntimeError('imported')")
+    code = (
+        "import sys; from lconvert.validators.runtimes import open_runtime\n"
+        "open_runtime('vllm', sys.argv[1], context=64, threads=1, python=sys.argv[2]).close()"
+    )
+    own = {"PYTHONPATH": str(ROOT / "src"), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    command = [sys.executable, "-P", "-c", code, str(DEMO), str(PYTHON)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "cache").rglob("*LlamaForCausalLM*"))
 
 
 def test_logits_are_vllms_own_log_probabilities(ids: list[int]) -> None:

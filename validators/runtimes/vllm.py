@@ -27,7 +27,8 @@ from lconvert.validators.runtimes import Generation, Purpose, fits, installed, s
 
 #: Read when vLLM or torch is imported. In-process, because the hidden states are wanted; no telemetry, no hub; without
 #: dynamo, because ranking log-probabilities alone would compile for longer than a small model runs; no thread pinning,
-#: which several models in one machine would fight over; one position past the model's is legal, as it is never fed.
+#: which several models in one machine would fight over; one position past the model's is legal, as it is never fed. vLLM asks another Python about
+#: a model's class, the first time: it must not look into the current folder, which may hold folders with the names of packages.
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -36,6 +37,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONSAFEPATH": "1",
 }
 _ROWS_BYTES = 64 << 20  # logits that the head makes at a time
 
