@@ -200,7 +200,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             fast = min(others, key=lambda r: float(r["seconds"]))
             quality, speed = _served(own) / _served(best), fast["seconds"] / max(own["seconds"], 1e-3)
             cells += [
-                f"{own['kld_mean']:.4g} ({own['case']})",
+                f"{_served(own):.4g} ({own['case']})",
                 f"x{quality:.3f}",
                 f"x{speed:.2f} {fast['maker']}",
             ]
