@@ -192,7 +192,7 @@ def test_inputs_that_are_always_zero(
         ({"observer": "median", "dynamic": False}, "'median'; choose minmax, percentile, entropy, mse"),
         ({"observer": "mse"}, "observer mse with dynamic; the runtime finds such scales"),
         ({"observer": "mse", "per": "tensor"}, "observer mse with dynamic"),
-        ({"observer": "percentile", "grid": "fp4"}, "observer percentile with fp4; its global scale covers"),
+        ({"observer": "percentile", "grid": "fp4"}, "observer percentile with fp4; its groups cover"),
         ({"observer": "entropy", "grid": "fp8", "dynamic": False}, "with fp8; it compares codes of equal steps"),
     ],
 )  # fmt: skip

@@ -4,6 +4,8 @@ its specification; the pass on whole models."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -297,3 +299,32 @@ def test_options_that_cannot_be() -> None:
     ):
         with pytest.raises(OptionError, match="gptq: "):
             pass_.Options("int4", 32, **wrong)  # type: ignore[arg-type]
+
+
+def test_every_stretch_runs_once_and_errors_come_out() -> None:
+    done: list[int] = []
+    sweep.run_all(done.append, range(0, 50, 7), 3)
+    assert sorted(done) == list(range(0, 50, 7))
+
+    def fails(item: int) -> None:
+        done.append(item)
+        if item == 2:
+            raise ValueError("2")
+
+    done.clear()
+    with pytest.raises(ValueError, match="2"):
+        sweep.run_all(fails, range(4), 2)
+    assert sorted(done) == [0, 1, 2, 3], "nobody writes into arrays that were given up"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    sweep.run_all(lambda item: None, range(4), 2)  # the parent has its pool
+    child = os.fork()
+    if not child:
+        done: list[int] = []
+        signal.alarm(20)  # waiting for threads that are not there would last for ever
+        sweep.run_all(done.append, range(4), 2)
+        os._exit(len(done))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4

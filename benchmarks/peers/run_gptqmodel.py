@@ -41,6 +41,8 @@ CASES = {
     "gptq-w4g128-actorder": case(bits=4, group_size=128, desc_act=True),
     "gptq-w4g128-damp01": case(bits=4, group_size=128, damp_percent=0.01),
     "gptq-w4g128-mse": case(bits=4, group_size=128, mse=2.4),
+    "gptq-w4g32-mse": case(bits=4, group_size=32, mse=2.4),
+    "gptq-w3g128-mse": case(bits=3, group_size=128, mse=2.4),
     "gptq-w4g128-asym": case(bits=4, group_size=128, sym=False, format="gptq_v2"),
     "gptaq-w4g128": case(bits=4, group_size=128, gptaq=0.25),
     "gptq-w4g32": case(bits=4, group_size=32),

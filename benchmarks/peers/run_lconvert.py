@@ -60,7 +60,7 @@ CASES: Mapping[str, Case] = {
     **{
         name: case(name)
         for name in (
-            "fp8-dynamic", "fp8-static", "nvfp4", "mxfp4", "nf4", "gptq-w4g128", "gptq-w4g32", "gptq-w3g128", "gptaq-w4g128",
+            "fp8-dynamic", "fp8-static", "nvfp4", "mxfp4", "nvfp4-w4a4", "mxfp4-w4a4", "nf4", "gptq-w4g128", "gptq-w4g32", "gptq-w3g128", "gptaq-w4g128",
             "gptq-nvfp4", "gptq-mxfp4", "gptq-q4_k", "autoround-w4g128", "autoround-w4g32", "autoround-q4_k", "smoothquant-w8a8", "sparsegpt-50", "sparsegpt-2of4", "wanda-2of4", "magnitude-50",
         )
     },

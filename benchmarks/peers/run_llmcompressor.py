@@ -72,10 +72,14 @@ CASES = {
     "rtn-w4g128": case((QuantizationModifier, integer(4, 128))),
     "rtn-w4g32": case((QuantizationModifier, integer(4, 32))),
     "rtn-w3g128": case((QuantizationModifier, integer(3, 128))),
+    **{
+        f"{method}-{code}-mse": case((modifier, integer(bits, group, observer="memoryless_mse")))
+        for method, modifier in (("rtn", QuantizationModifier), ("gptq", GPTQModifier))
+        for code, bits, group in (("w4g128", 4, 128), ("w4g32", 4, 32), ("w3g128", 3, 128))
+    },
     "gptq-w4g128": case((GPTQModifier, integer(4, 128))),
     "gptq-w4g128-plain": case((GPTQModifier, {**integer(4, 128), "actorder": None})),
     "gptq-w4g128-actorder": case((GPTQModifier, {**integer(4, 128), "actorder": "weight"})),
-    "gptq-w4g128-mse": case((GPTQModifier, integer(4, 128, observer="memoryless_mse"))),
     "gptq-w4g128-asym": case((GPTQModifier, integer(4, 128, symmetric=False))),
     "gptq-w4g32": case((GPTQModifier, integer(4, 32))),
     "gptq-w3g128": case((GPTQModifier, integer(3, 128))),

@@ -1,8 +1,8 @@
-"""How the inputs of quantized matrices are quantized at run time: int8, FP8 or NVFP4, dynamic or static.
+"""How the inputs of quantized matrices are quantized at run time: int8, FP8, NVFP4 or MXFP4, dynamic or static.
 
 Dynamic scales are found by the runtime, for every token (SmoothQuant's O1) or for all tokens of a run (O2). Static ones (O3), and the global scale of NVFP4's inputs, are the largest
 magnitude that a calibration text shows, over the grid's largest value; a global scale is a power of two, so that both of the
-conventions in use (multiplier and divisor) hold it. A static scale may leave the largest magnitudes out, by the observers that static int8 has
+conventions in use (multiplier and divisor) hold it. MXFP4's inputs have exponents alone as scales, one per 32 features (OCP Microscaling Formats 1.0). A static scale may leave the largest magnitudes out, by the observers that static int8 has
 (observers.py), from a histogram of all magnitudes that is filled in the same run.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lconvert.errors import OptionError, few
 from lconvert.forward import packages
-from lconvert.ir import E2M1, E4M3, ActSpec, Entry, Grid, Model, QTensor, as_f32, dense, int_grid
+from lconvert.ir import E2M1, E4M3, E8M0, ActSpec, Entry, Grid, Model, QTensor, as_f32, dense, int_grid
 from lconvert.primitives import importance, text
 from lconvert.primitives.job import Job
 from lconvert.primitives.statistics import Magnitudes, Moments
@@ -32,12 +32,16 @@ _GRIDS: dict[str, tuple[Grid, float]] = {
     "int8": (int_grid(8, True), 127.0),
     "fp8": (E4M3, 448.0),
     "fp4": (E2M1, 6.0 * 448.0),
+    "mxfp4": (E2M1, 6.0),
 }
+#: Groups that belong to a grid.
+_GROUPS: dict[str, int] = {"fp4": 16, "mxfp4": 32}
 
 
 @dataclass(frozen=True)
 class Options:
-    """grid: int8, fp8 or fp4 (NVFP4: groups of 16, scales found at run time below a static global one). dynamic: a scale per
+    """grid: int8, fp8, fp4 (NVFP4: groups of 16, scales found at run time below a static global one) or mxfp4 (groups of 32,
+    exponents found at run time, beside MXFP4 weights). dynamic: a scale per
     token (or per `group` features of one, or with per: tensor one for all tokens of a run), found at run time; otherwise one per
     tensor from `text`. observer: minmax, percentile, entropy (int8 alone) or mse, what a static scale of int8 or fp8 covers. windows,
     context: how much of it is run; without a text of its own the pass takes the run's, and as much of it as that says. targets, ignore:
@@ -61,7 +65,13 @@ class Options:
             raise OptionError(f"activations: group {self.group}; groups are dynamic and have a positive size")
         if self.per not in ("", "token", "tensor"):
             raise OptionError(f"activations: per {self.per!r}; choose token or tensor")
-        if self.per and (self.group or self.grid == "fp4"):
+        if self.group and self.group != _GROUPS.get(self.grid, self.group):
+            raise OptionError(
+                f"activations: group {self.group} with {self.grid}, whose groups are of {_GROUPS[self.grid]}"
+            )
+        if self.grid == "mxfp4" and not self.dynamic:
+            raise OptionError("activations: mxfp4 without dynamic; the runtime finds its exponents")
+        if self.per and (self.group or self.grid in _GROUPS):
             raise OptionError(f"activations: per {self.per} with groups; leave one of them out")
         if self.per == "token" and not self.dynamic:
             raise OptionError("activations: per token without dynamic; a static scale is one per tensor")
@@ -75,9 +85,9 @@ class Options:
         if self.observer == "minmax":
             return
         said = f"activations: observer {self.observer}"
-        if self.grid == "fp4":
+        if self.grid in _GROUPS:
             raise OptionError(
-                f"{said} with fp4; its global scale covers the largest magnitude, choose minmax"
+                f"{said} with {self.grid}; its groups cover their largest magnitudes, choose minmax"
             )
         if self.dynamic:
             raise OptionError(f"{said} with dynamic; the runtime finds such scales, set dynamic: false")
@@ -94,7 +104,7 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
     grid, top = _GRIDS[options.grid]
     static = calibrated(options)
     tops, lines = _tops(model, options, job) if static else ({}, ())
-    size = 16 if options.grid == "fp4" else options.group or None
+    size = _GROUPS.get(options.grid, options.group) or None
     per: Literal["token", "group", "tensor"] = "tensor" if not options.dynamic else options.per or "token"
     per = "group" if size else per
     new: dict[str, Entry] = {}
@@ -111,6 +121,10 @@ def run(model: Model, options: Options, job: Job = Job()) -> Model:  # noqa: B00
             if not tops[name]:
                 dead.append(name)
             scale = dense(np.array([_chosen(tops[name] / top, options.grid)], np.float32))
+        if options.grid == "mxfp4" and not _mxfp4(entry.data):
+            raise OptionError(
+                f"activations: mxfp4, and {name} is no MXFP4 matrix; no runtime has such inputs beside others"
+            )
         spec = ActSpec(grid, per, options.grid == "fp4" or options.dynamic, size, scale)
         note = f"inputs {options.grid}, {'dynamic' if options.dynamic else 'static'}{' per tensor' if options.per == 'tensor' else ''}"
         note += f", {options.observer}" if options.observer != "minmax" else ""
@@ -131,6 +145,12 @@ def _wanted(entry: Entry, options: Options) -> bool:
         return False
     quantized = isinstance(entry.data, QTensor) and entry.data.grid.bits <= 8
     return quantized and re.fullmatch(options.targets, entry.name) is not None
+
+
+def _mxfp4(data: Any) -> bool:
+    """Whether codes are E2M1 under one exponent for 32 columns."""
+    scaled = isinstance(data, QTensor) and isinstance(data.scale, QTensor) and data.scale.grid == E8M0
+    return scaled and data.grid == E2M1 and data.block == (1, 32)
 
 
 def calibrated(options: Options) -> bool:

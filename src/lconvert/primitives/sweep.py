@@ -7,8 +7,10 @@ The compiled kernel does it on a CPU (kernels/sweep.h); `in_torch` is its specif
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +67,29 @@ def columns(
     return Swept(position, error)
 
 
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Kept as long as the process: to start threads takes ten times as long as a stretch of a small matrix."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="sweep")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
 def run_all(work: Callable[[int], None], items: range, threads: int) -> None:
-    """`work` of every item, on so many threads."""
+    """`work` of every item, on so many threads, of which the calling one is the first."""
     if threads <= 1 or len(items) <= 1:
         for item in items:
             work(item)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, items))
+    rest = [_pool(threads - 1).submit(work, item) for item in items[1:]]
+    try:
+        work(items[0])
+    finally:
+        wait(rest)
+    for done in rest:
+        done.result()
 
 
 def in_torch(
