@@ -51,7 +51,7 @@ METHODS = (
     Method("GPTQ", "int4 g128", _gptq("w4g128", "plain", "actorder", "mse")),
     Method("GPTQ", "int4 g32", _gptq("w4g32", "mse")),
     Method("GPTQ", "int3 g128", _gptq("w3g128", "mse")),
-    Method("GPTQ", "uint4 g128", {LLMC: ("gptq-w4g128-asym",), GPTQM: ("gptq-w4g128-asym",)}),
+    Method("GPTQ", "uint4 g128", {OURS: ("gptq-w4g128-asym", "gptaq-w4g128-asym"), LLMC: ("gptq-w4g128-asym",), GPTQM: ("gptq-w4g128-asym",)}),
     Method("AWQ", "int4 g128", {OURS: ("awq-w4g128",), LLMC: ("awq-w4g128",), MODELOPT: ("awq-w4g128",), GPTQM: ("awq-w4g128",)}),
     Method("AWQ", "uint4 g128", {OURS: ("awq-w4g128-asym",), LLMC: ("awq-w4g128-asym",), GPTQM: ("awq-w4g128-asym",)}),
     *(Method("AutoRound", grid, {OURS: (f"autoround-{code}", *((f"autoround-{code}-signed",) if signed else ())), AUTOROUND: (f"autoround-{code}",)})

@@ -66,6 +66,8 @@ CASES: Mapping[str, Case] = {
     },
     "awq-w4g128": case([{"awq": {"grid": "int4", "group": 128}}]),
     "awq-w4g128-asym": case("awq-w4g128"),
+    "gptq-w4g128-asym": case([{"gptq": {"grid": "uint4", "group": 128}}]),
+    "gptaq-w4g128-asym": case([{"gptq": {"grid": "uint4", "group": 128, "asymmetric": True}}]),
     "gptaq-w4g32": case([{"gptq": {"grid": "int4", "group": 32, "asymmetric": True}}]),
     "gptaq-w3g128": case([{"gptq": {"grid": "int3", "group": 128, "asymmetric": True}}]),
     **{
