@@ -54,8 +54,8 @@ METHODS = (
     Method("GPTQ", "uint4 g128", {OURS: ("gptq-w4g128-asym", "gptaq-w4g128-asym"), LLMC: ("gptq-w4g128-asym",), GPTQM: ("gptq-w4g128-asym",)}),
     Method("AWQ", "int4 g128", {OURS: ("awq-w4g128",), LLMC: ("awq-w4g128",), MODELOPT: ("awq-w4g128",), GPTQM: ("awq-w4g128",)}),
     Method("AWQ", "uint4 g128", {OURS: ("awq-w4g128-asym",), LLMC: ("awq-w4g128-asym",), GPTQM: ("awq-w4g128-asym",)}),
-    *(Method("AutoRound", grid, {OURS: (f"autoround-{code}", *((f"autoround-{code}-signed",) if signed else ())), AUTOROUND: (f"autoround-{code}",)})
-      for grid, code, signed in (("int4 g128", "w4g128", True), ("int4 g32", "w4g32", False), ("int3 g128", "w3g128", True), ("int2 g32", "w2g32", True))),
+    *(Method("AutoRound", grid, {OURS: (f"autoround-{code}", f"autoround-{code}-signed"), AUTOROUND: (f"autoround-{code}",)})
+      for grid, code in (("int4 g128", "w4g128"), ("int4 g32", "w4g32"), ("int3 g128", "w3g128"), ("int2 g32", "w2g32"))),
     Method("RTN", "W8A8", {OURS: ("w8a8",), LLMC: ("w8a8",), MODELOPT: ("w8a8",)}),
     Method("SmoothQuant", "W8A8", {OURS: ("smoothquant-w8a8",), LLMC: ("smoothquant-w8a8",), MODELOPT: ("smoothquant-w8a8",)}),
     Method("RTN", "FP8 dynamic", {OURS: ("fp8-dynamic",), LLMC: ("fp8-dynamic",), MODELOPT: ("fp8-dynamic",)}),

@@ -179,6 +179,23 @@ def test_strong_channels_no_longer_hurt(rounder: Any, placed: Placed, outliers: 
     assert note.startswith(f"{'awq' if rounder == 'nearest' else 'gptq'} {placed}, ") and "loss" in note
 
 
+@pytest.mark.parametrize("placed", [Placed("uint4", 64), Placed("int3", 32), Placed("NVFP4", -1)], ids=str)
+def test_codes_get_the_scales_that_serve_the_outputs(
+    placed: Placed, outliers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = pass_.Options(placed.grid, placed.group, **FAST)  # type: ignore[arg-type]
+    with_them = pass_.run(outliers, options, calibration())
+    monkeypatch.setattr(grids.DeploymentGrid, "rescaled", lambda self, w, position, sides, h: sides)
+    without = pass_.run(outliers, options, calibration())
+
+    def loss(model: Any, name: str) -> float:
+        return float(model.entries[name].provenance[-1].rpartition(" ")[2])
+
+    first = [f"layers.0.{role}" for role in ("attn.q", "attn.k", "attn.v")]  # both saw the same inputs here
+    assert all(loss(with_them, n) < 0.99 * loss(without, n) for n in first)
+    assert cost(with_them, outliers) < cost(without, outliers)
+
+
 def test_resumed_runs_give_the_same_bytes(tmp_path: Path) -> None:
     model, options = lconvert.read(DEMO), pass_.Options("uint4", 64, **FAST)  # type: ignore[arg-type]
     whole = pass_.run(model, options, replace(calibration(), work=tmp_path / "a"))

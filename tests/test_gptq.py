@@ -98,7 +98,13 @@ def test_no_row_is_worse_than_rounded_to_nearest(placed: Placed) -> None:
 
 def test_refining_never_raises_the_objective() -> None:
     w, h = problem(12, 256)
-    for placed in (Placed("int3", 64), Placed("Q3_K", -1), Placed("fp4", -1), Placed("uint2", 64)):
+    for placed in (
+        Placed("int3", 64),
+        Placed("Q3_K", -1),
+        Placed("fp4", -1),
+        Placed("MXFP4", -1),
+        Placed("uint2", 64),
+    ):
         g = found(placed, w)
         settings = Settings(order="weight", refine=0)
         seen = gptq.inputs(h, "weight", settings, "w")

@@ -72,7 +72,7 @@ CASES: Mapping[str, Case] = {
     "gptaq-w3g128": case([{"gptq": {"grid": "int3", "group": 128, "asymmetric": True}}]),
     **{
         f"autoround-{code}-signed": case([{"autoround": {"grid": grid, "group": group, "signed": True}}])
-        for code, grid, group in (("w4g128", "int4", 128), ("w3g128", "int3", 128), ("w2g32", "int2", 32))
+        for code, grid, group in (("w4g128", "int4", 128), ("w4g32", "int4", 32), ("w3g128", "int3", 128), ("w2g32", "int2", 32))
     },
     "autoround-w3g128": case([{"autoround": {"grid": "int3", "group": 128}}]),
     "autoround-w2g32": case([{"autoround": {"grid": "int2", "group": 32}}]),

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _DUO: Mapping[str, tuple[bool, ...]] = {"inputs": (False,), "duo": (True,), "both": (False, True)}
 #: Shares of the largest magnitude that clipping tries.
-_STEPS = 10
+_STEPS = 20
 #: Matrices that the paper does not clip.
 _KEPT = r".*\.(q|k|q_a|q_b|kv_a|k_b)"
 
@@ -289,6 +289,7 @@ def _placed(
     else:
         target = method.clipped(w, h.sum, g, _STEPS) if options.clips(entry.name) else w
         position, sides = g.nearest(target, importance(h.sum.diagonal()))
+        sides = g.rescaled(w, position, sides, h.sum)
         whole = float(objective(w, w * 0, h.sum).sum())
         lost = float(objective(w, g.values(position, sides), h.sum).sum())
         clipped = float((target != w).float().mean())

@@ -13,7 +13,8 @@ the error of the readers' outputs with weights as they will be deployed, scales 
 which is the squared error over all tokens of the text, exactly, without running one of them again. (The paper's code runs the block once
 per ratio.) Factors of 1 are tried as well, so the search never loses to plain rounding.
 
-Clipping lowers the largest magnitude of a group, where the group's own error e H_g e^T (H_g: its columns' part of H) becomes less.
+Clipping lowers the largest magnitude of a group, where the group's own error e H_g e^T (H_g: its columns' part of H) becomes less. What is
+rounded then gets the scales that serve e H e^T of the whole row best, codes as they are (DeploymentGrid.rescaled), which the paper does not do.
 """
 
 from __future__ import annotations

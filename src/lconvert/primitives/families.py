@@ -392,11 +392,18 @@ class Coded(Family):
         _, chosen = best_of(trials.errors(x, hh, g.levels, worth[at] * top), at)
         return self._sides(g, chosen.reshape(w.shape[0], -1), worth)
 
+    def rescaled(self, g: DeploymentGrid, w: Any, position: Any, sides: Sides, h: Any) -> Sides:
+        return self._near(g, _descend_scales(g, w, position, sides, h, lambda k, s: self._near(g, s).scale))
+
     def ranged(self, g: DeploymentGrid, sides: Sides, low: Any, high: Any) -> Sides:
+        return self._near(g, sides.scale * high)
+
+    def _near(self, g: DeploymentGrid, s: Any) -> Sides:
+        """The sides nearest to these scales."""
         torch, _ = packages()
         table = of_levels.of(self.scale)
         first = int(np.searchsorted(table.values, 0.0, side="right"))
-        chosen = table.position(sides.scale * high / g.top).to(torch.int64).clamp(min=first)
+        chosen = table.position(s / g.top).to(torch.int64).clamp(min=first)
         return self._sides(g, chosen, torch.from_numpy(table.values.copy()).to(chosen.device))
 
     def _sides(self, g: DeploymentGrid, chosen: Any, worth: Any) -> Sides:
