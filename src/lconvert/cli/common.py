@@ -51,6 +51,12 @@ def parse_size(text: str | None, option: str = "size") -> int | None:
     return size
 
 
+def must_end(out: Path, suffix: str) -> None:
+    """Of outputs whose name says what they are to whoever opens them."""
+    if out.suffix != suffix:
+        raise OptionError(f"{out}: the output must end in {suffix}")
+
+
 def fail_fast_output(out: Path, force: bool) -> None:
     """The checks on the target that need no work first."""
     if out.exists() and not force:

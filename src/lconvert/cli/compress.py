@@ -11,6 +11,7 @@ import click
 from lconvert.cli import allocating, calibrating, producing
 from lconvert.cli.calibrating import How
 from lconvert.cli.common import (
+    must_end,
     no_card_option,
     print_plan,
     print_result,
@@ -77,8 +78,8 @@ def command(
         raise OptionError(
             "nothing to write: give an output with -o NAME.lcir, or --recipe-out FILE with --target"
         )
-    if output is not None and output.suffix != ".lcir":
-        raise OptionError(f"{output}: the output must end in .lcir")
+    if output is not None:
+        must_end(output, ".lcir")
     if wanted.wanted and recipe:
         raise OptionError("--recipe and --target both say what becomes of each matrix; give one of them")
     passes = recipes.load(recipe) if recipe else recipes.Recipe("", ())

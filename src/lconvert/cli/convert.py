@@ -36,9 +36,12 @@ def command(source: str, target: str, output: Path | None, recipe: str | None, h
       lconvert convert ./my-model --to awq --recipe uint4-g32
     """
     from lconvert import recipe as recipes
-    from lconvert.cli.common import file_stem
+    from lconvert.cli.common import file_stem, must_end
 
-    ending = {"gguf": ".gguf", "ir": ".lcir"}.get(target, f"-{target}")
+    file = {"gguf": ".gguf", "ir": ".lcir"}.get(target)
+    ending = file or f"-{target}"
+    if output and file:
+        must_end(output, file)
     out = output or Path(file_stem(Path(source).name.removesuffix(".gguf").removesuffix(".lcir")) + ending)
     loaded = recipes.load(recipe) if recipe else None
     if how.method is not None:

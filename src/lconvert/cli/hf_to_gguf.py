@@ -14,6 +14,7 @@ from lconvert.cli.common import (
     fail_fast_files,
     fail_fast_output,
     file_stem,
+    must_end,
     no_card_option,
     parse_size,
     print_plan,
@@ -155,8 +156,7 @@ def command(
     ftype = gguf_mixture.find_ftype(chosen.pop()).name if chosen else None
     fail_fast_files(read=[text, options["imatrix"]], written=[report])
     out = output or Path(f"{file_stem(lconvert.read(source).name)}-{ftype or 'COPY'}.gguf")
-    if out.suffix != ".gguf":
-        raise OptionError(f"{out}: the output must end in .gguf")
+    must_end(out, ".gguf")
     if not dry_run:
         fail_fast_output(out, force)
     lowering = api.gguf_options(

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from lconvert.cli.common import fail_fast_files, fail_fast_output, parse_size, status, threads_option
+from lconvert.cli.common import (
+    fail_fast_files,
+    fail_fast_output,
+    must_end,
+    parse_size,
+    status,
+    threads_option,
+)
 
 
 @click.command("imatrix", context_settings={"max_content_width": 110})
@@ -61,13 +68,11 @@ def command(
     """
     import lconvert
     from lconvert.converters import gguf_importance
-    from lconvert.errors import OptionError
     from lconvert.formats import imatrix
     from lconvert.primitives.importance import measure
     from lconvert.primitives.job import Calibration, Job
 
-    if output.suffix != ".gguf":
-        raise OptionError(f"{output}: the output must end in .gguf")
+    must_end(output, ".gguf")
     fail_fast_files(read=[text], written=[output])
     fail_fast_output(output, force)
     model = lconvert.read(source)
