@@ -171,7 +171,7 @@ def test_refused(fake: Path, text: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LCONVERT_CONFIG", raising=False)
     before = sorted(tmp_path.iterdir())
-    out = {"compress": "m.lcir", "hf-to-gguf": "m.gguf"}.get(args[0], "out")
+    out = {"compress": "m.lcir", "hf-to-gguf": "m.gguf"}.get(args[0], "m.gguf" if "gguf" in args else "out")
     said = [str(text) if a == "TEXT" else f"modelopt={fake}" if a == "FAKE" else a for a in args]
     code, _, err = run(said[0], DEMO, *said[1:], "-o", out)
     assert code == 2 and message in err and err.count("\n") == 1, err
