@@ -323,6 +323,21 @@ def test_every_stretch_runs_once_and_errors_come_out() -> None:
     assert sorted(done) == [0, 1, 2, 3], "nobody writes into arrays that were given up"
 
 
+def test_ctrl_c_waits_for_the_stretch_and_leaves_the_threads_usable() -> None:
+    done: list[int] = []
+
+    def interrupted(item: int) -> None:
+        if item == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_all(interrupted, range(4), 2)
+    assert sorted(done) == [0, 1, 2, 3]
+    sweep.run_all(done.append, range(4), 2)
+    assert len(done) == 8
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own() -> None:

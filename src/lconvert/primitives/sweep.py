@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
+from lconvert import interrupt
 from lconvert.forward import packages
 from lconvert.primitives.levels import Levels
 from lconvert.primitives.sides import Sides
@@ -83,11 +84,12 @@ def run_all(work: Callable[[int], None], items: range, threads: int) -> None:
         for item in items:
             work(item)
         return
-    rest = [_pool(threads - 1).submit(work, item) for item in items[1:]]
-    try:
-        work(items[0])
-    finally:
-        wait(rest)
+    with interrupt.deferred():  # for a stretch's milliseconds: the pool outlives it, and must not keep a lock
+        rest = [_pool(threads - 1).submit(work, item) for item in items[1:]]
+        try:
+            work(items[0])
+        finally:
+            wait(rest)
     for done in rest:
         done.result()
 
